@@ -1,0 +1,34 @@
+"""RandomDrop: the control that every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..policy import BasePolicy, check_keep_rate, keep_top
+from ..types import Decision, Observation
+
+
+@dataclass
+class RandomDrop(BasePolicy):
+    """Keep `ceil(keep_rate * n)` of the n alive tokens, drawn uniformly.
+
+    Args:
+        keep_rate: fraction kept at every site, above 0 and at most 1.
+        seed: of its own random stream.
+    """
+
+    keep_rate: float
+    seed: int = 0
+    generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def decide(self, obs: Observation) -> Decision:
+        """Draw the tokens that stay."""
+        scores = torch.rand(len(obs.image), generator=self.generator).to(obs.tokens.device)
+        count = (obs.num_alive.double() * self.keep_rate).ceil()
+        return Decision(keep=keep_top(obs, scores, count))

@@ -1,0 +1,1 @@
+"""The Markov game of token pruning in Vision Transformers."""

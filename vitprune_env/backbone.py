@@ -1,0 +1,255 @@
+"""A timm ViT, unmodified, walked in halves: embed, then attention half and MLP half of each block, then classify.
+
+Nothing of timm is patched or subclassed: the walk calls the model's own modules. Rows of all images are packed into
+one `[rows, D]` tensor, image by image; only attention needs to know where an image begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from vitprune_env.attention import Rows, attend_packed
+from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
+from vitprune_env.tokens import TokenState, segment_mean, start_state
+from vitprune_env.types import EVIDENCE, Site, parse_sites
+
+
+class Backbone(nn.Module):
+    """A plain timm `VisionTransformer` seen as the board of the game.
+
+    Args:
+        model: a timm `VisionTransformer` of `Block`s, with class token or average pooling.
+        name: what to call it in logs and checkpoints.
+        default_sites: where the game takes its steps unless told otherwise; None: after every quarter of the blocks,
+            as the papers do (3, 6, 9 of 12).
+
+    Raises:
+        UnsupportedBackboneError: naming the part of the model that the game cannot walk.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str = "", default_sites: Sequence[int | str | Site] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = check_supported(model)
+        self.name = name or type(model).__name__
+        self.depth = len(self.model.blocks)
+        self.embed_dim = int(self.model.embed_dim)
+        self.num_heads = self.block(1).attn.num_heads
+        self.num_prefix = int(self.model.num_prefix_tokens)
+        self.num_classes = int(self.model.num_classes)
+        patch_embed = cast(Any, self.model.patch_embed)
+        self.grid_size = (int(patch_embed.grid_size[0]), int(patch_embed.grid_size[1]))
+        self.image_size = (int(patch_embed.img_size[0]), int(patch_embed.img_size[1]))
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans = next(int(p.shape[1]) for p in patch_embed.parameters() if p.dim() == 4)
+        self.has_class_token = self.model.cls_token is not None
+        self.reads_patches = self.model.global_pool == "avg"
+        quarters = [round(self.depth * part / 4) for part in (1, 2, 3)]
+        self.default_sites = parse_sites(default_sites or sorted({max(1, block) for block in quarters}), self.depth)
+
+    def block(self, number: int) -> Block:
+        """Block `number`, 1-based."""
+        return cast(Block, self.model.blocks[number - 1])
+
+    @property
+    def needs_patches(self) -> bool:
+        """Whether an image must keep at least one patch token."""
+        return self.reads_patches or self.num_prefix == 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The dense model's own forward: images `[B, C, H, W]` to logits `[B, classes]`."""
+        return self.model(images)
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images that do not fit the model.
+
+        Raises:
+            ValueError: for a wrong number of dimensions, channels, or a wrong size.
+            TypeError: for images that are not a floating-point tensor.
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {got}")
+        wanted = (self.in_chans, *self.image_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not len(images):
+            raise ValueError(f"images: expected shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
+
+    def embed(self, images: Tensor) -> TokenState:
+        """Images `[B, C, H, W]` to the token state before the first block."""
+        x = self.model.patch_embed(images)
+        x = self.model._pos_embed(x)
+        return start_state(self.model.norm_pre(self.model.patch_drop(x)), self.num_prefix)
+
+    def attend(
+        self, number: int, x: Tensor, rows: Rows, needs: frozenset[str] = frozenset(), key_bias: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attention half of block `number` on packed rows.
+
+        Args:
+            number: 1-based block.
+            x: `[rows, D]`.
+            rows: how the rows fall into images.
+            needs: evidence to compute on the way.
+            key_bias: `[rows]`, added to the attention logits of each key.
+
+        Returns:
+            The rows after the residual, and the evidence asked for, one entry per row.
+        """
+        block = self.block(number)
+        y, evidence = attend_packed(cast(Attention, block.attn), block.norm1(x), rows, needs, key_bias)
+        return x + drop_path(block.drop_path1, block.ls1(y), rows), evidence
+
+    def feed_forward(self, number: int, x: Tensor, rows: Rows) -> Tensor:
+        """MLP half of block `number` on packed rows `[rows, D]`."""
+        block = self.block(number)
+        return x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), rows)
+
+    def run(
+        self,
+        state: TokenState,
+        start: int,
+        stop: int,
+        needs: frozenset[str] = frozenset(),
+        log_size: bool = False,
+    ) -> tuple[TokenState, dict[str, Tensor]]:
+        """Run half-blocks `start` to `stop - 1` (0-based; even: attention, odd: MLP).
+
+        Args:
+            state: the tokens before half-block `start`.
+            start: first half-block to run.
+            stop: one past the last.
+            needs: evidence to collect in the last attention half of the range.
+            log_size: proportional attention, log(size) added to the logits of each key.
+
+        Returns:
+            The tokens afterwards and the evidence of the alive tokens, `[sum n_i, ...]` each.
+        """
+        rows, x, evidence = Rows(state.lengths, self.num_prefix), state.x, {}
+        key_bias = _log_size(state) if log_size and stop > start else None
+        last_attention = (stop - 1) // 2 * 2
+        for half in range(start, stop):
+            number = half // 2 + 1
+            if half % 2:
+                x = self.feed_forward(number, x, rows)
+            else:
+                wanted = needs if half == last_attention else frozenset()
+                x, by_row = self.attend(number, x, rows, wanted, key_bias)
+                if wanted:
+                    evidence = {name: value[state.patch_rows] for name, value in by_row.items()}
+        return state.with_rows(x), evidence
+
+    def cls(self, state: TokenState) -> Tensor:
+        """What stands for the image: its class token, or the mean of its alive tokens, `[B, D]`."""
+        if self.has_class_token:
+            return state.prefix[:, 0]
+        return segment_mean(state.tokens, state.image, state.batch_size)
+
+    def classify(self, state: TokenState) -> Tensor:
+        """Logits `[B, classes]` from the tokens that leave the last block."""
+        prefix = self.model.norm(state.prefix)
+        if not self.reads_patches:
+            return self.model.forward_head(prefix)
+        mean = segment_mean(self.model.norm(state.tokens), state.image, state.batch_size)
+        # The mean of one token is itself: timm's own pooling then sees what it would see on the whole sequence.
+        return self.model.forward_head(torch.cat([prefix, mean[:, None]], dim=1))
+
+    def forward_soft(self, images: Tensor, key_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked execution: every token stays, its weight says how much others attend to it.
+
+        The reference that real removal is tested against, and what fitted baselines train with. Differentiable in
+        `key_weights`, also at 0 and 1.
+
+        Args:
+            images: `[B, C, H, W]`.
+            key_weights: `[depth, B, N]` in 0..1, factor on the softmax numerators of each patch token in each block.
+                Average-pooling models weigh the final mean with the last block's factors, or with an optional extra
+                entry `[depth + 1, B, N]`.
+
+        Returns:
+            Logits `[B, classes]` and the tokens that leave the last block, `[B, P + N, D]`.
+        """
+        self.check_images(images)
+        expected = (len(images), self.num_patches)
+        if tuple(key_weights.shape[1:]) != expected or len(key_weights) not in (self.depth, self.depth + 1):
+            raise ValueError(f"key_weights: expected [{self.depth}, B, N] with B, N = {expected}, "
+                             f"got {list(key_weights.shape)}")  # fmt: skip
+        state = self.embed(images)
+        rows, x = Rows(state.lengths, self.num_prefix), state.x
+        ones = key_weights.new_ones(len(images), self.num_prefix)
+        for number, weights in enumerate(key_weights[: self.depth], start=1):
+            factors = torch.cat([ones, weights], dim=1)
+            block = self.block(number)
+            y, _ = attend_packed(cast(Attention, block.attn), block.norm1(x), rows, key_factor=factors)
+            x = x + drop_path(block.drop_path1, block.ls1(y), rows)
+            x = self.feed_forward(number, x, rows)
+        tokens = x.view(len(images), -1, self.embed_dim)
+        if not self.reads_patches:
+            return self.model.forward_head(self.model.norm(tokens[:, : self.num_prefix])), tokens
+        normed, weights = self.model.norm(tokens), key_weights[-1][..., None]
+        mean = (normed[:, self.num_prefix :] * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return self.model.forward_head(torch.cat([normed[:, : self.num_prefix], mean], dim=1)), tokens
+
+
+def check_needs(needs: frozenset[str], backbone: Backbone) -> None:
+    """Refuse evidence that nobody knows or that this backbone cannot give.
+
+    Raises:
+        EvidenceError: naming the evidence.
+    """
+    for name in sorted(needs):
+        if name not in EVIDENCE:
+            raise EvidenceError(f"needs: unknown evidence {name!r}; known: {', '.join(EVIDENCE)}")
+    if "cls_attention" in needs and not backbone.has_class_token:
+        raise EvidenceError(f"needs: 'cls_attention' asks for a class token, and {backbone.name} has none")
+
+
+def check_supported(model: nn.Module) -> VisionTransformer:
+    """Return the model if the game can walk it.
+
+    Raises:
+        UnsupportedBackboneError: naming the part that it cannot.
+    """
+
+    def refuse(why: str) -> None:
+        raise UnsupportedBackboneError(f"model: expected a plain timm VisionTransformer, got {why}")
+
+    if not isinstance(model, VisionTransformer):
+        refuse(type(model).__name__)
+    model = cast(VisionTransformer, model)
+    for block in model.blocks:
+        if type(block) is not Block:
+            refuse(f"a block of type {type(block).__name__} (only Block is walked)")
+        if type(block.attn) is not Attention:
+            refuse(f"attention of type {type(block.attn).__name__} (only Attention is walked)")
+    if getattr(model, "attn_pool", None) is not None or model.global_pool not in ("token", "avg"):
+        refuse(f"global_pool={model.global_pool!r} (only 'token' and 'avg' read ragged tokens)")
+    if getattr(model, "pool_include_prefix", False):
+        refuse("pooling over the prefix tokens (pool_include_prefix)")
+    if getattr(model, "dynamic_img_size", False):
+        refuse("dynamic_img_size=True (the number of agents must be fixed)")
+    if model.num_classes <= 0:
+        refuse("no classifier (num_classes=0)")
+    return model
+
+
+def drop_path(module: nn.Module, y: Tensor, rows: Rows) -> Tensor:
+    """timm's stochastic depth on packed rows: a whole image keeps or drops the branch."""
+    rate = getattr(module, "drop_prob", 0.0)
+    if not (module.training and rate):
+        return y
+    per_image = cast(nn.Module, module)(y.new_ones(len(rows.lengths), 1))
+    return y * per_image[rows.image(y.device)]
+
+
+def _log_size(state: TokenState) -> Tensor:
+    """Log of the patches that each row stands for, `[rows]`; 0 for prefix tokens."""
+    bias = state.x.new_zeros(state.x.shape[0])
+    return bias.index_copy(0, state.patch_rows, state.size[state.image, state.token].log().to(bias))
+
+

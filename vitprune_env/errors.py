@@ -1,0 +1,44 @@
+"""The errors users meet; every one is a `ValueError` that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnsupportedBackboneError(ValueError):
+    """The model is not a plain ViT that the game can walk; the message names the part that is not."""
+
+
+class SiteError(ValueError):
+    """Pruning sites outside the network, repeated or out of order."""
+
+
+class DecisionError(ValueError):
+    """A decision that the game cannot apply: wrong shape, dtype or device, or a token that is not in the game."""
+
+
+class EvidenceError(ValueError):
+    """A policy asks for evidence that this game does not compute or this backbone does not have."""
+
+
+class BudgetError(ValueError):
+    """A budget outside what the network can cost."""
+
+
+class NumericalError(ValueError):
+    """NaN or infinity where a number was due (logits, loss)."""
+
+
+class CheckpointError(ValueError):
+    """An unreadable or foreign checkpoint."""
+
+
+class UnknownNameError(ValueError):
+    """A name that is not registered; the message gives the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known[:12])}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")

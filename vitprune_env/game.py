@@ -1,0 +1,278 @@
+"""The Markov game of token pruning, batched: images in, T decisions, logits and rewards out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitprune_env.backbone import Backbone, check_needs
+from vitprune_env.cost import CostModel
+from vitprune_env.errors import NumericalError
+from vitprune_env.policy import Policy
+from vitprune_env.reduction import check_decision, reduce_tokens
+from vitprune_env.reward import RewardFn, SharedOutcome
+from vitprune_env.tokens import TokenState
+from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
+
+
+class TokenGame:
+    """B images played at once; every patch token is an agent, every site a step, 0 = prune, 1 = keep.
+
+    - Observation: the alive tokens' features at the site, packed (`Observation`).
+    - Action: a `Decision` for all alive tokens.
+    - Transition: decided tokens leave (or merge), the rest runs through the blocks up to the next site.
+    - Reward: a `RewardFn`; what depends on the class is paid when the game ends.
+    - Termination: a token terminates when it is pruned, and at the last site.
+
+    Args:
+        backbone: the network to prune.
+        sites: where to take steps, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
+        reward: what the agents are paid; None: `SharedOutcome()`.
+        needs: evidence to compute at every site (a policy's `needs`).
+        attention_bias: `"log_size"` for proportional attention (a policy's `attention_bias`).
+        grad: whether autograd records the pass (fine-tuning); the environment does without.
+        check: whether to check decisions and logits; costs a device synchronisation per site.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        sites: Sequence[int | str | Site] | None = None,
+        reward: RewardFn | None = None,
+        needs: frozenset[str] = frozenset(),
+        attention_bias: str | None = None,
+        grad: bool = False,
+        check: bool = True,
+    ) -> None:
+        if attention_bias not in (None, "log_size"):
+            raise ValueError(f"attention_bias: expected None or 'log_size', got {attention_bias!r}")
+        check_needs(frozenset(needs), backbone)
+        self.backbone = backbone
+        self.sites = parse_sites(backbone.default_sites if sites is None else sites, backbone.depth)
+        self.reward: RewardFn = SharedOutcome() if reward is None else reward
+        self.needs = frozenset(needs)
+        self.attention_bias = attention_bias
+        self.grad = grad
+        self.check = check
+        self.cost = CostModel.of(backbone)
+        self._bounds = (0, *(site.half for site in self.sites), 2 * backbone.depth)
+        rows, columns = backbone.grid_size
+        grid = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
+        self._position = torch.stack(grid, dim=-1).flatten(0, 1)
+        self._state: TokenState | None = None
+        self._finished: Outcome | None = None
+
+    @classmethod
+    def for_policy(cls, backbone: Backbone, policy: Policy, **kwargs: Any) -> TokenGame:
+        """The game as a policy wants it: its sites, its evidence, its attention bias.
+
+        Args:
+            backbone: the network to prune.
+            policy: who will play.
+            **kwargs: further arguments of `TokenGame`; they win over the policy's wishes.
+        """
+        sites = policy.default_sites(backbone.depth)
+        wishes = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
+        return cls(backbone, **{**wishes, **kwargs})
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.sites)
+
+    @property
+    def num_agents(self) -> int:
+        """N."""
+        return self.backbone.num_patches
+
+    def prepare(self, images: Tensor) -> TokenState:
+        """Run the part before the first site, which no decision changes: worth caching for images seen often."""
+        self.backbone.check_images(images)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            state = self.backbone.embed(images)
+            # The last attention half stays for `start`, where the evidence of the first site is computed.
+            return self.backbone.run(state, 0, self._cached_halves, log_size=self._log_size)[0]
+
+    def reset(self, images: Tensor, labels: Tensor | None = None) -> Observation:
+        """Begin a batch of games.
+
+        Args:
+            images: `[B, C, H, W]` as the model wants them (normalised).
+            labels: `[B]` int64 classes; None: nobody is paid.
+
+        Returns:
+            What the agents see at the first site.
+
+        Raises:
+            ValueError: for images or labels that do not fit the model.
+        """
+        return self.start(self.prepare(images), labels)
+
+    def start(self, state: TokenState, labels: Tensor | None = None) -> Observation:
+        """Begin a batch of games from a prepared state, see `reset`."""
+        self._labels = None if labels is None else self._checked_labels(labels, state.batch_size)
+        self._steps: list[Step] = []
+        self._immediate: list[Tensor] = []
+        self._extra_macs = torch.zeros(state.batch_size, dtype=torch.float64, device=state.x.device)
+        self._finished = None
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            self._advance(state, self._cached_halves)
+        return self.observation()
+
+    def observation(self) -> Observation:
+        """What the agents see at the current site."""
+        return self._observation
+
+    def step(self, decision: Decision) -> tuple[Observation | None, Tensor | None, Tensor, Tensor, dict[str, Any]]:
+        """Apply a decision and run up to the next site, or to the end.
+
+        Returns:
+            The next observation (None when the game is over); the reward known now `[B, N]`, in the last step with
+            everything deferred (None without labels); terminated and truncated `[B, N]` bool; and a dict with
+            `site`, `alive` `[B, N]` and `n_alive` `[B]`.
+
+        Raises:
+            DecisionError: if the decision does not fit the tokens.
+            NumericalError: if the logits are not finite.
+        """
+        if self._state is None or self._finished is not None:
+            raise RuntimeError("step: no game is being played; call reset(images, labels) first")
+        if self.check:
+            check_decision(decision, self._state.alive)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            step = self._apply(decision)
+            is_last = len(self._steps) == self.num_steps
+            reward = None if self._labels is None else self._immediate[-1]
+            if is_last:
+                reward = self._finish(reward)
+            acted_last = step.acted if is_last else step.acted & ~step.kept
+        info = {"site": step.site.label, "alive": step.kept, "n_alive": step.kept.sum(dim=1)}
+        obs = None if is_last else self._observation
+        return obs, reward, acted_last, torch.zeros_like(acted_last), info
+
+    def outcome(self) -> Outcome:
+        """How the games ended.
+
+        Raises:
+            RuntimeError: before the last step.
+        """
+        if self._finished is None:
+            raise RuntimeError(f"outcome: the game ends after {self.num_steps} steps; it has not ended yet")
+        return self._finished
+
+    def score_if_kept(self) -> Tensor:
+        """Outcome score `[B]` of finishing the pass from here without further pruning (a counterfactual)."""
+        if self._state is None or self._labels is None:
+            raise RuntimeError("score_if_kept: no game with labels is being played")
+        with torch.no_grad():
+            state, _ = self.backbone.run(self._state, self._half, 2 * self.backbone.depth, log_size=self._log_size)
+            return self.reward.score(self.backbone.classify(state), self._labels)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps played so far."""
+        return tuple(self._steps)
+
+    @property
+    def _log_size(self) -> bool:
+        return self.attention_bias == "log_size"
+
+    @property
+    def _cached_halves(self) -> int:
+        """Half-blocks that `prepare` runs: all before the attention that gives the first site its evidence."""
+        first = self.sites[0]
+        return 2 * (first.block - 1) if self.needs else first.half
+
+    def _checked_labels(self, labels: Tensor, batch_size: int) -> Tensor:
+        classes = self.backbone.num_classes
+        if labels.shape != (batch_size,) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: expected int64 of shape [{batch_size}], got {labels.dtype} of {list(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+        return labels
+
+    def _advance(self, state: TokenState, start: int) -> None:
+        """Run from half-block `start` to the next site and look around."""
+        site = self.sites[len(self._steps)]
+        evidence_due = bool(self.needs) and start <= 2 * (site.block - 1)
+        state, evidence = self.backbone.run(state, start, site.half, self.needs, self._log_size)
+        if evidence_due:
+            self._extra_macs += self.cost.evidence(site, self._rows(state), self.needs)
+        else:  # two sites in one block share its attention; what it said of the tokens still there holds
+            evidence = {name: values[self._stayed] for name, values in self._evidence.items()} if self.needs else {}
+        self._state, self._half, self._evidence = state, site.half, evidence
+        self._observation = Observation(
+            tokens=state.tokens,
+            image=state.image,
+            token=state.token,
+            offsets=state.offsets,
+            cls=self.backbone.cls(state),
+            alive=state.alive,
+            size=state.size,
+            order=state.order,
+            position=self._position.to(state.x.device),
+            site=site,
+            step=len(self._steps),
+            num_steps=self.num_steps,
+            depth=self.backbone.depth,
+            evidence=evidence,
+        )
+
+    def _rows(self, state: TokenState) -> Tensor:
+        return state.alive.sum(dim=1).double() + self.backbone.num_prefix
+
+    def _apply(self, decision: Decision) -> Step:
+        """Reduce the tokens, keep the books, and run on unless this was the last site."""
+        before = self._state
+        assert before is not None
+        after = reduce_tokens(before, decision, keep_one=self.backbone.needs_patches)
+        index = len(self._steps)
+        share = (self._bounds[index + 2] - self._bounds[index + 1]) / self._bounds[-1]
+        step = Step(self.sites[index], before.alive, after.alive, share)
+        self._steps.append(step)
+        if self._labels is not None:
+            self._immediate.append(self.reward.immediate(step))
+        if decision.macs is not None:
+            self._extra_macs += decision.macs
+        self._stayed = after.alive[before.image, before.token]
+        if len(self._steps) < self.num_steps:
+            self._advance(after, self._half)
+        else:
+            self._state = after
+        return step
+
+    def _finish(self, reward: Tensor | None) -> Tensor | None:
+        """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
+        state, _ = self.backbone.run(self._last_state, self._half, self._bounds[-1], log_size=self._log_size)
+        logits = self.backbone.classify(state)
+        if self.check and not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+            raise NumericalError(f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images")
+        table = None
+        if self._labels is not None and reward is not None:
+            deferred = self.reward.deferred(self._steps, self.reward.score(logits.detach(), self._labels))
+            table = torch.stack(self._immediate) + deferred
+            reward = reward + deferred.sum(dim=0)
+        n_kept = torch.stack([step.kept.sum(dim=1) for step in self._steps], dim=1)
+        self._finished = Outcome(
+            logits=logits,
+            correct=None if self._labels is None else logits.argmax(dim=1) == self._labels,
+            n_kept=n_kept,
+            macs=self.cost.forward(n_kept, self.sites) + self._extra_macs,
+            policy_macs=self._extra_macs,
+            source=state.source,
+            size=state.size,
+            alive=state.alive,
+            reward=table,
+        )
+        return reward
+
+    @property
+    def _last_state(self) -> TokenState:
+        assert self._state is not None
+        return self._state

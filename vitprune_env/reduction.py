@@ -1,0 +1,148 @@
+"""Apply a decision to the token state: drop and merge. Pure functions, differentiable in the features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vitprune_env.errors import DecisionError
+from vitprune_env.tokens import TokenState
+from vitprune_env.types import Decision
+
+
+def check_decision(decision: Decision, alive: Tensor) -> None:
+    """Refuse a decision that does not fit the tokens `alive` `[B, N]`.
+
+    Raises:
+        DecisionError: for a wrong shape, dtype or device, a dead token that is kept, or a merge target that does not
+            exist, is dead, or is itself merged elsewhere.
+    """
+    _check_tensor("keep", decision.keep, alive, (torch.bool,))
+    if (decision.keep & ~alive).any():
+        image, token = (decision.keep & ~alive).nonzero()[0].tolist()
+        raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & obs.alive")
+    if decision.order is not None:
+        _check_tensor("order", decision.order, alive, (torch.int64, torch.int32, torch.float32, torch.float64))
+    if decision.weight is not None:
+        _check_tensor("weight", decision.weight, alive, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    if decision.merge_into is not None:
+        _check_tensor("merge_into", decision.merge_into, alive, (torch.int64,))
+        _check_targets(decision.merge_into, alive)
+
+
+def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise DecisionError(f"{name}: expected a tensor of shape {tuple(alive.shape)}, got {type(value).__name__}")
+    if value.shape != alive.shape:
+        raise DecisionError(f"{name}: expected shape [B, N] = {tuple(alive.shape)}, got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        raise DecisionError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.device != alive.device:
+        raise DecisionError(f"{name}: expected a tensor on {alive.device}, got one on {value.device}")
+
+
+def _check_targets(merge_into: Tensor, alive: Tensor) -> None:
+    target = merge_into.masked_fill(~alive, -1)
+    if target.max() >= alive.shape[1] or target.min() < -1:
+        raise DecisionError(f"merge_into: expected -1 to {alive.shape[1] - 1}, got {int(target.max())}")
+    merged = target >= 0
+    target_of_target = target.gather(1, target.clamp(min=0))
+    if (merged & (target_of_target != target)).any():
+        image, token = (merged & (target_of_target != target)).nonzero()[0].tolist()
+        raise DecisionError(
+            f"merge_into: token {token} of image {image} goes into token {int(target[image, token])}, "
+            "which is dead or itself merged elsewhere; a target must point at itself"
+        )
+
+
+def survivors(decision: Decision, alive: Tensor) -> Tensor:
+    """Tokens that are alive after the decision, `[B, N]` bool."""
+    keep = decision.keep & alive
+    if decision.merge_into is None:
+        return keep
+    itself = torch.arange(alive.shape[1], device=alive.device)
+    return keep & (decision.merge_into == itself)
+
+
+def rescue_empty(keep: Tensor, state: TokenState) -> Tensor:
+    """Where an image would lose its last token, let its token of the largest norm stay.
+
+    For models whose class is read from the patch tokens, so that an image without any has no logits.
+
+    Args:
+        keep: `[B, N]` bool, the tokens that would survive.
+        state: the tokens before the decision.
+    """
+    empty = ~keep.any(dim=1)
+    norms = torch.full(keep.shape, -1.0, dtype=state.x.dtype, device=keep.device)
+    norms[state.image, state.token] = state.tokens.detach().norm(dim=1)
+    strongest = torch.zeros_like(keep).scatter(1, norms.argmax(dim=1, keepdim=True), True)
+    return keep | (strongest & empty[:, None])
+
+
+def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False) -> TokenState:
+    """Drop and merge tokens as decided; nothing is copied when everybody stays.
+
+    Args:
+        state: the tokens at the site.
+        decision: a checked decision.
+        keep_one: whether at least one patch token must stay in every image.
+    """
+    kept = survivors(decision, state.alive)
+    if keep_one:
+        kept = rescue_empty(kept, state)
+    rank = state.rank if decision.order is None else decision.order
+    if decision.merge_into is None and decision.weight is None:
+        if torch.equal(kept, state.alive):
+            return replace(state, rank=rank)
+        source = torch.where(_gather(kept, state.source), state.source, -1)
+        size = state.size * kept
+        return _assemble(state, kept, state.patch_rows[kept[state.image, state.token]], size, source, rank)
+    target = _targets(decision, kept)
+    x, size = _merge(state, target, kept, decision.weight)
+    source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
+    merged_rows = state.x.shape[0] + torch.arange(x.shape[0], device=x.device)
+    return _assemble(replace(state, x=torch.cat([state.x, x])), kept, merged_rows, size, source, rank)
+
+
+def _gather(flags: Tensor, source: Tensor) -> Tensor:
+    """`flags[b, source[b, j]]`, false where source is -1."""
+    return flags.gather(1, source.clamp(min=0)) & (source >= 0)
+
+
+def _targets(decision: Decision, kept: Tensor) -> Tensor:
+    """Where each token goes, `[B, N]`: a kept token, or -1."""
+    itself = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+    target = itself if decision.merge_into is None else decision.merge_into
+    target = torch.where(kept, itself, target)
+    return torch.where(_gather(kept, target), target, -1)
+
+
+def _merge(state: TokenState, target: Tensor, kept: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the groups: features `[sum n'_i, D]` in token order and sizes `[B, N]`."""
+    goes = target[state.image, state.token] >= 0
+    image, token = state.image[goes], state.token[goes]
+    new_row = (kept.flatten().cumsum(0) - 1).view(kept.shape)
+    destination = new_row[image, target[image, token]]
+    values = state.x[state.patch_rows[goes]]
+    if weight is not None:
+        values = values * weight[image, token].to(values)[:, None]
+    x = values.new_zeros(int(kept.sum()), values.shape[1]).index_add(0, destination, values)
+    joins = (target >= 0) & state.alive
+    size = torch.zeros_like(state.size).scatter_add(1, target.clamp(min=0), state.size * joins)
+    return x, size
+
+
+def _assemble(
+    state: TokenState, kept: Tensor, rows: Tensor, size: Tensor, source: Tensor, rank: Tensor | None
+) -> TokenState:
+    """Pack prefix rows and the given token rows of `state.x` anew, with a single gather."""
+    counts = kept.sum(dim=1).tolist()
+    lengths = tuple(state.num_prefix + count for count in counts)
+    new = TokenState(state.x, kept, size, source, lengths, state.num_prefix, rank)
+    index = rows.new_empty(sum(lengths))
+    index[new.prefix_rows.flatten()] = state.prefix_rows.flatten()
+    index[new.patch_rows] = rows
+    return new.with_rows(state.x.index_select(0, index))
