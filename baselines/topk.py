@@ -13,7 +13,8 @@ from ..types import Decision, Observation, Site
 
 def attention_sites(depth: int) -> Sequence[str]:
     """Inside the block that follows each quarter of the network: 4, 7 and 10 of 12 blocks."""
-    return [f"{round(depth * part / 4) + 1}.attn" for part in (1, 2, 3)]
+    blocks = sorted({min(depth, round(depth * part / 4) + 1) for part in (1, 2, 3)})
+    return [f"{block}.attn" for block in blocks]
 
 
 @dataclass

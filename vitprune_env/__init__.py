@@ -1,1 +1,40 @@
-"""The Markov game of token pruning in Vision Transformers."""
+"""The Markov game of token pruning in Vision Transformers.
+
+Every patch token is an agent, every pruning site a step, 0 = prune, 1 = keep. See `TokenGame` for the rules,
+`parallel_env` for the PettingZoo environment, `vitprune_env.agents` for learning, `vitprune_env.baselines` for the
+policies to beat.
+"""
+
+from vitprune_env.backbone import Backbone
+from vitprune_env.checks import check_policy
+from vitprune_env.game import TokenGame
+from vitprune_env.parallel_env import parallel_env, register_envs
+from vitprune_env.policy import BasePolicy, KeepAll, Policy
+from vitprune_env.reward import PaperReward, SharedOutcome
+from vitprune_env.rollout import evaluate, play
+from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
+from vitprune_env.vector_env import TokenVectorEnv
+from vitprune_env.zoo import load_backbone
+
+__all__ = [
+    "Backbone",
+    "BasePolicy",
+    "Decision",
+    "Episode",
+    "KeepAll",
+    "Observation",
+    "Outcome",
+    "PaperReward",
+    "Policy",
+    "SharedOutcome",
+    "Site",
+    "TokenGame",
+    "TokenVectorEnv",
+    "check_policy",
+    "evaluate",
+    "load_backbone",
+    "parallel_env",
+    "play",
+]
+
+register_envs()

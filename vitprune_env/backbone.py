@@ -233,6 +233,8 @@ def check_supported(model: nn.Module) -> VisionTransformer:
         refuse("pooling over the prefix tokens (pool_include_prefix)")
     if getattr(model, "dynamic_img_size", False):
         refuse("dynamic_img_size=True (the number of agents must be fixed)")
+    if not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+        refuse("patch_drop_rate > 0 (the number of agents must be fixed)")
     if model.num_classes <= 0:
         refuse("no classifier (num_classes=0)")
     return model
@@ -251,5 +253,3 @@ def _log_size(state: TokenState) -> Tensor:
     """Log of the patches that each row stands for, `[rows]`; 0 for prefix tokens."""
     bias = state.x.new_zeros(state.x.shape[0])
     return bias.index_copy(0, state.patch_rows, state.size[state.image, state.token].log().to(bias))
-
-

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +43,7 @@ class CostModel:
             embed=_embedding_macs(backbone),
             head=sum(_linear_macs(head) for head in heads if head is not None),
             attention_linear=tuple(_linear_macs(block.attn) for block in blocks),
-            attention_width=tuple(block.attn.num_heads * block.attn.head_dim for block in blocks),
+            attention_width=tuple(_attention_width(block.attn) for block in blocks),
             mlp=tuple(_linear_macs(block.mlp) for block in blocks),
             num_prefix=backbone.num_prefix,
             num_patches=backbone.num_patches,
@@ -121,6 +123,12 @@ def mlp_macs(sizes: Sequence[int]) -> int:
 def _linear_macs(module: nn.Module) -> int:
     """MACs per row of every linear layer in a module."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _attention_width(attention: nn.Module) -> int:
+    """Width of all heads together."""
+    module = cast(Attention, attention)
+    return module.num_heads * module.head_dim
 
 
 @torch.no_grad()

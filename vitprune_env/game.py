@@ -63,6 +63,7 @@ class TokenGame:
         grid = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
         self._position = torch.stack(grid, dim=-1).flatten(0, 1)
         self._state: TokenState | None = None
+        self._steps: list[Step] = []
         self._finished: Outcome | None = None
 
     @classmethod
@@ -114,7 +115,7 @@ class TokenGame:
     def start(self, state: TokenState, labels: Tensor | None = None) -> Observation:
         """Begin a batch of games from a prepared state, see `reset`."""
         self._labels = None if labels is None else self._checked_labels(labels, state.batch_size)
-        self._steps: list[Step] = []
+        self._steps = []
         self._immediate: list[Tensor] = []
         self._extra_macs = torch.zeros(state.batch_size, dtype=torch.float64, device=state.x.device)
         self._finished = None
@@ -123,7 +124,13 @@ class TokenGame:
         return self.observation()
 
     def observation(self) -> Observation:
-        """What the agents see at the current site."""
+        """What the agents see at the current site.
+
+        Raises:
+            RuntimeError: before the first game.
+        """
+        if self._state is None:
+            raise RuntimeError("observation: no game is being played; call reset(images, labels) first")
         return self._observation
 
     def step(self, decision: Decision) -> tuple[Observation | None, Tensor | None, Tensor, Tensor, dict[str, Any]]:
@@ -138,7 +145,7 @@ class TokenGame:
             DecisionError: if the decision does not fit the tokens.
             NumericalError: if the logits are not finite.
         """
-        if self._state is None or self._finished is not None:
+        if self._state is None or len(self._steps) == self.num_steps:
             raise RuntimeError("step: no game is being played; call reset(images, labels) first")
         if self.check:
             check_decision(decision, self._state.alive)
@@ -188,6 +195,8 @@ class TokenGame:
 
     def _checked_labels(self, labels: Tensor, batch_size: int) -> Tensor:
         classes = self.backbone.num_classes
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected an int64 tensor of shape [{batch_size}], got {type(labels).__name__}")
         if labels.shape != (batch_size,) or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels: expected int64 of shape [{batch_size}], got {labels.dtype} of {list(labels.shape)}"
@@ -252,7 +261,9 @@ class TokenGame:
         logits = self.backbone.classify(state)
         if self.check and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())
-            raise NumericalError(f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images")
+            raise NumericalError(
+                f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images"
+            )
         table = None
         if self._labels is not None and reward is not None:
             deferred = self.reward.deferred(self._steps, self.reward.score(logits.detach(), self._labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from vitprune_env.types import Decision, Observation, Site
@@ -20,10 +21,14 @@ class Policy(Protocol):
     """
 
     @property
-    def needs(self) -> frozenset[str]: ...
+    def needs(self) -> frozenset[str]:
+        """Evidence to compute for it."""
+        ...
 
     @property
-    def attention_bias(self) -> Literal["log_size"] | None: ...
+    def attention_bias(self) -> Literal["log_size"] | None:
+        """What to add to the attention logits."""
+        ...
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Sites where it is meant to act in a network of `depth` blocks; None: the backbone's own."""
@@ -75,7 +80,8 @@ def keep_top(obs: Observation, scores: Tensor, count: Tensor) -> Tensor:
     Returns:
         `[B, N]` bool.
     """
-    table = obs.scatter(scores, fill=float("-inf"))
+    # Dead tokens must come last, also after an alive one with a score of -inf.
+    table = obs.scatter(scores.clamp(min=torch.finfo(scores.dtype).min), fill=float("-inf"))
     ranks = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (ranks < count[:, None]) & obs.alive
 

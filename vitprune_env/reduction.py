@@ -19,6 +19,8 @@ def check_decision(decision: Decision, alive: Tensor) -> None:
         DecisionError: for a wrong shape, dtype or device, a dead token that is kept, or a merge target that does not
             exist, is dead, or is itself merged elsewhere.
     """
+    if not isinstance(decision, Decision):
+        raise DecisionError(f"decision: expected a Decision, got {type(decision).__name__}")
     _check_tensor("keep", decision.keep, alive, (torch.bool,))
     if (decision.keep & ~alive).any():
         image, token = (decision.keep & ~alive).nonzero()[0].tolist()
@@ -30,6 +32,8 @@ def check_decision(decision: Decision, alive: Tensor) -> None:
     if decision.merge_into is not None:
         _check_tensor("merge_into", decision.merge_into, alive, (torch.int64,))
         _check_targets(decision.merge_into, alive)
+    if decision.macs is not None and decision.macs.shape != alive.shape[:1]:
+        raise DecisionError(f"macs: expected shape [B] = ({len(alive)},), got {tuple(decision.macs.shape)}")
 
 
 def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -46,7 +50,9 @@ def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.d
 def _check_targets(merge_into: Tensor, alive: Tensor) -> None:
     target = merge_into.masked_fill(~alive, -1)
     if target.max() >= alive.shape[1] or target.min() < -1:
-        raise DecisionError(f"merge_into: expected -1 to {alive.shape[1] - 1}, got {int(target.max())}")
+        raise DecisionError(
+            f"merge_into: expected -1 to {alive.shape[1] - 1}, got {int(target.min())} to {int(target.max())}"
+        )
     merged = target >= 0
     target_of_target = target.gather(1, target.clamp(min=0))
     if (merged & (target_of_target != target)).any():
@@ -90,9 +96,9 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
         decision: a checked decision.
         keep_one: whether at least one patch token must stay in every image.
     """
-    kept = survivors(decision, state.alive)
+    kept = chosen = survivors(decision, state.alive)
     if keep_one:
-        kept = rescue_empty(kept, state)
+        kept = rescue_empty(chosen, state)
     rank = state.rank if decision.order is None else decision.order
     if decision.merge_into is None and decision.weight is None:
         if torch.equal(kept, state.alive):
@@ -100,8 +106,10 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
         source = torch.where(_gather(kept, state.source), state.source, -1)
         size = state.size * kept
         return _assemble(state, kept, state.patch_rows[kept[state.image, state.token]], size, source, rank)
-    target = _targets(decision, kept)
-    x, size = _merge(state, target, kept, decision.weight)
+    target = _targets(decision, state.alive, chosen, kept)
+    # A rescued token stays as it is: alone, its weight 1.
+    weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
+    x, size = _merge(state, target, kept, weight)
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
     merged_rows = state.x.shape[0] + torch.arange(x.shape[0], device=x.device)
     return _assemble(replace(state, x=torch.cat([state.x, x])), kept, merged_rows, size, source, rank)
@@ -112,12 +120,12 @@ def _gather(flags: Tensor, source: Tensor) -> Tensor:
     return flags.gather(1, source.clamp(min=0)) & (source >= 0)
 
 
-def _targets(decision: Decision, kept: Tensor) -> Tensor:
-    """Where each token goes, `[B, N]`: a kept token, or -1."""
+def _targets(decision: Decision, alive: Tensor, chosen: Tensor, kept: Tensor) -> Tensor:
+    """Where each token goes, `[B, N]`: a chosen token, itself where it stays without being chosen, or -1."""
     itself = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
     target = itself if decision.merge_into is None else decision.merge_into
-    target = torch.where(kept, itself, target)
-    return torch.where(_gather(kept, target), target, -1)
+    target = torch.where(chosen, itself, target).masked_fill(~alive, -1)
+    return torch.where(kept, itself, torch.where(_gather(chosen, target), target, -1))
 
 
 def _merge(state: TokenState, target: Tensor, kept: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -93,9 +93,7 @@ class Evaluation:
         return (self.accuracy * (1 - self.accuracy) / self.images) ** 0.5
 
 
-def evaluate(
-    game: TokenGame, policy: Policy, batches: Iterable[tuple[Tensor | TokenState, Tensor]]
-) -> Evaluation:
+def evaluate(game: TokenGame, policy: Policy, batches: Iterable[tuple[Tensor | TokenState, Tensor]]) -> Evaluation:
     """Accuracy and mean cost of a policy over batches of `(images, labels)`.
 
     Raises:

@@ -113,5 +113,7 @@ def start_state(x: Tensor, num_prefix: int) -> TokenState:
 
 def segment_mean(values: Tensor, image: Tensor, batch_size: int) -> Tensor:
     """Mean of the packed rows `[sum n_i, D]` of each image, `[B, D]`; zeros for an image without rows."""
-    total = values.new_zeros(batch_size, values.shape[1]).index_add(0, image, values)
-    return total / image.bincount(minlength=batch_size).clamp(min=1)[:, None].to(values)
+    dtype = torch.promote_types(values.dtype, torch.float32)  # half precision would lose the sum of many rows
+    total = torch.zeros(batch_size, values.shape[1], dtype=dtype, device=values.device)
+    total = total.index_add(0, image, values.to(dtype))
+    return (total / image.bincount(minlength=batch_size).clamp(min=1)[:, None]).to(values.dtype)

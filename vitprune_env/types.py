@@ -6,7 +6,7 @@ C classes, n_i alive tokens of image i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,10 +36,12 @@ class Site:
             SiteError: if it is neither a block number nor `"<block>.attn"`.
         """
         if isinstance(site, Site):
+            if site.half < 1:
+                raise SiteError(f"sites: expected a site after the first half-block or later, got {site!r}")
             return site
         text = str(site)
         number, dot, half = text.partition(".")
-        if isinstance(site, bool) or not number.isdigit() or int(number) < 1 or (dot and half != "attn"):
+        if isinstance(site, bool) or not number.isdecimal() or int(number) < 1 or (dot and half != "attn"):
             raise SiteError(f"sites: expected a 1-based block number such as 3 or '4.attn', got {site!r}")
         return cls(2 * int(number) - (1 if dot else 0))
 
@@ -68,7 +70,7 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     Raises:
         SiteError: if there is none, or one lies outside the network, or they do not increase.
     """
-    if isinstance(sites, str) or not len(sites):
+    if isinstance(sites, str) or not isinstance(sites, Iterable) or not len(sites):
         raise SiteError(f"sites: expected a non-empty sequence such as (3, 6, 9), got {sites!r}")
     parsed = tuple(Site.parse(site) for site in sites)
     for site in parsed:

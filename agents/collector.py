@@ -1,0 +1,129 @@
+"""tianshou's collector for the token game: one call plays one batch of games, without any per-agent Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from gymnasium.spaces import Discrete
+from tianshou.algorithm import Algorithm
+from tianshou.data import CollectStats
+from tianshou.data.collector import BaseCollector
+from tianshou.env import BaseVectorEnv
+from torch import Tensor
+
+from ..game import TokenGame
+from ..rollout import play
+from ..tokens import TokenState
+from .buffer import GameBuffer, Trajectory
+from .policy import ExploringPolicy
+
+DrawImages = Callable[[int], tuple[Tensor | TokenState, Tensor]]
+
+
+@dataclass(kw_only=True)
+class GameStats(CollectStats):
+    """What a batch of games looked like, means over its images."""
+
+    accuracy: float = 0.0
+    """Share of images classified correctly under exploring play."""
+    macs: float = 0.0
+    """MACs per image, policy included."""
+    policy_macs: float = 0.0
+    """The part of `macs` spent on the policy."""
+    keep: dict[str, float] = field(default_factory=dict)
+    """Share of all tokens alive after each site."""
+
+
+class GameCollector(BaseCollector[GameStats]):
+    """Plays a batch of games with an exploring policy and stores its live agent-steps.
+
+    Args:
+        algorithm: whose policy tianshou switches between training and evaluation mode.
+        explorer: who plays.
+        game: what is played; its `reward` may be replaced between calls.
+        draw: how to get a number of images (or prepared states) with labels.
+        buffer: where the agent-steps go.
+    """
+
+    buffer: GameBuffer
+
+    def __init__(
+        self,
+        algorithm: Algorithm[Any, Any],
+        explorer: ExploringPolicy,
+        game: TokenGame,
+        draw: DrawImages,
+        buffer: GameBuffer | None = None,
+    ) -> None:
+        self.explorer = explorer
+        self.game = game
+        self.draw = draw
+        super().__init__(
+            algorithm,
+            cast(BaseVectorEnv, _Board()),
+            GameBuffer() if buffer is None else buffer,
+            collect_stats_class=GameStats,
+            raise_on_nan_in_buffer=False,
+        )
+
+    def _validate_buffer(self) -> None:
+        """A `GameBuffer` takes any number of agents."""
+
+    def reset_env(self, gym_reset_kwargs: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Nothing to do: every collection starts new games."""
+        return np.empty(0), np.empty(0)
+
+    def reset_buffer(self, keep_statistics: bool = False) -> None:
+        """Forget the games played."""
+        self.buffer.reset(keep_statistics)
+
+    def _collect(
+        self,
+        n_step: int | None = None,
+        n_episode: int | None = None,
+        random: bool = False,
+        render: float | None = None,
+        gym_reset_kwargs: dict[str, Any] | None = None,
+    ) -> GameStats:
+        """Play `n_episode` games (images) to the end.
+
+        Raises:
+            ValueError: if asked for a number of steps.
+        """
+        if n_episode is None:
+            raise ValueError(f"n_episode: expected a number of images, got None and n_step={n_step}")
+        images, labels = self.draw(n_episode)
+        episode = play(self.game, self.explorer, images, labels, record=True)
+        self.buffer.store(Trajectory.of(episode, self.explorer.actions, self.explorer.log_probs))
+        outcome = episode.outcome
+        assert episode.reward is not None
+        assert outcome.correct is not None
+        batch, steps = outcome.n_kept.shape
+        rates = (outcome.n_kept.double().mean(dim=0) / self.game.num_agents).tolist()
+        self.collect_step += batch * steps
+        self.collect_episode += batch
+        return GameStats(
+            n_collected_episodes=batch,
+            n_collected_steps=batch * steps,
+            returns=episode.reward.sum(dim=0).mean(dim=1).double().cpu().numpy(),
+            lens=np.full(batch, steps),
+            accuracy=float(outcome.correct.double().mean()),
+            macs=float(outcome.macs.mean()),
+            policy_macs=float(outcome.policy_macs.mean()),
+            keep={site.label: rate for site, rate in zip(self.game.sites, rates, strict=True)},
+        )
+
+
+class _Board:
+    """The little that `BaseCollector` wants to know of an environment; the game itself is played by `play`."""
+
+    action_space = Discrete(2)
+
+    def __len__(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,290 @@
+"""MAPPO: tianshou's PPO on the live agent-steps of the token game, with a critic that also sees the class token.
+
+Paper 000, Eq. 3 and 4 (after Yu et al., 2022). With value normalisation, Huber loss and the like switched off, an
+update equals tianshou's stock PPO on the same flat agent-steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Discrete
+from tianshou.algorithm import PPO
+from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
+from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy
+from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactory, OptimizerFactory
+from tianshou.data import ReplayBuffer, SequenceSummaryStats
+from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..errors import NumericalError
+from .advantage import generalized_advantage
+from .buffer import GameBuffer, Trajectory
+from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob
+from .value_norm import ValueNorm
+
+
+def policy_loss(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
+    """Clipped policy objective of paper 000, Eq. 3, as a loss: its negative mean over agent-steps.
+
+    Args:
+        ratio: `[rows]`, probability of each action now over what it was when drawn.
+        advantage: `[rows]`.
+        clip: epsilon of Eq. 3.
+        dual_clip: bound, above 1, on how far a negative advantage may push (Ye et al., 2020); None: no bound.
+    """
+    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    if dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.max(gain, dual_clip * advantage), gain)
+    return -gain.mean()
+
+
+def value_loss(
+    value: Tensor, old: Tensor, target: Tensor, clip: float | None, huber_delta: float | None = None
+) -> Tensor:
+    """Clipped value loss of paper 000, Eq. 4, mean over agent-steps.
+
+    Clipped is the new value, to within `clip` of the old one; as printed, Eq. 4 clips the old value around itself,
+    which would do nothing.
+
+    Args:
+        value: `[rows]`, the critic's values now.
+        old: `[rows]`, its values before the update.
+        target: `[rows]`, returns.
+        clip: epsilon of Eq. 4; None: no clipping.
+        huber_delta: error above which the loss grows linearly; None: squared error.
+    """
+
+    def error(prediction: Tensor) -> Tensor:
+        if huber_delta is None:
+            return (target - prediction).square()
+        return 2 * F.huber_loss(prediction, target, reduction="none", delta=huber_delta)
+
+    if clip is None:
+        return error(value).mean()
+    return torch.max(error(value), error(old + (value - old).clamp(-clip, clip))).mean()
+
+
+@dataclass(kw_only=True)
+class MAPPOStats(A2CTrainingStats):
+    """What an update did; the names are those that CleanRL logs."""
+
+    approx_kl: float  # mean of (ratio - 1) - log(ratio) over the last epoch
+    clip_frac: float  # share of agent-steps whose ratio lay outside the clipping range
+    explained_variance: float  # of the returns, by the critic before the update
+
+
+class LinearDecay(LRSchedulerFactory):
+    """Learning rate falling linearly from its initial value to a fraction of it; never below.
+
+    Args:
+        updates: over how many updates.
+        final: the fraction at the end.
+    """
+
+    def __init__(self, updates: int, final: float) -> None:
+        self.updates = updates
+        self.final = final
+
+    def create_scheduler(self, optim: Optimizer) -> LambdaLR:
+        """One step per update."""
+        return LambdaLR(optim, lambda done: 1 - (1 - self.final) * min(1.0, done / max(1, self.updates - 1)))
+
+
+class MAPPO(PPO):
+    """Multi-agent PPO with parameters shared by all tokens.
+
+    Args:
+        actor: decides from a token alone.
+        critic: values a token given the class token of its image; training only.
+        optim: of both networks together; None: Adam with `lr=1e-3, eps=1e-5`.
+        clip: range of the probability ratio, Eq. 3.
+        value_clip: range of the new value around the old one, Eq. 4; None: no clipping.
+        dual_clip: see `policy_loss`.
+        huber_delta: see `value_loss`.
+        value_norm: whether the critic learns returns of running zero mean and unit variance.
+        advantage_normalization: whether advantages are standardised in every minibatch.
+        recompute_advantage: whether values and advantages are computed anew before every epoch after the first.
+        vf_coef: weight of the value loss.
+        ent_coef: weight of the entropy bonus.
+        max_grad_norm: of the joint gradient; None: no clipping.
+        gae_lambda: lambda of the advantage estimate.
+        gamma: discount. Games are short, 1 is right.
+        max_batchsize: rows per critic pass outside of training.
+        return_scaling: not supported, `value_norm` is what it is for.
+        generator: of the minibatches; a CPU generator. None: seeded with 0.
+
+    Raises:
+        ValueError: for `return_scaling=True`, or a `dual_clip` of 1 or less.
+    """
+
+    def __init__(
+        self,
+        *,
+        actor: TokenActor,
+        critic: TokenCritic,
+        optim: OptimizerFactory | None = None,
+        clip: float = 0.2,
+        value_clip: float | None = 0.2,
+        dual_clip: float | None = None,
+        huber_delta: float | None = None,
+        value_norm: bool = False,
+        advantage_normalization: bool = True,
+        recompute_advantage: bool = False,
+        vf_coef: float = 0.5,
+        ent_coef: float = 0.0,
+        max_grad_norm: float | None = 0.5,
+        gae_lambda: float = 0.95,
+        gamma: float = 1.0,
+        max_batchsize: int = 16384,
+        return_scaling: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if return_scaling:
+            raise ValueError("return_scaling: expected False, got True; use value_norm=True to normalise returns")
+        if dual_clip is not None and dual_clip <= 1:
+            raise ValueError(f"dual_clip: expected above 1 or None, got {dual_clip!r}")
+        super().__init__(
+            policy=DiscreteActorPolicy(actor=cast(Any, _ActorOnRows(actor)), action_space=Discrete(2)),
+            critic=critic,
+            optim=AdamOptimizerFactory(lr=1e-3, eps=1e-5) if optim is None else optim,
+            eps_clip=clip,
+            dual_clip=dual_clip,
+            value_clip=value_clip is not None,
+            advantage_normalization=advantage_normalization,
+            recompute_advantage=recompute_advantage,
+            vf_coef=vf_coef,
+            ent_coef=ent_coef,
+            max_grad_norm=max_grad_norm,
+            gae_lambda=gae_lambda,
+            max_batchsize=max_batchsize,
+            gamma=gamma,
+        )
+        self.actor = actor
+        self.value_eps = value_clip
+        self.huber_delta = huber_delta
+        self.value_norm = ValueNorm() if value_norm else None
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+
+    def _preprocess_batch(
+        self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: np.ndarray
+    ) -> LogpOldProtocol:
+        """Add values, returns and advantages; the log-probabilities of the rollout are reused as they are."""
+        self._buffer, self._indices = buffer, indices
+        return cast(LogpOldProtocol, self._add_returns_and_advantages(batch, buffer, indices))
+
+    @torch.no_grad()
+    def _add_returns_and_advantages(
+        self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: np.ndarray
+    ) -> BatchWithAdvantagesProtocol:
+        """GAE on the dense table; `v_s` and `returns` are in the critic's (maybe normalised) units."""
+        assert isinstance(buffer, GameBuffer)
+        games = buffer.trajectory
+        out = cast(Any, batch)
+        out.v_s = self._values(games)
+        value = out.v_s if self.value_norm is None else self.value_norm.denormalize(out.v_s)
+        table = generalized_advantage(
+            games.reward, games.dense(value), games.alive, games.terminated, self.gamma, self.gae_lambda
+        )
+        out.adv = games.flat(table)
+        returns = out.adv + value
+        self._explained = float(1 - (returns - value).var() / returns.var().clamp(min=1e-12))
+        if self.value_norm is not None:
+            self.value_norm.update(returns)
+            returns = self.value_norm.normalize(returns)
+        out.returns = returns
+        return cast(BatchWithAdvantagesProtocol, batch)
+
+    def _values(self, games: Trajectory) -> Tensor:
+        """The critic on all live agent-steps, `[M]`."""
+        chunks = torch.arange(len(games), device=games.tokens.device).split(self.max_batchsize)
+        return torch.cat([self.critic(games.tokens[rows], games.cls, games.image[rows]) for rows in chunks])
+
+    def _update_with_batch(
+        self, batch: LogpOldProtocol, batch_size: int | None, repeat: int
+    ) -> MAPPOStats:
+        """`repeat` epochs of minibatches of `batch_size` agent-steps.
+
+        The loop is tianshou's; it is written anew because splitting a `Batch` copies every field, and stock PPO draws
+        an action in every forward pass and synchronises four times per minibatch.
+
+        Raises:
+            NumericalError: if a loss is not finite.
+        """
+        games = cast(GameBuffer, self._buffer).trajectory
+        logs: list[Tensor] = []
+        explained = self._explained
+        last_epoch = 0
+        for epoch in range(repeat):
+            last_epoch = len(logs)
+            if self.recompute_adv and epoch > 0:
+                self._add_returns_and_advantages(batch, self._buffer, self._indices)
+            for rows in self._minibatches(len(games), batch_size):
+                loss, log = self._loss(games, batch, rows.to(games.tokens.device))
+                self.optim.step(loss)
+                logs.append(log)
+        table = torch.stack(logs).cpu()
+        if not torch.isfinite(table).all():
+            bad = int((~torch.isfinite(table)).any(dim=1).sum())
+            raise NumericalError(
+                f"loss: expected finite numbers, got NaN or infinity in {bad} of {len(table)} minibatches; "
+                "training stops and the last checkpoint is kept (a smaller learning rate may help)"
+            )
+        loss, actor_loss, vf_loss, ent_loss, _, _ = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T)
+        approx_kl, clip_frac = table[last_epoch:, 4:].mean(0).tolist()
+        return MAPPOStats(
+            loss=loss,
+            actor_loss=actor_loss,
+            vf_loss=vf_loss,
+            ent_loss=ent_loss,
+            gradient_steps=len(table),
+            approx_kl=approx_kl,
+            clip_frac=clip_frac,
+            explained_variance=explained,
+        )
+
+    def _minibatches(self, length: int, size: int | None) -> Iterator[Tensor]:
+        """Random rows in groups of `size`; a remainder joins the last group, as `Batch.split(merge_last=True)` does."""
+        order = torch.randperm(length, generator=self.generator)
+        count = 1 if size is None else max(1, length // size)
+        starts = [index * (size or 0) for index in range(count)]
+        for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            yield order[start:stop]
+
+    def _loss(self, games: Trajectory, batch: LogpOldProtocol, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Total loss on some rows, and detached `[6]`: total, policy, value, entropy, approximate KL, clipped share."""
+        fields = cast(Any, batch)
+        advantage = fields.adv[rows]
+        if self.advantage_normalization:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + self._eps)
+        tokens = games.tokens[rows]
+        logit = self.actor.keep_logit(tokens)
+        log_ratio = keep_log_prob(logit, games.keep[rows]) - games.log_prob[rows]
+        ratio = log_ratio.exp()
+        actor_loss = policy_loss(ratio, advantage, self.eps_clip, self.dual_clip)
+        value = self.critic(tokens, games.cls, games.image[rows])
+        vf_loss = value_loss(value, fields.v_s[rows], fields.returns[rows], self.value_eps, self.huber_delta)
+        entropy = keep_entropy(logit).mean()
+        loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
+        with torch.no_grad():
+            approx_kl = (ratio - 1 - log_ratio).mean()
+            clip_frac = ((ratio - 1).abs() > self.eps_clip).float().mean()
+            return loss, torch.stack([loss, actor_loss, vf_loss, entropy, approx_kl, clip_frac])
+
+
+class _ActorOnRows(nn.Module):
+    """A `TokenActor` as tianshou calls actors: `(obs, state, info) -> (logits, state)`, `obs.token` `[rows, D]`."""
+
+    def __init__(self, actor: TokenActor) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
+        return self.actor(obs.token), state

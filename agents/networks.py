@@ -1,0 +1,157 @@
+"""Actor and critic: small networks shared by all tokens.
+
+The actor sees its own token, the critic the token and the class token of its image (paper 000, section III-A). Both
+normalise their inputs, because the residual stream of a ViT grows from block to block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cost import mlp_macs
+
+HIDDEN_GAIN = 2**0.5
+ACTOR_GAIN = 0.01
+
+
+def light_sizes(embed_dim: int) -> tuple[int, ...]:
+    """Hidden widths of an actor that costs about one per cent of the network it prunes."""
+    return (max(1, embed_dim // 2),)
+
+
+def paper_sizes(embed_dim: int) -> tuple[int, ...]:
+    """Hidden widths that paper 000 prints for DeiT: the actor alone then costs 13 % of DeiT-S at three sites."""
+    return (4 * embed_dim, 256, 64)
+
+
+class TokenActor(nn.Module):
+    """Token features to two logits, index 1 = keep.
+
+    Starts close to a constant policy (last layer of gain 0.01) that keeps more than it prunes: at 0.5 most tokens
+    would be gone at the last site before anything is learnt.
+
+    Args:
+        embed_dim: D.
+        hidden: widths of the hidden layers; None: `light_sizes`.
+        keep_bias: logit difference at the start, 1 means keeping 73 %.
+        generator: of the initial weights; None: always the same ones.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden: Sequence[int] | None = None,
+        keep_bias: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.hidden = light_sizes(embed_dim) if hidden is None else tuple(hidden)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.layers = _chain((embed_dim, *self.hidden, 2), ACTOR_GAIN, _own(generator))
+        with torch.no_grad():
+            self._last.bias.copy_(torch.tensor([0.0, keep_bias]))
+
+    @property
+    def macs_per_token(self) -> int:
+        """What one decision costs, in MACs."""
+        return mlp_macs((self.embed_dim, *self.hidden, 2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[rows, D]` to logits `[rows, 2]`."""
+        return self.layers(self.norm(tokens))
+
+    def keep_logit(self, tokens: Tensor) -> Tensor:
+        """Log-odds of keeping each token, `[rows, D]` to `[rows]`."""
+        logits = self(tokens)
+        return logits[:, 1] - logits[:, 0]
+
+    @property
+    def _last(self) -> nn.Linear:
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+
+class TokenCritic(nn.Module):
+    """Token and class token to a value.
+
+    The first layer on their concatenation is written as the sum of a token part and a class-token part; the second is
+    computed once per image and gathered, not once per token.
+
+    Args:
+        embed_dim: D.
+        hidden: widths of the hidden layers, at least one; None: `paper_sizes` (the critic is not deployed).
+        generator: of the initial weights; None: always the same ones.
+    """
+
+    def __init__(
+        self, embed_dim: int, hidden: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.hidden = paper_sizes(embed_dim) if hidden is None else tuple(hidden)
+        if not self.hidden:
+            raise ValueError("hidden: expected at least one width for the critic, got none")
+        generator = _own(generator)
+        self.norm_token = nn.LayerNorm(embed_dim)
+        self.norm_image = nn.LayerNorm(embed_dim)
+        first = _linear(2 * embed_dim, self.hidden[0], HIDDEN_GAIN, generator)
+        self.token = nn.utils.skip_init(nn.Linear, embed_dim, self.hidden[0])
+        self.image = nn.utils.skip_init(nn.Linear, embed_dim, self.hidden[0], bias=False)
+        with torch.no_grad():
+            self.token.weight.copy_(first.weight[:, :embed_dim])
+            self.token.bias.copy_(first.bias)
+            self.image.weight.copy_(first.weight[:, embed_dim:])
+        self.layers = _chain((*self.hidden, 1), 1.0, generator)
+
+    def forward(self, tokens: Tensor, cls: Tensor, image: Tensor) -> Tensor:
+        """Values of tokens.
+
+        Args:
+            tokens: `[rows, D]`.
+            cls: `[G, D]`, class tokens.
+            image: `[rows]` int64, the class token that belongs to each row.
+
+        Returns:
+            `[rows]`.
+        """
+        per_image = self.image(self.norm_image(cls)).index_select(0, image)
+        return self.layers(F.relu(self.token(self.norm_token(tokens)) + per_image)).squeeze(1)
+
+
+def keep_log_prob(logit: Tensor, keep: Tensor) -> Tensor:
+    """Log-probability of the actions `keep` (bool) given the log-odds of keeping."""
+    return F.logsigmoid(torch.where(keep, logit, -logit))
+
+
+def keep_entropy(logit: Tensor) -> Tensor:
+    """Entropy of keep-or-prune in nats, given the log-odds of keeping."""
+    return F.softplus(logit) - logit * logit.sigmoid()
+
+
+def _own(generator: torch.Generator | None) -> torch.Generator:
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with orthogonal weights and no bias, made without touching the global random stream."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _chain(sizes: Sequence[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        is_last = index == len(sizes) - 2
+        layers.append(_linear(inputs, outputs, last_gain if is_last else HIDDEN_GAIN, generator))
+        if not is_last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)

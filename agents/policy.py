@@ -1,0 +1,90 @@
+"""The learnt policy, as deployed (greedy) and as it explores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..policy import BasePolicy
+from ..types import Decision, Observation, Site
+from .networks import TokenActor, keep_log_prob
+
+
+class TokenPolicy(BasePolicy, nn.Module):
+    """Keeps the tokens whose log-odds of being kept exceed a threshold; deterministic.
+
+    Args:
+        actor: the network that decides.
+        threshold: in logits; 0 is the most probable action, calibration moves it to meet a budget.
+        sites: where the actor was trained to act; None: the backbone's own.
+        info: what is worth knowing about its origin (backbone, budget, seed); JSON values.
+    """
+
+    def __init__(
+        self,
+        actor: TokenActor,
+        threshold: float = 0.0,
+        sites: Sequence[int | str | Site] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.actor = actor
+        self.threshold = float(threshold)
+        self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
+        self.info = dict(info or {})
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Where it was trained to act."""
+        return self.sites
+
+    @torch.no_grad()
+    def decide(self, obs: Observation) -> Decision:
+        """Compare every alive token with the threshold."""
+        keep = self.actor.keep_logit(obs.tokens) > self.threshold
+        return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+
+    def extra_repr(self) -> str:
+        """Threshold and sites."""
+        sites = None if self.sites is None else [site.label for site in self.sites]
+        return f"threshold={self.threshold:.4g}, sites={sites}"
+
+
+class ExploringPolicy(BasePolicy):
+    """Samples every decision and remembers how probable it was, for training.
+
+    Attributes:
+        actions: one `[sum n_i]` bool per step of the current games, True = keep.
+        log_probs: one `[sum n_i]` float per step, log-probability of the actions.
+
+    Args:
+        actor: the network that decides.
+        generator: a CPU generator, so that the random stream is the same on every device.
+    """
+
+    def __init__(self, actor: TokenActor, generator: torch.Generator) -> None:
+        self.actor = actor
+        self.generator = generator
+        self.actions: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+
+    def reset(self, batch_size: int, num_agents: int) -> None:
+        """Forget the last games."""
+        self.actions, self.log_probs = [], []
+
+    @torch.no_grad()
+    def decide(self, obs: Observation) -> Decision:
+        """Draw keep or prune for every alive token."""
+        logit = self.actor.keep_logit(obs.tokens)
+        noise = torch.rand(len(logit), generator=self.generator).to(logit.device)
+        keep = noise < logit.sigmoid()
+        self.actions.append(keep)
+        self.log_probs.append(keep_log_prob(logit, keep))
+        return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+
+
+def decision_macs(actor: TokenActor, obs: Observation) -> Tensor:
+    """MACs per image of letting the actor look at every alive token, `[B]` float64."""
+    return obs.num_alive.double() * actor.macs_per_token

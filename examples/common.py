@@ -1,0 +1,156 @@
+"""What the examples share: flags, the comparison at equal GMACs, timing, tables, summary files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import tyro
+from torch import Tensor
+
+from vitprune_env import Backbone, Policy, TokenGame, play
+from vitprune_env.baselines import calibrate
+from vitprune_env.rollout import Evaluation, evaluate
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class CommonArgs:
+    """Flags that every example has."""
+
+    seed: int = 0
+    """Seed of everything random: data, initial weights, exploration."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1, ..."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/latest")
+    """Folder for results; made if it does not exist."""
+    resume: bool = False
+    """Go on from what lies in the output folder; on an empty folder this starts fresh."""
+    quick: bool = False
+    """A small run that shows that everything works; its numbers mean nothing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison."""
+
+    name: str
+    accuracy: float  # 0 to 1
+    stderr: float  # of the accuracy
+    gmacs: float  # mean per image, policy included
+    policy_gmacs: float  # the policy's and its evidence's part
+    keep_per_site: tuple[float, ...]
+    speedup: float | None = None  # throughput over the dense model's, measured
+
+    @classmethod
+    def of(cls, name: str, result: Evaluation, speedup: float | None = None) -> Row:
+        """The row of one evaluated policy."""
+        return cls(name, result.accuracy, result.stderr, result.gmacs, result.policy_macs / 1e9,
+                   result.keep_per_site, speedup)  # fmt: skip
+
+    @classmethod
+    def mean(cls, name: str, rows: Sequence[Row]) -> Row:
+        """The average of several rows, with the spread of their accuracies as the error."""
+        accuracies = [row.accuracy for row in rows]
+        spread = statistics.stdev(accuracies) / len(rows) ** 0.5 if len(rows) > 1 else rows[0].stderr
+        sites = zip(*(row.keep_per_site for row in rows), strict=True)
+        return cls(
+            name,
+            statistics.mean(accuracies),
+            spread,
+            statistics.mean(row.gmacs for row in rows),
+            statistics.mean(row.policy_gmacs for row in rows),
+            tuple(statistics.mean(site) for site in sites),
+        )
+
+
+def table(rows: Sequence[Row], dense_gmacs: float) -> str:
+    """The comparison as a markdown table."""
+    lines = [
+        "| policy | accuracy % | GMACs | of dense % | without policy % | kept per site % | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kept = " / ".join(f"{100 * rate:.0f}" for rate in row.keep_per_site)
+        speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
+        net = 100 * (row.gmacs - row.policy_gmacs) / dense_gmacs
+        lines.append(
+            f"| {row.name} | {100 * row.accuracy:.1f} ± {100 * row.stderr:.1f} | {row.gmacs:.5f} "
+            f"| {100 * row.gmacs / dense_gmacs:.1f} | {net:.1f} | {kept} | {speedup} |"
+        )
+    return "\n".join(lines)
+
+
+def at_budget(
+    name: str, make: Callable[[float], Policy], target_gmacs: float, backbone: Backbone, tune: Batches, test: Batches
+) -> tuple[Row, Policy]:
+    """Calibrate a baseline to a budget on `tune` and evaluate it on `test`, at the backbone's own sites."""
+    sites = backbone.default_sites
+    policy = calibrate(make, target_gmacs, backbone, tune, sites=sites)
+    game = TokenGame.for_policy(backbone, policy, sites=sites)
+    return Row.of(name, evaluate(game, policy, test)), policy
+
+
+def batches_of(dataset: Any, size: int, device: str) -> Batches:
+    """A labelled data set as a list of batches on a device."""
+    ranges = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    pairs = [dataset.batch(list(indices)) for indices in ranges]
+    return [(images.to(device), labels.to(device)) for images, labels in pairs]
+
+
+@torch.inference_mode()
+def measure_speedup(backbone: Backbone, policy: Policy, images: Tensor, pairs: int) -> float:
+    """How many times faster the pruned model is than the plain timm model, on the same images.
+
+    Both run in turn in one process; the answer is the median over the pairs.
+    """
+    game = TokenGame.for_policy(backbone, policy, sites=backbone.default_sites, check=False)
+
+    def seconds(run: Callable[[], object]) -> float:
+        _synchronise(images.device)
+        start = time.perf_counter()
+        run()
+        _synchronise(images.device)
+        return time.perf_counter() - start
+
+    ratios = []
+    for warm_up in [True] * 2 + [False] * pairs:
+        ratio = seconds(lambda: backbone(images)) / seconds(lambda: play(game, policy, images))
+        if not warm_up:
+            ratios.append(ratio)
+    return statistics.median(ratios)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("vitprune_env", "torch", "timm", "tianshou", "pettingzoo", "gymnasium", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that readers never see half of it."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+    os.replace(scratch, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return asdict(cast(Any, value))

@@ -1,0 +1,165 @@
+"""Train the token-pruning policy (MAPPO, paper 000) and compare it with what it has to beat, at equal GMACs.
+
+    python examples/train_mappo.py                        # 35 % of the dense model's MACs, about three minutes
+    python examples/train_mappo.py --target-share 0.25    # a tighter budget
+    python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
+
+Real handwritten digits on cluttered canvases, a small ViT that ships with the package, no downloads. The output folder
+holds summary.json, table.md, figures, TensorBoard logs and the policy, which examples/evaluate.py reloads.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, table, versions, write_json
+from matplotlib.figure import Figure
+
+from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, load_backbone, play
+from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResult, calibrate_threshold, train
+from vitprune_env.agents.config import PRESETS
+from vitprune_env.baselines import EViT, RandomDrop
+from vitprune_env.data import Digits
+from vitprune_env.render import learning_curve_figure, tokens_figure
+
+TUNE_SEED = 1_000_003  # scenes that baselines are calibrated on: training digits, other compositions
+TEST_SEED = 2_000_003
+
+
+@dataclass(frozen=True)
+class Args(TrainConfig, CommonArgs):
+    """Everything that a run depends on."""
+
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
+    """Folder for results; made if it does not exist."""
+    preset: Literal["default", "rl4evit"] = "default"
+    """Where the other settings start from; flags given beside it win."""
+    split: Literal["validation", "test"] = "test"
+    """Held-out digits to report on; choose settings on validation only."""
+    test_images: int = 2000
+    """Held-out images to report on."""
+    untrained_actors: int = 5
+    """Untrained actors to average for the control row."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the training proper."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
+
+
+def parse(argv: list[str]) -> Args:
+    """Read the command line; `--preset` decides the defaults of all other flags."""
+    names = [option.split("=", 1)[-1] for option in argv if option.startswith("--preset=")]
+    names += [after for option, after in zip(argv, argv[1:], strict=False) if option == "--preset"]
+    preset = PRESETS.get(names[-1] if names else "default", TrainConfig())
+    args = tyro.cli(Args, args=argv, default=Args(**vars(preset)), description=__doc__)
+    if args.quick:
+        small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128, "checkpoint_every": 2}
+        args = replace(args, **small, epochs=min(args.epochs, 2), test_images=200, untrained_actors=2)
+    return args
+
+
+def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, test: Batches) -> list[Row]:
+    """Dense, random, untrained, EViT and MAPPO at MAPPO's measured GMACs."""
+    sites = backbone.default_sites if policy.sites is None else policy.sites
+    game = TokenGame(backbone, sites)
+    learned = Row.of("MAPPO", evaluate(game, policy, test))
+    dense = Row.of("dense", evaluate(game, KeepAll(), test))
+    budget = learned.gmacs
+    random, random_policy = at_budget("random", lambda rate: RandomDrop(rate, args.seed), budget, backbone, tune, test)
+    evit, evit_policy = at_budget("EViT", EViT, budget, backbone, tune, test)
+    untrained = []
+    for index in range(args.untrained_actors):
+        generator = torch.Generator().manual_seed(args.seed + index)
+        actor = TokenActor(backbone.embed_dim, policy.actor.hidden, generator=generator).to(args.device)
+        control = calibrate_threshold(game, TokenPolicy(actor), [images for images, _ in tune], budget * 1e9)
+        untrained.append(Row.of("untrained actor", evaluate(game, control, test)))
+    control_row = Row.mean(f"untrained actor (mean of {len(untrained)})", untrained)
+    images = torch.cat([images for images, _ in test])[: 16 if args.quick else 256]
+    pairs = 3 if args.quick else 15
+
+    def timed(row: Row, policy: Policy) -> Row:
+        return replace(row, speedup=measure_speedup(backbone, policy, images, pairs))
+
+    return [
+        replace(dense, speedup=1.0),
+        timed(random, random_policy),
+        control_row,
+        timed(evit, evit_policy),
+        timed(learned, policy),
+    ]
+
+
+def token_figure(backbone: Backbone, policy: TokenPolicy, batches: Batches) -> Figure:
+    """Eight images and what is left of them after each site."""
+    images, labels = batches[0][0][:8], batches[0][1][:8]
+    game = TokenGame.for_policy(backbone, policy)
+    episode = play(game, policy, images, labels)
+    predicted = episode.outcome.logits.argmax(dim=1)
+    captions = [f"{int(label)} read as {int(guess)}" for label, guess in zip(labels, predicted, strict=True)]
+    sites = [site.label for site in game.sites]
+    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions)
+
+
+def draw(args: Args, backbone: Backbone, result: TrainResult, dense: Row, test: Batches) -> None:
+    """The figures: what is pruned where on eight images, and how learning went."""
+    token_figure(backbone, result.policy, test).savefig(args.output / "tokens.png", dpi=150)
+    target = result.target_macs / (dense.gmacs * 1e9)
+    updates, accuracy, share = ([row[name] for row in result.history] for name in ("update", "accuracy", "share"))
+    curve = learning_curve_figure(updates, accuracy, share, references={"dense": dense.accuracy}, budget=target)
+    curve.savefig(args.output / "learning_curve.png", dpi=150)
+
+
+def summarise(args: Args, rows: list[Row], result: TrainResult, seconds: float) -> dict[str, object]:
+    """What other programs read: summary.json."""
+    dense, random, untrained, evit, learned = rows
+    return {
+        "dense_accuracy": dense.accuracy,
+        "accuracy": learned.accuracy,
+        "random_accuracy": random.accuracy,
+        "untrained_accuracy": untrained.accuracy,
+        "evit_accuracy": evit.accuracy,
+        "dense_gmacs": dense.gmacs,
+        "gmacs": learned.gmacs,
+        "policy_gmacs": learned.policy_gmacs,
+        "target_gmacs": result.target_macs / 1e9,
+        "mac_ratio": learned.gmacs / dense.gmacs,
+        "keep_per_site": learned.keep_per_site,
+        "speedup": learned.speedup,
+        "wall_seconds": seconds,
+        "seed": args.seed,
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+        "settings": {name: str(value) for name, value in vars(args).items()},
+    }
+
+
+def main() -> None:
+    """Train, compare, draw."""
+    start = time.perf_counter()
+    args = parse(sys.argv[1:])
+    args.output.mkdir(parents=True, exist_ok=True)
+    backbone = load_backbone("vit_digits").to(args.device)
+    training = Digits("train", size=max(args.cache_images, args.calibration_images), seed=args.seed)
+    result = train(
+        backbone, training, args.config, output=args.output, device=args.device, resume=args.resume, progress=True
+    )
+    tune = batches_of(Digits("train", size=256, seed=TUNE_SEED), 256, args.device)
+    test = batches_of(Digits(args.split, size=args.test_images, seed=TEST_SEED), 250, args.device)
+    rows = compare(args, backbone, result.policy, tune, test)
+    draw(args, backbone, result, rows[0], test)
+    text = table(rows, dense_gmacs=rows[0].gmacs)
+    (args.output / "table.md").write_text(text + "\n")
+    seconds = time.perf_counter() - start
+    write_json(args.output / "summary.json", summarise(args, rows, result, seconds))
+    print(f"\n{text}\n\n{seconds:.0f} s; figures, logs, policy and summary.json are in {args.output}/")
+
+
+if __name__ == "__main__":
+    main()

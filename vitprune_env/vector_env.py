@@ -1,0 +1,270 @@
+"""The game for B images at once, tensors in and tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, MultiBinary
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from vitprune_env.game import TokenGame
+from vitprune_env.types import Decision, Observation, Outcome
+
+DEFAULT_NUM_ENVS = 32  # images of a batch drawn from a map-style dataset
+
+VectorStep = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
+
+
+class ImageDataset(Protocol):
+    """Any map-style dataset of `(image [C, H, W] float, label)` pairs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def fetch(dataset: ImageDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Items of a dataset as images `[B, C, H, W]` and labels `[B]` int64.
+
+    Uses the dataset's own `batch(indices)` where it has one.
+
+    Raises:
+        ValueError: for an index outside the dataset.
+        TypeError: for an item that is not a tensor with a label.
+    """
+    size = len(dataset)
+    for index in indices:
+        if not 0 <= index < size:
+            raise ValueError(f"index: expected 0 to {size - 1}, got {index}")
+    batch = getattr(dataset, "batch", None)
+    if batch is not None:
+        images, labels = batch(indices)
+        return images, labels
+    items = [dataset[index] for index in indices]
+    for item in items:
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Tensor):
+            raise TypeError(f"dataset: expected items (tensor [C, H, W], label), got {type(item).__name__}")
+    return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
+
+
+class TokenVectorEnv:
+    """B games at once, one image each; every patch token of every image is an agent, 0 = prune, 1 = keep.
+
+    Names follow Gymnasium's `VectorEnv`; the contract differs in that each of the `num_envs` games has N agents, so
+    rewards, terminations and truncations are `[B, N]`. The game is that of `parallel_env(on_prune="noop")`.
+
+    | | |
+    |---|---|
+    | Observation | `[B, N, D]` the tokens' features at the site; zeros for the pruned, and once the game is over |
+    | Action | `[B, N]` bool or int: 0 = prune, 1 = keep; ignored for pruned tokens |
+    | Reward | `[B, N]`, the game's `RewardFn`; everything that depends on the predicted class in the last step |
+    | Termination | `[B, N]`, all at once after T steps; nothing is ever truncated |
+    | Info | `alive` `[B, N]`; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]` |
+
+    All games last T steps, so nothing resets by itself (`AutoresetMode.DISABLED`): `reset()` draws the next batch.
+
+    Example:
+        >>> venv = TokenVectorEnv(TokenGame(load_backbone()), Digits("train", size=512), num_envs=16, seed=0)
+        >>> obs, infos = venv.reset()
+        >>> for _ in range(venv.num_steps):
+        ...     actions = torch.rand(obs.shape[:2]) < 0.7
+        ...     obs, rewards, terminations, truncations, infos = venv.step(actions)
+        >>> accuracy = infos["correct"].float().mean()
+
+    Args:
+        game: the rules; nobody else should play it meanwhile. Tensors live where its backbone is.
+        data: a map-style dataset of `(image, label)` pairs, with or without `batch(indices)`, or an iterable of
+            `(images, labels)` batches such as a DataLoader (a list counts as batches). A dataset is gone through in
+            random order, epoch by epoch; batches are taken as they come and cut to `num_envs`, and nothing is skipped.
+        num_envs: B; None: the size of the first batch of an iterable, 32 for a dataset.
+        seed: of the environment's own random stream; None: unpredictable. The global one is left alone.
+
+    Raises:
+        ValueError: for an empty dataset or `num_envs` below 1.
+    """
+
+    metadata = {"name": "token_pruning_v0", "autoreset_mode": AutoresetMode.DISABLED, "render_modes": ()}
+    render_mode: str | None = None
+
+    def __init__(
+        self,
+        game: TokenGame,
+        data: ImageDataset | Iterable[tuple[Tensor, Tensor]],
+        num_envs: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if num_envs is not None and num_envs < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
+        self.game = game
+        self.data = data
+        self.np_random = np.random.default_rng(seed)
+        self._source = _source(data)
+        self.num_envs = num_envs or self._source.natural_size(self.np_random)
+        self._alive = torch.zeros(self.num_envs, game.num_agents, dtype=torch.bool)
+        self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
+        self.single_action_space = MultiBinary(game.num_agents)
+
+    @cached_property
+    def observation_space(self) -> Box:
+        """The observations of all games, `[B, N, D]`; made when asked for, since its bounds are as large."""
+        return Box(-np.inf, np.inf, (self.num_envs, *self.single_observation_space.shape), np.float32)
+
+    @cached_property
+    def action_space(self) -> MultiBinary:
+        """The actions of all games, `[B, N]`."""
+        return MultiBinary([self.num_envs, self.game.num_agents])
+
+    @property
+    def num_steps(self) -> int:
+        """T, how many steps every game lasts."""
+        return self.game.num_steps
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Begin games with the next batch.
+
+        Args:
+            seed: begin the random stream and the data anew; None: go on.
+            options: `{"indices": [B]}` plays these items of a map-style dataset instead.
+
+        Returns:
+            Observations `[B, N, D]`, and infos with `alive` `[B, N]`.
+
+        Raises:
+            ValueError: for images or labels that do not fit the model, or indices that do not fit the dataset.
+        """
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+            self._source.restart(self.np_random)
+        indices = (options or {}).get("indices")
+        images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
+        device = next(self.game.backbone.parameters()).device
+        obs = self.game.reset(images.to(device), labels.to(device))
+        self._alive = obs.alive
+        return obs.dense(), {"alive": obs.alive}
+
+    def step(self, actions: Tensor | np.ndarray) -> VectorStep:
+        """Let all agents of all games decide.
+
+        Args:
+            actions: `[B, N]` bool or integer, 0 = prune, 1 = keep; those of pruned tokens are ignored.
+
+        Returns:
+            Observations `[B, N, D]`, rewards `[B, N]`, terminations `[B, N]`, truncations `[B, N]` and infos.
+
+        Raises:
+            ValueError: for actions of another shape, dtype or value.
+            RuntimeError: when the games are over, or none has begun.
+        """
+        keep = self._checked(torch.as_tensor(actions)).to(self._alive.device) & self._alive
+        obs, rewards, _, truncations, info = self.game.step(Decision(keep=keep))
+        assert rewards is not None  # every game has labels
+        self._alive = info["alive"]
+        infos: dict[str, Any] = {"alive": self._alive}
+        if obs is not None:
+            return obs.dense(), rewards, torch.zeros_like(truncations), truncations, infos
+        outcome = self.game.outcome()
+        infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
+        zeros = rewards.new_zeros(*self._alive.shape, self.game.backbone.embed_dim)
+        return zeros, rewards, torch.ones_like(truncations), truncations, infos
+
+    def observation(self) -> Observation:
+        """The game's own observation, packed: what a `Policy` decides on."""
+        return self.game.observation()
+
+    def outcome(self) -> Outcome:
+        """How the games ended; a `RuntimeError` before the end."""
+        return self.game.outcome()
+
+    def close(self) -> None:
+        """Nothing to release; for those who call it."""
+
+    def _pick(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not isinstance(self._source, _Indexed) or len(indices) != self.num_envs:
+            wanted = f"{self.num_envs} items of a map-style dataset"
+            raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
+        return fetch(self._source.dataset, indices)
+
+    def _checked(self, actions: Tensor) -> Tensor:
+        """Actions as bool, if they are what they should be."""
+        shape = (self.num_envs, self.game.num_agents)
+        if tuple(actions.shape) != shape or actions.is_floating_point() or actions.is_complex():
+            got = f"{actions.dtype} of shape {tuple(actions.shape)}"
+            raise ValueError(f"actions: expected bool or integers of shape [B, N] = {shape}, got {got}")
+        chosen = actions.bool()
+        if self.game.check and not torch.equal(chosen.to(actions.dtype), actions):
+            got = f"{int(actions.min())} to {int(actions.max())}"
+            raise ValueError(f"actions: expected 0 (prune) or 1 (keep), got {got}")
+        return chosen
+
+
+class _Indexed:
+    """A map-style dataset, gone through in random order, epoch by epoch."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        if not len(dataset):
+            raise ValueError("data: expected at least one image, got an empty dataset")
+        self.dataset = dataset
+        self._waiting = np.arange(0)
+
+    def natural_size(self, _: np.random.Generator) -> int:
+        return DEFAULT_NUM_ENVS
+
+    def restart(self, _: np.random.Generator) -> None:
+        self._waiting = np.arange(0)
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        while len(self._waiting) < count:
+            self._waiting = np.concatenate([self._waiting, rng.permutation(len(self.dataset))])
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return fetch(self.dataset, taken.tolist())
+
+
+class _Batches:
+    """An iterable of batches, begun anew when it ends; what one draw leaves of a batch goes to the next."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+        self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def natural_size(self, rng: np.random.Generator) -> int:
+        self._waiting = [self._next(rng)]
+        return len(self._waiting[0][1])
+
+    def restart(self, rng: np.random.Generator) -> None:
+        self._stream, self._waiting = iter(()), []
+        generator = getattr(self.batches, "generator", None)  # a DataLoader's own, which shuffles
+        if generator is not None:
+            generator.manual_seed(int(rng.integers(2**63)))
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        while sum(len(labels) for _, labels in self._waiting) < count:
+            self._waiting.append(self._next(rng))
+        images, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = [(images[count:], labels[count:])]
+        return images[:count], labels[:count]
+
+    def _next(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        # A DataLoader without a generator shuffles and augments with the global random state: lend it one of ours.
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(int(rng.integers(2**63)))
+            batch = next(self._stream, None)
+            if batch is None:
+                self._stream = iter(self.batches)
+                batch = next(self._stream, None)
+        if batch is None or not len(batch[1]):
+            raise ValueError("data: expected at least one batch of (images, labels), got an empty dataset")
+        return batch[0], batch[1]
+
+
+def _source(data: ImageDataset | Iterable[tuple[Tensor, Tensor]]) -> _Indexed | _Batches:
+    # torch gives every dataset a __getitem__, iterable ones too.
+    if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, IterableDataset)):
+        return _Indexed(cast(ImageDataset, data))
+    return _Batches(cast(Iterable[tuple[Tensor, Tensor]], data))
