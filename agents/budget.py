@@ -1,12 +1,9 @@
-"""From a budget to a policy that meets it: the target, the price that leads there, and the threshold at the end."""
+"""From a budget to a policy that meets it: the target, its way there, and the threshold at the end."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import exp
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,17 +11,13 @@ from torch import Tensor
 from ..cost import CostModel
 from ..errors import BudgetError
 from ..game import TokenGame
-from ..reward import PaperReward, RewardFn, SharedOutcome
 from ..rollout import play
 from ..tokens import TokenState
 from ..types import Site
 from .policy import TokenPolicy
 
 MIN_CALIBRATION_STEPS = 20
-
-
-class CollapseWarning(UserWarning):
-    """Play has settled where nothing can be learnt: every token pruned, or every token kept."""
+LOGIT_RANGE = 40.0  # thresholds beyond it keep or prune everything
 
 
 @dataclass(frozen=True)
@@ -105,149 +98,6 @@ def annealed(update: int, updates: int, target: float, start: float, part: float
     return target + max(0.0, start - target) * (1 - progress)
 
 
-class RewardSchedule(Protocol):
-    """Chooses the reward of every update so that play moves to a target."""
-
-    def reward(self, target: float) -> RewardFn:
-        """The reward for an update whose target is `target` (share of dense MACs)."""
-        ...
-
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Learn how the update's games came out: share of dense MACs and accuracy."""
-        ...
-
-    @property
-    def price(self) -> float:
-        """What a kept token is charged, for the log."""
-        ...
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint has to hold."""
-        ...
-
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from a checkpoint."""
-        ...
-
-
-class DualPrice:
-    """Dual ascent on the price of `SharedOutcome`: dearer while play costs more than the target, cheaper below.
-
-    The step is relative, so that the price stays positive and the rate does not depend on its scale.
-
-    Args:
-        reward: its price is where to start.
-        rate: relative change per relative excess of the MACs.
-    """
-
-    def __init__(self, reward: SharedOutcome, rate: float) -> None:
-        self._reward = reward
-        self._rate = rate
-        self._price = reward.price
-
-    def reward(self, target: float) -> RewardFn:
-        """The reward at the current price."""
-        return replace(self._reward, price=self._price)
-
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Move the price."""
-        self._price *= exp(self._rate * (share / target - 1))
-
-    @property
-    def price(self) -> float:
-        """Price of carrying a token through the whole network."""
-        return self._price
-
-    def state(self) -> dict[str, float]:
-        """The price."""
-        return {"price": self._price}
-
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Take the price."""
-        self._price = state["price"]
-
-
-class FedForwardKeepCost:
-    """`keep_cost` of `PaperReward` at which play settles at the target, from its equilibrium.
-
-    Kept fraction = accuracy * outcome_bonus / keep_cost at every site, so
-    `keep_cost = outcome_bonus * accuracy / fraction(target)`. A dual variable does not rescue play from the other,
-    empty equilibrium (accuracy falls with the tokens), an annealed target with the cost fed forward never got there.
-
-    Args:
-        reward: its `outcome_bonus` is kept.
-        cost: converts a target to the fraction of tokens kept at all sites.
-        accuracy: first guess.
-        smoothing: weight of the past in the running accuracy.
-    """
-
-    def __init__(self, reward: PaperReward, cost: PolicyCost, accuracy: float = 0.9, smoothing: float = 0.8) -> None:
-        self._reward = reward
-        self._cost = cost
-        self._accuracy = accuracy
-        self._smoothing = smoothing
-
-    def reward(self, target: float) -> RewardFn:
-        """The reward whose equilibrium costs the target."""
-        fraction = max(self._cost.fraction_for(target * self._cost.model.dense()), 1 / self._cost.model.num_patches)
-        self._reward = replace(self._reward, keep_cost=self._reward.outcome_bonus * self._accuracy / fraction)
-        return self._reward
-
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Update the running accuracy."""
-        self._accuracy = self._smoothing * self._accuracy + (1 - self._smoothing) * accuracy
-
-    @property
-    def price(self) -> float:
-        """The last `keep_cost`."""
-        return self._reward.keep_cost
-
-    def state(self) -> dict[str, float]:
-        """The running accuracy."""
-        return {"accuracy": self._accuracy}
-
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Take the running accuracy."""
-        self._accuracy = state["accuracy"]
-
-
-class CollapseDetector:
-    """Says so, once, when play has been stuck at an extreme for a while.
-
-    Args:
-        patience: updates in a row.
-    """
-
-    def __init__(self, patience: int = 5) -> None:
-        self.patience = patience
-        self.streak = 0
-
-    def observe(self, kept: float, target_fraction: float, accuracy: float) -> bool:
-        """Look at an update.
-
-        Args:
-            kept: share of the tokens left after the last site.
-            target_fraction: what the target would leave if all pruning happened at the first site.
-            accuracy: of the games played.
-
-        Returns:
-            Whether play is collapsed.
-        """
-        empty = kept < 0.1 * target_fraction
-        full = kept > 0.99 and target_fraction < 0.9
-        self.streak = self.streak + 1 if empty or full else 0
-        if self.streak == self.patience:
-            what = "pruned nearly every token" if empty else "kept every token"
-            remedy = "lower keep_cost or price, or anneal the target more slowly" if empty else "raise the price"
-            warnings.warn(
-                f"training collapsed: the agents have {what} for {self.patience} updates (accuracy {accuracy:.1%}, "
-                f"{kept:.1%} of the tokens left, target about {target_fraction:.1%}); {remedy}",
-                CollapseWarning,
-                stacklevel=2,
-            )
-        return self.streak >= self.patience
-
-
 def calibrate_threshold(
     game: TokenGame,
     policy: TokenPolicy,
@@ -280,7 +130,7 @@ def calibrate_threshold(
         macs = [play(game, candidate, batch).outcome.macs for batch in batches]
         return candidate, float(torch.cat(macs).mean())
 
-    low, high = -_LOGIT_RANGE, _LOGIT_RANGE
+    low, high = -LOGIT_RANGE, LOGIT_RANGE
     best, least = at(high)
     if least > target_macs:
         raise BudgetError(
@@ -295,6 +145,3 @@ def calibrate_threshold(
         else:
             high, best = middle, candidate
     return best
-
-
-_LOGIT_RANGE = 40.0

@@ -48,8 +48,6 @@ class GameCollector(BaseCollector[GameStats]):
         buffer: where the agent-steps go.
     """
 
-    buffer: GameBuffer
-
     def __init__(
         self,
         algorithm: Algorithm[Any, Any],
@@ -61,10 +59,11 @@ class GameCollector(BaseCollector[GameStats]):
         self.explorer = explorer
         self.game = game
         self.draw = draw
+        self.games = GameBuffer() if buffer is None else buffer
         super().__init__(
             algorithm,
             cast(BaseVectorEnv, _Board()),
-            GameBuffer() if buffer is None else buffer,
+            self.games,
             collect_stats_class=GameStats,
             raise_on_nan_in_buffer=False,
         )
@@ -78,7 +77,7 @@ class GameCollector(BaseCollector[GameStats]):
 
     def reset_buffer(self, keep_statistics: bool = False) -> None:
         """Forget the games played."""
-        self.buffer.reset(keep_statistics)
+        self.games.reset(keep_statistics)
 
     def _collect(
         self,
@@ -97,7 +96,7 @@ class GameCollector(BaseCollector[GameStats]):
             raise ValueError(f"n_episode: expected a number of images, got None and n_step={n_step}")
         images, labels = self.draw(n_episode)
         episode = play(self.game, self.explorer, images, labels, record=True)
-        self.buffer.store(Trajectory.of(episode, self.explorer.actions, self.explorer.log_probs))
+        self.games.store(Trajectory.of(episode, self.explorer.actions, self.explorer.log_probs))
         outcome = episode.outcome
         assert episode.reward is not None
         assert outcome.correct is not None

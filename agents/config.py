@@ -25,9 +25,9 @@ class TrainConfig:
     """What agents are paid: the image's outcome, shared, or paper 000's Eq. 2."""
     outcome: Literal["correct", "log_probability"] = "correct"
     """What counts as outcome: 1 for a correct class, or the clamped log-probability of the true class."""
-    price: float = 0.035
+    price: float = 0.01
     """Shared outcome: price at the start of carrying one token through the whole network."""
-    price_rate: float = 0.1
+    price_rate: float = 0.2
     """Shared outcome: relative change of the price per relative excess of MACs, each update."""
     outcome_bonus: float = 1.0
     """Paper's reward: weight of the outcome (beta); the cost of keeping (alpha) follows from the budget."""
@@ -38,11 +38,11 @@ class TrainConfig:
 
     # Networks
     paper_sizes: bool = False
-    """Whether the actor has the paper's hidden widths (4D, 256, 64) instead of (D / 2)."""
+    """Whether actor and critic have the paper's hidden widths (4D, 256, 64)."""
     actor_hidden: tuple[int, ...] = ()
-    """Hidden widths of the actor; empty: see paper_sizes."""
+    """Hidden widths of the actor; empty: (D / 2), or the paper's with paper_sizes."""
     critic_hidden: tuple[int, ...] = ()
-    """Hidden widths of the critic, which is not deployed; empty: the paper's (4D, 256, 64)."""
+    """Hidden widths of the critic, which is not deployed; empty: (64, 64), or the paper's with paper_sizes."""
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
 
@@ -136,12 +136,15 @@ def rl4evit(config: TrainConfig | None = None) -> TrainConfig:
 
     The paper's learning rate of 5e-5 (its code: 5e-6) is for epochs over ImageNet; in the hundred updates of a run that
     takes minutes the policy would not move, so that 1e-3, falling to 5 %, stands in its place. The cost of keeping
-    (alpha) is fed forward from the budget instead of being set by hand.
+    (alpha) is fed forward from the budget instead of being set by hand. Images per update and entropy bonus are those
+    of the authors' code.
     """
     return replace(
         TrainConfig() if config is None else config,
         reward="paper",
         paper_sizes=True,
+        updates=50,
+        images=64,
         epochs=15,
         minibatch=None,
         entropy=0.01,

@@ -66,7 +66,7 @@ class TrainingImages:
         if not size:
             raise ValueError("dataset: expected at least one image, got an empty dataset")
         order = torch.randperm(size, generator=generator)
-        self.chosen = order[:cached] if cached else torch.arange(size)
+        self.chosen = order[:cached] if cached else order
         self.states, self.labels = self._prepared() if cached else (None, None)
         self._queue = torch.empty(0, dtype=torch.int64)
 

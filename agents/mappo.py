@@ -207,9 +207,7 @@ class MAPPO(PPO):
         chunks = torch.arange(len(games), device=games.tokens.device).split(self.max_batchsize)
         return torch.cat([self.critic(games.tokens[rows], games.cls, games.image[rows]) for rows in chunks])
 
-    def _update_with_batch(
-        self, batch: LogpOldProtocol, batch_size: int | None, repeat: int
-    ) -> MAPPOStats:
+    def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> MAPPOStats:
         """`repeat` epochs of minibatches of `batch_size` agent-steps.
 
         The loop is tianshou's; it is written anew because splitting a `Batch` copies every field, and stock PPO draws

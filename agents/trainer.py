@@ -20,24 +20,16 @@ from ..errors import CheckpointError
 from ..game import TokenGame
 from ..reward import PaperReward, SharedOutcome, correct, log_probability
 from ..rollout import evaluate
-from .budget import (
-    CollapseDetector,
-    DualPrice,
-    FedForwardKeepCost,
-    PolicyCost,
-    RewardSchedule,
-    annealed,
-    calibrate_threshold,
-    target_macs,
-)
+from .budget import PolicyCost, annealed, calibrate_threshold, target_macs
 from .checkpoint import PathLike, load_state, save_policy, save_state
 from .collector import GameCollector
 from .config import TrainConfig
 from .images import BatchedDataset, TrainingImages
 from .mappo import MAPPO, LinearDecay
-from .networks import TokenActor, TokenCritic, light_sizes, paper_sizes
+from .networks import TokenActor, TokenCritic, paper_sizes
 from .policy import ExploringPolicy, TokenPolicy
 from .run_log import RunLog
+from .schedule import CollapseDetector, DualPrice, FedForwardKeepCost, RewardSchedule
 
 STATE_FILE = "training.safetensors"
 POLICY_FILE = "policy.safetensors"
@@ -110,14 +102,13 @@ class _Run:
         self.output = None if output is None else Path(output)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.actor, critic = make_networks(backbone.embed_dim, config, self.generator)
-        self.actor.to(device)
         self.game = TokenGame(backbone, config.sites or None)
         self.cost = PolicyCost(self.game.cost, self.game.sites, self.actor.macs_per_token)
         self.target = target_macs(self.cost, **config.budget)
         self.schedule = make_schedule(config, self.cost)
         self.collapse = CollapseDetector()
         self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device)
-        self.algorithm = make_algorithm(self.actor, critic.to(device), config, self.generator)
+        self.algorithm = make_algorithm(self.actor, critic, config, self.generator).to(device)
         self.collector = GameCollector(
             self.algorithm, ExploringPolicy(self.actor, self.generator), self.game, self.images.draw
         )
@@ -181,7 +172,7 @@ class _Run:
             **{f"keep/{site}": rate for site, rate in played["keep"].items()},
             "price": self.schedule.price,
             "return": float(played["returns"].mean()),
-            "collapsed": float(self.collapse.observe(kept[-1], fraction, played["accuracy"])),
+            "collapsed": float(self.collapse.observe(kept[0], kept[-1], fraction, played["accuracy"])),
             **learnt,
         }
         self.schedule.observe(share, played["accuracy"], target)
@@ -252,13 +243,11 @@ class _Run:
         return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy)
 
 
-def make_networks(
-    embed_dim: int, config: TrainConfig, generator: torch.Generator
-) -> tuple[TokenActor, TokenCritic]:
+def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, TokenCritic]:
     """Actor and critic of the sizes that a configuration asks for."""
-    default = paper_sizes(embed_dim) if config.paper_sizes else light_sizes(embed_dim)
+    default = paper_sizes(embed_dim) if config.paper_sizes else None
     actor = TokenActor(embed_dim, config.actor_hidden or default, config.keep_bias, generator)
-    return actor, TokenCritic(embed_dim, config.critic_hidden or None, generator)
+    return actor, TokenCritic(embed_dim, config.critic_hidden or default, generator)
 
 
 def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
@@ -269,9 +258,7 @@ def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
     return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate)
 
 
-def make_algorithm(
-    actor: TokenActor, critic: TokenCritic, config: TrainConfig, generator: torch.Generator
-) -> MAPPO:
+def make_algorithm(actor: TokenActor, critic: TokenCritic, config: TrainConfig, generator: torch.Generator) -> MAPPO:
     """MAPPO with the optimiser and the learning-rate schedule of a configuration."""
     adam = AdamOptimizerFactory(lr=config.lr, eps=config.adam_eps)
     return MAPPO(
@@ -295,5 +282,3 @@ def make_algorithm(
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """What of a scheduler's state is numbers; its functions are made anew."""
     return {name: value for name, value in state.items() if name != "lr_lambdas"}
-
-

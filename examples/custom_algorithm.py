@@ -1,28 +1,29 @@
 """Bring your own algorithm: independent REINFORCE with a learned baseline, in plain PyTorch over `TokenVectorEnv`.
 
-Nothing here knows the trainer of this package. Every token decides by itself from its own feature, is paid the image's
-outcome minus the price of the blocks it uses, and a dual variable moves that price until the budget is met. At the end
-the network becomes a `Policy`, and is compared with EViT, and with MAPPO if a checkpoint is given, at equal GMACs.
-`--pettingzoo` plays the result through the PettingZoo environment instead, one image at a time.
+    python examples/custom_algorithm.py
+    python examples/custom_algorithm.py --checkpoint runs/mappo    # compare with a policy of train_mappo.py
+
+Nothing here knows the trainer of this package. Every token decides from its own feature and is paid the image's outcome
+minus the price of the blocks it uses; the price moves until the budget is met. The result is a `Policy` like any other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from common import CommonArgs, Row, at_budget, batches_of, table
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from torch.nn.functional import mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from tqdm import trange
 
-from vitprune_env import BasePolicy, Decision, Observation, SharedOutcome, TokenGame, TokenVectorEnv
-from vitprune_env import evaluate, load_backbone, parallel_env
-from vitprune_env.agents import calibrate_threshold, load_policy
-from vitprune_env.baselines import EViT
+from vitprune_env import BasePolicy, Decision, KeepAll, Observation, SharedOutcome, TokenGame, TokenVectorEnv
+from vitprune_env import evaluate, load_backbone
+from vitprune_env.agents import load_policy
+from vitprune_env.baselines import EViT, calibrate
 from vitprune_env.data import Digits
 
 
@@ -30,75 +31,94 @@ from vitprune_env.data import Digits
 class Args(CommonArgs):
     """REINFORCE on the game of token pruning."""
 
-    output: Path = Path("runs/custom")
-    """Folder for the trained network."""
-    target: float = 0.35
+    target_share: float = 0.35
     """Budget: share of the dense model's MACs, the policy's own included."""
-    updates: int = 150
-    """Policy gradient steps."""
-    batch_size: int = 128
-    """Images per update."""
-    learning_rate: float = 2e-3
-    """Of actor and baseline."""
+    updates: int = 200
+    """Policy-gradient steps."""
+    images: int = 128
+    """Games per update."""
+    lr: float = 3e-3
+    """Learning rate of policy and baseline."""
     checkpoint: Path | None = None
-    """Folder of a trained MAPPO policy to compare with (the output of train_mappo.py)."""
-    pettingzoo: bool = False
-    """Play twenty images through the PettingZoo environment at the end."""
+    """Output folder of train_mappo.py to compare with."""
 
 
 class ReinforcePolicy(BasePolicy):
-    """Greedy play of the trained network; this is all that evaluation, benchmarks and `PrunedViT` need to know."""
+    """Greedy play of the trained network: all that evaluation and benchmarks need to know."""
 
-    def __init__(self, actor: nn.Sequential, threshold: float = 0.0) -> None:
-        self.actor = actor
-        self.threshold = threshold
-        self.macs_per_token = sum(layer.weight.numel() for layer in actor if isinstance(layer, nn.Linear))
+    def __init__(self, actor: nn.Sequential, threshold: float) -> None:
+        self.actor, self.threshold = actor, threshold
+        self.macs_per_token = sum(m.weight.numel() for m in actor if isinstance(m, nn.Linear))
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
-        logits = self.actor(obs.tokens).squeeze(-1)
-        keep = obs.scatter(logits > self.threshold, fill=False)
+        """Keep the tokens whose logit exceeds the threshold."""
+        keep = obs.scatter(self.actor(obs.tokens).squeeze(-1) > self.threshold, fill=False)
         return Decision(keep, macs=obs.num_alive.double() * self.macs_per_token)
 
 
-def rollout(env: TokenVectorEnv, actor: nn.Module, generator: torch.Generator) -> tuple[list[Tensor], dict]:
-    """One batch of games; the network is asked for all tokens and dead ones are masked out of the loss."""
+def play_batch(env: TokenVectorEnv, actor: nn.Module, noise: torch.Generator) -> tuple[list[Tensor], dict[str, Any]]:
+    """Games with sampled actions: observations, actions and rewards-to-go of the live agent-steps."""
     obs, info = env.reset()
-    observations, alive, actions, rewards = [], [], [], []
+    seen, alive, actions, rewards = [], [], [], []
     for _ in range(env.num_steps):
-        observations.append(obs)
+        seen.append(obs)
         alive.append(info["alive"])
         with torch.no_grad():
-            keep = torch.rand(obs.shape[:2], generator=generator) < actor(obs).squeeze(-1).sigmoid()
-        obs, reward, _, _, info = env.step(keep)
-        actions.append(keep)
+            chance = actor(obs).squeeze(-1).sigmoid()
+        actions.append(torch.rand(chance.shape, generator=noise).to(chance.device) < chance)
+        obs, reward, _, _, info = env.step(actions[-1])
         rewards.append(reward)
-    returns = torch.stack(rewards).flip(0).cumsum(0).flip(0)  # undiscounted reward-to-go, [T, B, N]
-    return [torch.stack(observations), torch.stack(actions).float(), returns, torch.stack(alive)], info
+    live = torch.stack(alive)
+    to_go = torch.stack(rewards).flip(0).cumsum(0).flip(0)  # undiscounted
+    return [torch.stack(seen)[live], torch.stack(actions)[live].float(), to_go[live]], info
 
 
-def train(args: Args, env: TokenVectorEnv, game: TokenGame, target_macs: float) -> nn.Sequential:
-    """REINFORCE: increase the log-probability of what turned out better than the baseline expected."""
-    width = game.backbone.embed_dim
+def reinforce(args: Args, game: TokenGame, env: TokenVectorEnv) -> nn.Sequential:
+    """Make what came out better than the baseline expected more probable."""
+    width, dense = game.backbone.embed_dim, game.cost.dense()
     torch.manual_seed(args.seed)
-    actor = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-    baseline = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-    optimizer = torch.optim.Adam([*actor.parameters(), *baseline.parameters()], lr=args.learning_rate)
-    generator = torch.Generator().manual_seed(args.seed)
-    nn.init.constant_(actor[-1].bias, 1.0)  # begin by keeping most tokens
-    reward = SharedOutcome()
+    actor = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, 1))
+    critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+    actor, critic = actor.to(args.device), critic.to(args.device)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.lr)
+    noise, price = torch.Generator().manual_seed(args.seed), 0.02
     for update in (bar := trange(args.updates, desc="REINFORCE")):
-        game.reward = reward
-        (obs, action, returns, alive), info = rollout(env, actor, generator)
-        obs, action, returns = obs[alive], action[alive], returns[alive]  # live agent-steps only
-        value = baseline(obs).squeeze(-1)
-        log_prob = -bce(actor(obs).squeeze(-1), action, reduction="none")
-        loss = -(log_prob * (returns - value.detach())).mean() + mse_loss(value, returns)
+        game.reward = SharedOutcome(price)
+        (obs, action, returns), info = play_batch(env, actor, noise)
+        value = critic(obs).squeeze(-1)
+        log_prob = -binary_cross_entropy_with_logits(actor(obs).squeeze(-1), action, reduction="none")
+        advantage = returns - value.detach()
+        loss = mse_loss(value, returns) - (log_prob * advantage / (advantage.std() + 1e-8)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        dense, spent = game.cost.dense(), float(info["macs"].mean())
-        aim = target_macs + max(0.0, 1 - 2 * update / args.updates) * (0.7 * dense - target_macs)  # tighten slowly
-        reward = replace(reward, price=max(0.0, reward.price + 0.02 * (spent - aim) / dense))
-        bar.set_postfix(accuracy=f"{float(info['correct'].float().mean()):.2f}", macs=f"{spent / dense:.2f}")
+        spent = float(info["macs"].mean()) / dense
+        aim = args.target_share + max(0.0, 1 - 2 * update / args.updates) * (0.7 - args.target_share)  # tighten slowly
+        price *= 1 + 0.1 * (spent / aim - 1)
+        bar.set_postfix(accuracy=f"{float(info['correct'].float().mean()):.2f}", of_dense=f"{spent:.2f}")
     return actor
+
+
+def main() -> None:
+    """Train, calibrate, compare."""
+    args = tyro.cli(Args, description=__doc__)
+    args = replace(args, updates=4, images=16) if args.quick else args
+    backbone = load_backbone("vit_digits").to(args.device)
+    game = TokenGame(backbone)
+    actor = reinforce(args, game, TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed))
+    tune = batches_of(Digits("train", 256, seed=1), 256, args.device)
+    test = batches_of(Digits("test", 200 if args.quick else 2000, seed=2), 250, args.device)
+    # A keep rate of r stands for the logit that r of this network's own decisions exceed.
+    logits = actor(game.reset(tune[0][0]).tokens).detach().squeeze(-1)
+    budget = args.target_share * game.cost.dense() / 1e9
+    policy = calibrate(lambda r: ReinforcePolicy(actor, float(logits.quantile(1 - r))), budget, backbone, tune)
+    rows = [Row.of("dense", evaluate(game, KeepAll(), test)), Row.of("REINFORCE", evaluate(game, policy, test))]
+    rows.append(at_budget("EViT", EViT, rows[1].gmacs, backbone, tune, test)[0])
+    if args.checkpoint is not None:
+        rows.append(Row.of("MAPPO", evaluate(game, load_policy(args.checkpoint / "policy.safetensors"), test)))
+    print(table(rows, dense_gmacs=rows[0].gmacs))
+
+
+if __name__ == "__main__":
+    main()

@@ -120,7 +120,7 @@ class Training:
         config, start = self.config, time.perf_counter() - self.seconds
         with tqdm(total=config.steps, initial=self.step, unit="step") as bar:
             while self.step < config.steps:
-                loss = self._step(*self._batch())
+                loss = self.advance()
                 self.seconds = time.perf_counter() - start
                 bar.update()
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
@@ -138,9 +138,10 @@ class Training:
         images, labels = self.scenes.batch(rows)
         return images.to(config.device), labels.to(config.device), self.scenes.boxes(rows).to(config.device)
 
-    def _step(self, images: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        config = self.config
-        model = self.model
+    def advance(self) -> Tensor:
+        """Take one step and return its loss."""
+        config, model = self.config, self.model
+        images, labels, boxes = self._batch()
         tokens = model._pos_embed(model.patch_embed(images))
         if self.step < config.local_share * config.steps:
             patches = around_digit(boxes, config.window)

@@ -72,13 +72,15 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, 
     learned = Row.of("MAPPO", evaluate(game, policy, test))
     dense = Row.of("dense", evaluate(game, KeepAll(), test))
     budget = learned.gmacs
-    random, random_policy = at_budget("random", lambda rate: RandomDrop(rate, args.seed), budget, backbone, tune, test)
-    evit, evit_policy = at_budget("EViT", EViT, budget, backbone, tune, test)
+    few = [(images[:32], labels[:32]) for images, labels in tune]  # these two keep the same number in every image
+    random, random_policy = at_budget("random", lambda rate: RandomDrop(rate, args.seed), budget, backbone, few, test)
+    evit, evit_policy = at_budget("EViT", EViT, budget, backbone, few, test)
+    prepared = [game.prepare(images) for images, _ in tune]
     untrained = []
     for index in range(args.untrained_actors):
         generator = torch.Generator().manual_seed(args.seed + index)
         actor = TokenActor(backbone.embed_dim, policy.actor.hidden, generator=generator).to(args.device)
-        control = calibrate_threshold(game, TokenPolicy(actor), [images for images, _ in tune], budget * 1e9)
+        control = calibrate_threshold(game, TokenPolicy(actor), prepared, budget * 1e9)
         untrained.append(Row.of("untrained actor", evaluate(game, control, test)))
     control_row = Row.mean(f"untrained actor (mean of {len(untrained)})", untrained)
     images = torch.cat([images for images, _ in test])[: 16 if args.quick else 256]

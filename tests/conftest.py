@@ -8,10 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two pyt
 
 import pytest
 import torch
-from helpers import golden, golden_model
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from helpers import golden, golden_model
 from vitprune_env.backbone import Backbone
 
 torch.set_num_threads(1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from helpers import random_images, toy
 from torch import Tensor
 
+from helpers import random_images, toy
 from vitprune_env.agents.buffer import Trajectory
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.policy import ExploringPolicy

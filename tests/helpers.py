@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitprune_env.backbone import Backbone
 from vitprune_env.policy import BasePolicy
+from vitprune_env.tokens import TokenState
 from vitprune_env.types import Decision, Observation, Site, parse_sites
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,6 +128,33 @@ def random_merge(alive: Tensor, generator: torch.Generator, least: int = 0) -> D
     keep = (target == itself) & ((rank < least) | (torch.rand(batch, tokens, generator=generator) < 0.8))
     weight = 0.2 + torch.rand(batch, tokens, generator=generator)
     return Decision(keep=keep, merge_into=target, weight=weight)
+
+
+def evidence_of(backbone: Backbone) -> frozenset[str]:
+    """All evidence that a backbone can give."""
+    names = {"mean_attention", "keys", "value_norms"}
+    return frozenset(names | {"cls_attention"} if backbone.has_class_token else names)
+
+
+def spread_keeps(backbone: Backbone, sites: list[str], batch: int, seed: int) -> list[Tensor]:
+    """Nested keeps from nearly nothing to everything; nothing only where the model has a class token to read."""
+    return random_keeps(len(sites), batch, backbone.num_patches, seed, least=int(backbone.needs_patches))
+
+
+def random_merges(backbone: Backbone, steps: int, batch: int, seed: int) -> list[Decision]:
+    """A game's worth of random drops and merges."""
+    generator = torch.Generator().manual_seed(seed)
+    alive, decisions = torch.ones(batch, backbone.num_patches, dtype=torch.bool), []
+    for _ in range(steps):
+        decisions.append(random_merge(alive, generator, least=int(backbone.needs_patches)))
+        alive = decisions[-1].keep
+    return decisions
+
+
+def permuted(state: TokenState, order: Tensor) -> TokenState:
+    """The same game with patch token `order[j]` in place j."""
+    x = torch.cat([state.prefix, state.tokens.unflatten(0, state.alive.shape)[:, order]], dim=1)
+    return state.with_rows(x.flatten(0, 1))
 
 
 @dataclass

@@ -6,21 +6,13 @@ import warnings
 
 import pytest
 import torch
+
 from games import NAME, OwnLabels
 from helpers import toy
-
-from vitprune_env.agents.budget import (
-    CollapseDetector,
-    CollapseWarning,
-    DualPrice,
-    FedForwardKeepCost,
-    PolicyCost,
-    annealed,
-    calibrate_threshold,
-    target_macs,
-)
+from vitprune_env.agents.budget import PolicyCost, annealed, calibrate_threshold, target_macs
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.policy import TokenPolicy
+from vitprune_env.agents.schedule import CollapseDetector, CollapseWarning, DualPrice, FedForwardKeepCost
 from vitprune_env.baselines import RandomDrop
 from vitprune_env.cost import CostModel
 from vitprune_env.errors import BudgetError
@@ -67,7 +59,7 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
     for bad in ({"share": 1.1}, {"gmacs": 100e-9}, {"share": 0.0}, {"gmacs": -1.0}):
         with pytest.raises(BudgetError, match="budget: expected above"):
             target_macs(cost(), **bad)
-    with pytest.raises(BudgetError, match="expected above 9.9e-07 GMACs"):  # the policy alone is too dear
+    with pytest.raises(BudgetError, match=r"expected above 9\.9e-07 GMACs"):  # the policy alone is too dear
         target_macs(cost(100), share=0.5)
     for given in ({}, {"share": 0.5, "keep": 0.5}):
         with pytest.raises(ValueError, match="exactly one of gmacs, keep, share"):
@@ -136,16 +128,17 @@ def test_a_collapse_is_reported_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kept in (0.0, 0.0, 0.3, 0.01, 0.0):
-            assert not detector.observe(kept, 0.3, 0.1)
+            assert not detector.observe(kept, 0.0, 0.3, 0.1)
     with pytest.warns(CollapseWarning, match="pruned nearly every token for 3 updates .accuracy 10.0%"):
-        assert detector.observe(0.0, 0.3, 0.1)
+        assert detector.observe(0.0, 0.0, 0.3, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert detector.observe(0.0, 0.3, 0.1)
-    assert not detector.observe(0.3, 0.3, 0.1)
+        assert detector.observe(0.0, 0.0, 0.3, 0.1)
+    assert not detector.observe(0.3, 0.0, 0.3, 0.1)
+    for _ in range(2):
+        assert not detector.observe(1.0, 1.0, 0.3, 0.9)
     with pytest.warns(CollapseWarning, match="kept every token"):
-        for _ in range(3):
-            detector.observe(1.0, 0.3, 0.9)
+        assert detector.observe(1.0, 1.0, 0.3, 0.9)
 
 
 def untrained(sharpness: float) -> TokenPolicy:

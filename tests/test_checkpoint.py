@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_images, toy
 from safetensors.torch import save_file
 
+from helpers import random_images, toy
 from vitprune_env.agents import TokenActor, TokenPolicy, load_policy, save_policy
 from vitprune_env.agents.checkpoint import load_state, save_state
 from vitprune_env.errors import CheckpointError

@@ -15,21 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import (
     TIMM_MODELS,
     Fixed,
+    evidence_of,
     keeps_to_decisions,
     key_weights,
     naive_pass,
+    permuted,
     random_images,
     random_keeps,
-    random_merge,
+    random_merges,
+    spread_keeps,
     toy,
 )
-from vitprune_env.backbone import Backbone
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import KeepAll, Policy
 from vitprune_env.reduction import reduce_tokens
 from vitprune_env.rollout import play
-from vitprune_env.tokens import TokenState
 from vitprune_env.types import Decision, Episode
 
 BACKBONES = ["golden", *TIMM_MODELS]
@@ -43,27 +44,6 @@ def site_lists(draw: st.DrawFn, depth: int = 4) -> list[str]:
     """One to four increasing sites, after blocks and inside them."""
     halves = draw(st.sets(st.integers(1, 2 * depth), min_size=1, max_size=4))
     return [str(half // 2) if half % 2 == 0 else f"{half // 2 + 1}.attn" for half in sorted(halves)]
-
-
-def evidence_of(backbone: Backbone) -> frozenset[str]:
-    """All evidence that a backbone can give."""
-    names = {"mean_attention", "keys", "value_norms"}
-    return frozenset(names | {"cls_attention"} if backbone.has_class_token else names)
-
-
-def spread_keeps(backbone: Backbone, sites: list[str], batch: int, seed: int) -> list[Tensor]:
-    """Nested keeps from nearly nothing to everything; nothing only where the model has a class token to read."""
-    return random_keeps(len(sites), batch, backbone.num_patches, seed, least=int(backbone.needs_patches))
-
-
-def random_merges(backbone: Backbone, steps: int, batch: int, seed: int) -> list[Decision]:
-    """A game's worth of random drops and merges."""
-    generator = torch.Generator().manual_seed(seed)
-    alive, decisions = torch.ones(batch, backbone.num_patches, dtype=torch.bool), []
-    for _ in range(steps):
-        decisions.append(random_merge(alive, generator, least=int(backbone.needs_patches)))
-        alive = decisions[-1].keep
-    return decisions
 
 
 # Law 1
@@ -244,12 +224,6 @@ def test_prefix_rows_are_there_when_all_patches_are_gone() -> None:
     after = reduce_tokens(state, Decision(keep=gone))
     assert after.lengths == (5, 5, 5)
     assert torch.equal(after.prefix, state.prefix)
-
-
-def permuted(state: TokenState, order: Tensor) -> TokenState:
-    """The same game with patch token `order[j]` in place j."""
-    x = torch.cat([state.prefix, state.tokens.unflatten(0, state.alive.shape)[:, order]], dim=1)
-    return state.with_rows(x.flatten(0, 1))
 
 
 def check_permuted(episode: Episode, other: Episode, order: Tensor) -> None:

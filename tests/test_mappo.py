@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from games import OwnLabels, Teacher, explored, toy_game
 from gymnasium.spaces import Discrete
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy
@@ -17,6 +16,7 @@ from tianshou.data import Batch, ReplayBuffer
 from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor, nn
 
+from games import OwnLabels, Teacher, explored, toy_game
 from vitprune_env.agents.buffer import GameBuffer, Trajectory
 from vitprune_env.agents.mappo import MAPPO, LinearDecay, MAPPOStats, policy_loss, value_loss
 from vitprune_env.agents.networks import TokenActor, TokenCritic

@@ -50,7 +50,7 @@ def test_keep_top_keeps_the_best_of_each_image(counts: list[int], seed: int) -> 
     scores[::4] = float("-inf")
     keep = keep_top(obs, scores, torch.tensor(counts))
     for image in range(3):
-        mine = [(-float(s), int(t)) for s, t in zip(scores, obs.token, strict=True) if True]
+        mine = [(-float(s), int(t)) for s, t in zip(scores, obs.token, strict=True)]
         mine = [pair for pair, i in zip(mine, obs.image.tolist(), strict=True) if i == image]
         wanted = sorted(token for _, token in sorted(mine)[: counts[image]])
         assert keep[image].nonzero()[:, 0].tolist() == wanted

@@ -45,7 +45,7 @@ def test_paper_reward_by_hand() -> None:
 
 
 def test_printed_form_is_the_scaled_one_over_n() -> None:
-    """Eq. 1 and 2 as printed: alpha r1 + beta r2, r1 = -1 if kept, r2 = gamma / n for the kept; beta = bonus times N."""
+    """As printed: alpha r1 + beta r2, r1 = -1 if kept, r2 = gamma / n for the kept; so beta = outcome_bonus N."""
     alpha, beta, agents = 0.3, 0.8, 4
     found = total(PaperReward(keep_cost=alpha, outcome_bonus=beta / agents))
     for step, played in enumerate(steps()):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from games import NAME, OwnLabels
-from helpers import toy
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from games import NAME, OwnLabels
+from helpers import toy
 from vitprune_env.agents import MAPPO, TrainConfig, TrainResult, load_policy, train
 from vitprune_env.agents.config import PRESETS, rl4evit
 from vitprune_env.errors import BudgetError, CheckpointError, NumericalError
@@ -178,7 +178,7 @@ def test_preset_of_the_paper() -> None:
     paper = PRESETS["rl4evit"]
     assert (paper.reward, paper.epochs, paper.minibatch, paper.clip, paper.trace) == ("paper", 15, None, 0.2, 0.95)
     assert paper.paper_sizes
-    assert rl4evit(TrainConfig(updates=7)).updates == 7
+    assert rl4evit(TrainConfig(seed=7)).seed == 7
     small = replace(paper, updates=1, images=8, epochs=2, cache_images=16, calibration_images=16, sites=("1", "3"))
     result = run(replace(small, target_share=0.9))
     assert result.policy.actor.hidden == (192, 256, 64)

@@ -102,8 +102,8 @@ def _source() -> tuple[Tensor, Tensor]:
     """All source digits `[1797, 8, 8]` in [0, 1] and their labels `[1797]` (UCI, shipped with scikit-learn)."""
     from sklearn.datasets import load_digits  # deferred: only this task needs scikit-learn
 
-    bunch = load_digits()
-    return torch.from_numpy(bunch.images).float() / bunch.images.max(), torch.from_numpy(bunch.target).long()
+    pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    return pixels.float().unflatten(1, (SOURCE, SOURCE)) / pixels.max(), labels.long()
 
 
 @lru_cache(maxsize=len(SPLITS))

@@ -48,14 +48,12 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     | State | `Box((P + N) * (D + 1),)` float32: prefix tokens, then all patch tokens; after each its alive flag |
     | Info | `{"alive": bool}` for every agent, at reset and after each step |
 
-    `on_prune="noop"`: pruned agents stay listed until the episode ends, observe zeros, and what they answer is ignored.
-    All agents terminate together at the last site, where everything deferred is paid. This is the game of `TokenGame`,
-    and the form that RL frameworks digest.
+    `on_prune="noop"`: pruned agents stay listed to the end, observe zeros, and their answers are ignored. All terminate
+    together at the last site, where everything deferred is paid. This is the game of `TokenGame`.
 
     `on_prune="terminate"`: pruned agents leave at once. *This is another game*: nobody may be paid after leaving, so
     one who leaves is settled on the spot with a counterfactual outcome, that of finishing the pass from here without
-    further pruning; only those who stay to the last site are paid for the real one. The episode ends early when
-    everybody has left.
+    further pruning; only those who play the last site are paid for the real one. It ends early when all have left.
 
     A model that reads its class from the patch tokens keeps at least one: the strongest stays though it chose to leave.
 

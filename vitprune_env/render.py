@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,15 +22,14 @@ from vitprune_env.types import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
-
 RENDER_MODES = ("human", "rgb_array", "ansi")
 MAX_IMAGES = 8  # rows of a figure that stay readable on a page
 PANEL_PIXELS = 240  # smallest height of a panel of mode rgb_array
 ALIVE, MARKS = "#", "123456789abcdefghijklmnopqrstuvwxyz"
-GONE_EARLIER, GONE_HERE, BACKGROUND = (1.0, 1.0, 1.0), (0.94, 0.55, 0.13), (0.45, 0.45, 0.45)
+GONE_EARLIER, GONE_HERE, BACKGROUND = (1.0, 1.0, 1.0), (0.98, 0.74, 0.42), (0.45, 0.45, 0.45)
 COVER = 0.88  # how much of a pruned patch its colour hides
 
 
@@ -37,21 +37,21 @@ def to_rgb(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[fl
     """Undo the normalisation of images, for display.
 
     Args:
-        images: `[B, C, H, W]`; a single channel becomes grey, of other than 3 channels the mean is shown.
-        mean: of each channel, as subtracted; None (or no `std`): stretch each image to its own minimum and maximum.
+        images: `[B, C, H, W]`; other than 3 channels are shown as grey, their mean.
+        mean: of each channel, as subtracted; None: each image is stretched from its minimum to its maximum.
         std: of each channel, as divided by.
 
     Returns:
         `[B, 3, H, W]` float32 in 0..1.
     """
     images = images.detach().float().cpu()
-    if images.shape[1] != 3:
-        images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     if mean is not None and std is not None:
         images = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     else:
         low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
         images = (images - low) / (high - low).clamp(min=1e-6)
+    if images.shape[1] != 3:
+        images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     return images.clamp(0, 1)
 
 
@@ -62,16 +62,13 @@ def site_title(site: int | str | Site) -> str:
 
 
 def shade(image: np.ndarray, before: np.ndarray, after: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
-    """Cover the pruned patches of an image.
+    """Cover the pruned patches of an image `[H, W, 3]` in 0..1.
 
     Args:
-        image: `[H, W, 3]` in 0..1.
+        image: the image; a covered copy is returned.
         before: `[N]` bool, tokens alive before the site; the others are covered with white.
         after: `[N]` bool, tokens alive after it; those that leave are covered with orange.
         grid_size: rows and columns of patches, N in all.
-
-    Returns:
-        `[H, W, 3]` in 0..1.
     """
     (height, width, _), (rows, columns) = image.shape, grid_size
     pixels = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)
@@ -95,13 +92,7 @@ class Scene:
 
     @classmethod
     def of(cls, game: TokenGame, rgb: Tensor, label: int | None = None) -> Scene:
-        """The first image of a game that is being played or over.
-
-        Args:
-            game: the game.
-            rgb: the image `[3, H, W]` in 0..1.
-            label: its true class.
-        """
+        """The first image of a game so far; `rgb` is that image, `[3, H, W]` in 0..1, `label` its true class."""
         played = [step.kept[0].cpu().numpy() for step in game.steps]
         return cls(
             image=rgb.permute(1, 2, 0).cpu().numpy(),
@@ -115,10 +106,8 @@ class Scene:
     @property
     def title(self) -> str:
         """True and predicted class, as far as known."""
-        true = "" if self.label is None else f"class {self.label}, "
-        if self.prediction is None:
-            return f"{true}not classified yet"
-        return f"{true}predicted {self.prediction}"
+        verdict = "not classified yet" if self.prediction is None else f"predicted {self.prediction}"
+        return verdict if self.label is None else f"class {self.label}, {verdict}"
 
     @property
     def alive(self) -> np.ndarray:
@@ -127,32 +116,29 @@ class Scene:
 
     def ansi(self) -> str:
         """A grid of characters, each telling at which step its token was pruned, a legend and the classes."""
-        steps_survived = self.keep.sum(axis=0)
         symbols = (MARKS + "+" * len(self.keep))[: len(self.keep)] + ALIVE
-        grid = np.array(list(symbols))[steps_survived].reshape(self.grid_size)
+        grid = np.array(list(symbols))[self.keep.sum(axis=0)].reshape(self.grid_size)
         legend = [f"{ALIVE} alive: {int(self.alive[-1].sum())}"]
         left = self.alive[:-1].sum(axis=1) - self.keep.sum(axis=1)
         legend += [f"{symbols[i]} pruned {site_title(self.sites[i])}: {count}" for i, count in enumerate(left)]
         return "\n".join([*(" ".join(row) for row in grid), *legend, self.title])
 
+    def panels(self) -> list[np.ndarray]:
+        """The image and what each of the T sites leaves of it, faded where the game has not come yet."""
+        played = [shade(self.image, before, after, self.grid_size) for before, after in pairwise(self.alive)]
+        faded = (1 - COVER) * self.image + COVER * np.array(BACKGROUND)
+        return [self.image, *played, *[faded] * (len(self.sites) - len(played))]
+
     def rgb_array(self) -> np.ndarray:
-        """The image, then one panel per site (grey until it is reached), side by side; `[H', W', 3]` uint8."""
-        alive = self.alive
-        panels = [self.image]
-        panels += [shade(self.image, alive[i], alive[i + 1], self.grid_size) for i in range(len(self.keep))]
-        panels += [np.broadcast_to(BACKGROUND, self.image.shape)] * (len(self.sites) - len(self.keep))
+        """The panels side by side, `[H', W', 3]` uint8, enlarged to a readable size."""
         factor = max(1, -(-PANEL_PIXELS // len(self.image)))
-        gap = np.broadcast_to(BACKGROUND, (factor * len(self.image), max(2, PANEL_PIXELS // 24), 3))
-        parts = [part for panel in panels for part in (panel.repeat(factor, 0).repeat(factor, 1), gap)]
-        return (np.concatenate(parts[:-1], axis=1) * 255).round().astype(np.uint8)
+        gap = np.broadcast_to(BACKGROUND, (factor * len(self.image), PANEL_PIXELS // 24, 3))
+        parts = [part for panel in self.panels() for part in (gap, panel.repeat(factor, 0).repeat(factor, 1))]
+        return (np.concatenate(parts[1:], axis=1) * 255).round().astype(np.uint8)
 
 
 class Viewer:
-    """Shows scenes in one of the render modes of a PettingZoo environment.
-
-    Args:
-        mode: None, `"human"`, `"rgb_array"` or `"ansi"`.
-        title: of the window of mode human.
+    """Shows scenes in one of the render modes of a PettingZoo environment; None shows nothing, with a warning.
 
     Raises:
         ValueError: for an unknown mode.
@@ -162,7 +148,7 @@ class Viewer:
         if mode not in (None, *RENDER_MODES):
             raise ValueError(f"render_mode: expected None or one of {RENDER_MODES}, got {mode!r}")
         self.mode, self.title = mode, title
-        self._figure: Figure | None = None
+        self._window: Figure | None = None
         self._blind = False  # there is no display
 
     def draw(self, scene: Scene) -> np.ndarray | str | None:
@@ -171,49 +157,41 @@ class Viewer:
             return scene.ansi()
         if self.mode == "rgb_array":
             return scene.rgb_array()
-        if self.mode == "human":
-            self._show(scene)
-        else:
-            logger.warn("render: nothing is drawn without a render_mode; expected 'human', 'rgb_array' or 'ansi'")
+        if self.mode is None:
+            logger.warn(f"render: nothing is drawn without a render_mode; expected one of {RENDER_MODES}")
+        elif self._window is None and not self._blind:
+            self._open(scene)
+        if self._window is not None:
+            self._window.clear()
+            _draw_row(self._window.subplots(1, len(scene.sites) + 1), scene)
+            self._window.suptitle(scene.title)
+            self._window.canvas.draw()
+            self._window.canvas.flush_events()
         return None
 
     def close(self) -> None:
         """Close the window, if there is one."""
-        if self._figure is not None:
+        if self._window is not None:
             from matplotlib import pyplot
 
-            pyplot.close(self._figure)
-            self._figure = None
+            pyplot.close(self._window)
+            self._window = None
 
-    def _show(self, scene: Scene) -> None:
-        if self._blind:
-            return
-        if self._figure is None:
-            self._figure = self._open(scene)
-        if self._figure is not None:
-            self._figure.clear()
-            _draw_row(_panels(self._figure, 1, len(scene.sites))[0], scene)
-            self._figure.suptitle(scene.title)
-            self._figure.canvas.draw_idle()
-            self._figure.canvas.flush_events()
-
-    def _open(self, scene: Scene) -> Figure | None:
-        """A window; None, with a warning, where there is no display."""
-        # Only pyplot knows which toolkit is there and can run its event loop.
-        from matplotlib import pyplot
+    def _open(self, scene: Scene) -> None:
+        from matplotlib import pyplot  # only it knows which toolkit is there and runs its event loop
 
         try:
-            figure = pyplot.figure(self.title, figsize=_size(1, len(scene.sites)), layout="constrained")
-            if getattr(figure.canvas, "required_interactive_framework", None) is not None:
-                figure.show()
-                return figure
-            pyplot.close(figure)
+            window = pyplot.figure(self.title, figsize=_size(1, len(scene.sites)), layout="constrained")
+            if window.canvas.required_interactive_framework is not None:
+                window.show()
+                self._window = window
+                return
+            pyplot.close(window)
             reason = f"matplotlib's backend {pyplot.get_backend()} opens no windows"
-        except Exception as error:  # each toolkit raises errors of its own when it finds no display
+        except Exception as error:  # every toolkit has its own way to say that there is no display
             reason = str(error)
         self._blind = True
-        warnings.warn(f"render_mode 'human' shows nothing: {reason}; use 'rgb_array' or 'ansi'", stacklevel=5)
-        return None
+        warnings.warn(f"render_mode 'human' shows nothing: {reason}; use 'rgb_array' or 'ansi'", stacklevel=4)
 
 
 def tokens_figure(
@@ -233,8 +211,8 @@ def tokens_figure(
         grid_size: rows and columns of patches, N in all.
         sites: where the tokens were pruned, T of them.
         titles: one per image, written on its left; None: nothing.
-        mean: of the normalisation, see `to_rgb`.
-        std: of the normalisation, see `to_rgb`.
+        mean: of the images' normalisation, see `to_rgb`.
+        std: likewise.
 
     Raises:
         ValueError: for shapes that do not fit together or too many images.
@@ -249,10 +227,9 @@ def tokens_figure(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_size(len(images), len(sites)), layout="constrained")
-    labels = tuple(Site.parse(site).label for site in sites)
     rgb, kept = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy(), keep.cpu().numpy()
-    for row, axes in enumerate(_panels(figure, len(images), len(sites))):
-        _draw_row(axes, Scene(rgb[row], kept[:, row], grid_size, labels), first=row == 0)
+    for row, axes in enumerate(figure.subplots(len(images), len(sites) + 1, squeeze=False)):
+        _draw_row(axes, Scene(rgb[row], kept[:, row], grid_size, tuple(map(str, sites))), first=row == 0)
         axes[0].set_ylabel(titles[row] if titles else "")
     return figure
 
@@ -269,7 +246,7 @@ def learning_curve_figure(
 
     Args:
         updates: `[U]`, when it was evaluated.
-        accuracy: `[U]` in 0..1, or `[S, U]` for S seeds: their mean and range are drawn.
+        accuracy: `[U]` in 0..1, or `[S, U]` for S runs: their mean and range are drawn.
         macs_share: GMACs as a share of the dense model's, of the same shape.
         references: accuracies to compare with, by name, such as the dense model's.
         budget: the share of GMACs to meet.
@@ -283,9 +260,8 @@ def learning_curve_figure(
     figure = Figure(figsize=(6.0, 5.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _curve(upper, "accuracy", updates, accuracy)
-    for number, (name, value) in enumerate((references or {}).items()):
-        style = ("--", ":", "-.")[number % 3]
-        upper.axhline(value, color=f"C{number + 1}", linestyle=style, label=f"{name} {value:.1%}")
+    for number, (name, value) in enumerate((references or {}).items(), start=1):
+        upper.axhline(value, color=f"C{number}", linestyle=":", label=f"{name} {value:.1%}")
     _curve(lower, "macs_share", updates, macs_share)
     if budget is not None:
         lower.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.0%}")
@@ -299,14 +275,13 @@ def learning_curve_figure(
     return figure
 
 
-def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve, colour: str = "tab:blue") -> None:
+def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> None:
     runs = np.atleast_2d(np.asarray(values, dtype=float))
     if runs.ndim != 2 or runs.shape[1] != len(updates):
         raise ValueError(f"{name}: expected {len(updates)} values per run, one for each update, got {list(runs.shape)}")
     label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
-    axes.plot(updates, runs.mean(axis=0), color=colour, label=label)
-    if len(runs) > 1:
-        axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
+    axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
 
 
 def _size(rows: int, sites: int) -> tuple[float, float]:
@@ -314,23 +289,12 @@ def _size(rows: int, sites: int) -> tuple[float, float]:
     return 1.7 * (sites + 1), 1.75 * rows + 0.35
 
 
-def _panels(figure: Figure | SubFigure, rows: int, sites: int) -> np.ndarray:
-    """`[rows, sites + 1]` axes without ticks."""
-    axes = figure.subplots(rows, sites + 1, squeeze=False)
-    for panel in axes.flat:
-        panel.set(xticks=[], yticks=[])
-    return axes
-
-
 def _draw_row(axes: Sequence[Axes], scene: Scene, first: bool = True) -> None:
-    """The image and one panel per site, empty until it is reached; titles over the `first` row only."""
-    alive = scene.alive
-    axes[0].imshow(scene.image)
-    for index, (panel, site) in enumerate(zip(axes[1:], scene.sites, strict=True)):
-        if first:
-            panel.set_title(site_title(site), fontsize="medium")
-        if index < len(scene.keep):
-            panel.imshow(shade(scene.image, alive[index], alive[index + 1], scene.grid_size))
-            panel.set_xlabel(f"{alive[index + 1].mean():.0%} left", fontsize="small")
-        else:
-            panel.set_box_aspect(scene.image.shape[0] / scene.image.shape[1])
+    """The panels of one image, with titles if they are the `first` row."""
+    titles = ("image", *map(site_title, scene.sites))
+    for panel, pixels, title in zip(axes, scene.panels(), titles, strict=True):
+        panel.imshow(pixels)
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(title if first else "", fontsize="medium")
+    for panel, kept in zip(axes[1:], scene.keep, strict=False):
+        panel.set_xlabel(f"{kept.mean():.0%} left", fontsize="small")
