@@ -152,7 +152,7 @@ class Training:
         loss = F.cross_entropy(model.forward_head(model.norm(model.blocks(tokens))), labels)
         loss = loss + config.locality * far_looking(model.blocks[0], tokens, patches, config.radius)
         if not torch.isfinite(loss):
-            raise NumericalError(f"loss: expected a finite number, got {float(loss)} in step {self.step}")
+            raise NumericalError(f"loss: expected a finite number, got {loss.item()} in step {self.step}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer, rate in zip(self.optimizers, (config.muon_lr, config.adam_lr), strict=True):
@@ -221,7 +221,7 @@ def far_looking(block: nn.Module, tokens: Tensor, patches: Tensor, radius: int) 
     """Mean -log share of the attention that patch tokens pay to near patches and to the class token.
 
     Left alone, a small ViT gathers the whole image into every token in its first block; then any few tokens will do,
-    and nothing is left to choose. Large ViTs start out local by themselves.
+    and nothing is left to choose.
 
     Args:
         block: the first block.

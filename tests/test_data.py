@@ -134,6 +134,16 @@ def test_the_number_of_fragments_stays_in_its_range() -> None:
     assert present.unique().tolist() == [6, 7, 8, 9, 10]
 
 
+def test_every_image_has_noise_of_its_own() -> None:
+    noisy, silent = (Digits("train", 64, config=DigitsConfig(noise=noise)).batch(EVERY)[0] for noise in (0.08, 0.0))
+    noise = (noisy - silent) * DigitsConfig().std
+    assert noise.std() == pytest.approx(0.08, rel=0.02)
+    first, second = noise.flatten(1)[:-1], noise.flatten(1)[1:]
+    for shift in (0, 1):
+        product = first[:, shift:] * second[:, : second.shape[1] - shift]
+        assert product.mean(1).abs().max() < 0.1 * 0.08**2, "not the neighbour's noise, nor that shifted"
+
+
 def test_useful_patches_differ_from_image_to_image() -> None:
     scenes = Digits("validation", 500)
     inked = (F.avg_pool2d(scenes.ink(torch.arange(500))[:, None], 4) > 0.02).flatten(1).sum(1).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -191,7 +192,8 @@ def sources() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", sources())
 def test_same_seed_same_images(kind: str) -> None:
-    first, again = (drawn(sources()[kind], resets=6, num_envs=4, seed=1) for _ in range(2))
+    data = sources()[kind]
+    first, again = (drawn(data, resets=6, num_envs=4, seed=1) for _ in range(2))
     assert first == again
     assert len({tuple(batch) for batch in first}) > 1
 
@@ -229,6 +231,22 @@ def test_random_transforms_follow_the_seed() -> None:
 
     assert torch.equal(first_batch(0), first_batch(0))
     assert not torch.equal(first_batch(0), first_batch(1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_plays_on_a_gpu() -> None:
+    backbone = copy.deepcopy(toy(NAME)).to("cuda")
+    venv = TokenVectorEnv(TokenGame(backbone), cast(Any, numbered()), num_envs=4, seed=0)
+    observations, infos = venv.reset()
+    for _ in range(venv.num_steps):
+        observations, rewards, *_, infos = venv.step(venv.action_space.sample())
+        assert observations.device.type == rewards.device.type == infos["alive"].device.type == "cuda"
+    single = parallel_env(backbone, cast(Any, numbered()), on_prune="terminate", render_mode="rgb_array")
+    single.reset(seed=0)
+    while single.agents:
+        single.step({agent: int(single.action_space(agent).sample()) for agent in single.agents})
+        assert single.state_space.contains(single.state())
+    assert isinstance(single.render(), np.ndarray)
 
 
 def test_bad_actions_are_refused() -> None:

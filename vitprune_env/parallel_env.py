@@ -161,7 +161,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             done, reward = ~alive, self._settled(reward, left)
         tokens = torch.zeros(1, len(self._alive[0]), self.game.backbone.embed_dim) if obs is None else obs.dense()
         self._slots = slots[~done]
-        self.agents = [self.possible_agents[slot] for slot in self._slots]
+        self.agents = [self.possible_agents[slot] for slot in self._slots.tolist()]
         while not self.agents and len(self.game.steps) < self.game.num_steps:  # nobody is left: finish the pass
             self.game.step(Decision(keep=self._alive))
         if self.render_mode == "human":

@@ -105,6 +105,8 @@ class TokenVectorEnv:
         self.data = data
         self.np_random = np.random.default_rng(seed)
         self._source = _source(data)
+        if seed is not None:
+            self._source.restart(self.np_random)
         self.num_envs = num_envs or self._source.natural_size(self.np_random)
         self._alive = torch.zeros(self.num_envs, game.num_agents, dtype=torch.bool)
         self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
