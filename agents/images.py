@@ -67,6 +67,7 @@ class TrainingImages:
             raise ValueError("dataset: expected at least one image, got an empty dataset")
         order = torch.randperm(size, generator=generator)
         self.chosen = order[:cached] if cached else order
+        self._half = 0
         self.states, self.labels = self._prepared() if cached else (None, None)
         self._queue = torch.empty(0, dtype=torch.int64)
 
@@ -94,7 +95,7 @@ class TrainingImages:
     def _take(self, rows: Tensor) -> tuple[Tensor | TokenState, Tensor]:
         if self.states is not None and self.labels is not None:
             x = self.states[rows].to(self.device)
-            return start_state(x, self.game.backbone.num_prefix), self.labels[rows].to(self.device)
+            return start_state(x, self.game.backbone.num_prefix, self._half), self.labels[rows].to(self.device)
         images, labels = load_batch(self.dataset, self.chosen[rows])
         return images.to(self.device), labels.to(self.device)
 
@@ -104,6 +105,7 @@ class TrainingImages:
         for rows in self.chosen.split(CHUNK):
             images, targets = load_batch(self.dataset, rows)
             state = self.game.prepare(images.to(self.device))
+            self._half = state.half
             states.append(state.x.view(len(rows), -1, state.x.shape[1]).cpu())
             labels.append(targets)
         return torch.cat(states), torch.cat(labels)

@@ -152,7 +152,7 @@ class MAPPO(PPO):
         if dual_clip is not None and dual_clip <= 1:
             raise ValueError(f"dual_clip: expected above 1 or None, got {dual_clip!r}")
         super().__init__(
-            policy=DiscreteActorPolicy(actor=cast(Any, _ActorOnRows(actor)), action_space=Discrete(2)),
+            policy=_TokenwisePolicy(actor=cast(Any, _ActorOnRows(actor)), action_space=Discrete(2)),
             critic=critic,
             optim=AdamOptimizerFactory(lr=1e-3, eps=1e-5) if optim is None else optim,
             eps_clip=clip,
@@ -286,3 +286,11 @@ class _ActorOnRows(nn.Module):
 
     def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
         return self.actor(obs.token), state
+
+
+class _TokenwisePolicy(DiscreteActorPolicy):
+    """tianshou's policy without its start-up: seconds of compiling numba kernels that dense games do not use."""
+
+    @staticmethod
+    def _compile() -> None:
+        pass

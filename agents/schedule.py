@@ -44,17 +44,22 @@ class RewardSchedule(Protocol):
 class DualPrice:
     """Dual ascent on the price of `SharedOutcome`: dearer while play costs more than the target, cheaper below.
 
-    The step is relative, so that the price stays positive and the rate does not depend on its scale.
+    The steps are relative, so that the price stays positive and the rate does not depend on its scale. Play answers
+    late, and pure ascent overshoots: the price asked is therefore the dual variable times `exp(gain * excess)`, which
+    pulls at once and vanishes at the target. The dual variable stays below 1, where a single token would cost as
+    much as the whole outcome pays; above, it could only take long to come back.
 
     Args:
         reward: its price is where to start.
-        rate: relative change per relative excess of the MACs.
+        rate: relative change of the dual variable per relative excess of the MACs, each update.
+        gain: of the immediate answer.
     """
 
-    def __init__(self, reward: SharedOutcome, rate: float) -> None:
+    def __init__(self, reward: SharedOutcome, rate: float, gain: float) -> None:
         self._reward = reward
         self._rate = rate
-        self._price = reward.price
+        self._gain = gain
+        self._dual = self._price = reward.price
 
     def reward(self, target: float) -> RewardFn:
         """The reward at the current price."""
@@ -62,7 +67,9 @@ class DualPrice:
 
     def observe(self, share: float, accuracy: float, target: float) -> None:
         """Move the price."""
-        self._price *= exp(self._rate * (share / target - 1))
+        excess = share / target - 1
+        self._dual = min(1.0, self._dual * exp(self._rate * excess))
+        self._price = self._dual * exp(self._gain * excess)
 
     @property
     def price(self) -> float:
@@ -70,12 +77,12 @@ class DualPrice:
         return self._price
 
     def state(self) -> dict[str, float]:
-        """The price."""
-        return {"price": self._price}
+        """Dual variable and price."""
+        return {"dual": self._dual, "price": self._price}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Take the price."""
-        self._price = state["price"]
+        """Take dual variable and price."""
+        self._dual, self._price = state["dual"], state["price"]
 
 
 class FedForwardKeepCost:

@@ -255,7 +255,7 @@ def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
     outcome: Callable[..., Any] = correct if config.outcome == "correct" else log_probability
     if config.reward == "paper":
         return FedForwardKeepCost(PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome), cost)
-    return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate)
+    return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
 
 
 def make_algorithm(actor: TokenActor, critic: TokenCritic, config: TrainConfig, generator: torch.Generator) -> MAPPO:

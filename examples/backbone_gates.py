@@ -142,7 +142,7 @@ def measure(backbone: Backbone, scenes: Digits) -> dict[str, float]:
     return found | {"inked tokens, mean": float(inked.mean()), "inked tokens, std": float(inked.std())}
 
 
-def accuracy_by_side(backbone: Backbone, scenes: Digits, width: float = 3.0) -> dict[str, float]:
+def accuracy_by_side(backbone: Backbone, scenes: Digits, width: float = 4.0) -> dict[str, float]:
     """Dense accuracy in per cent by side of the digit, in bins of `width` pixels."""
     with torch.no_grad():
         correct = torch.cat([backbone(images).argmax(1) == labels for images, labels in batches(scenes)])

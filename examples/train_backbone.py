@@ -239,6 +239,11 @@ def far_looking(block: nn.Module, tokens: Tensor, patches: Tensor, radius: int) 
     return -((share * near[:, None]).sum(-1) + 1e-4).log().mean()
 
 
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Without the digits that mean nothing."""
+    return {name: round(value, 2) for name, value in values.items()}
+
+
 def report(config: Config, training: Training) -> dict[str, Any]:
     """Settings, versions and held-out figures, ready for JSON."""
     backbone = Backbone(training.average.cpu().eval(), "vit_digits", VIT_DIGITS.sites)
@@ -246,8 +251,8 @@ def report(config: Config, training: Training) -> dict[str, Any]:
         split: {
             "scenes": config.eval_images,
             "seed": EVAL_SEED,
-            "gates": measure(backbone, scenes),
-            "accuracy by side": accuracy_by_side(backbone, scenes),
+            "gates": rounded(measure(backbone, scenes)),
+            "accuracy by side": rounded(accuracy_by_side(backbone, scenes)),
         }
         for split in ("validation", "test")
         for scenes in [Digits(split, config.eval_images, EVAL_SEED)]

@@ -144,7 +144,10 @@ def test_uniform_rows_attend_as_one_batch() -> None:
 
 
 def test_heads_wider_than_the_model() -> None:
-    attn = attention(attn_head_dim=16)
+    try:
+        attn = attention(attn_head_dim=16)
+    except TypeError:
+        pytest.skip("this timm derives the width of a head from that of the model")
     x, rows, images = packed([2, 5])
     expected = torch.cat([attn(image)[0] for image in images])
     torch.testing.assert_close(attend_packed(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)

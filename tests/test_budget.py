@@ -77,17 +77,27 @@ def test_target_falls_linearly_and_then_stays() -> None:
 
 
 def test_price_rises_while_play_is_too_dear() -> None:
-    price = DualPrice(SharedOutcome(price=0.04), rate=0.5)
-    price.observe(share=0.6, accuracy=1.0, target=0.3)
-    assert price.price == pytest.approx(0.04 * 1.6487, rel=1e-4)  # exp(.5 * (.6 / .3 - 1))
-    reward = price.reward(0.3)
+    schedule = DualPrice(SharedOutcome(price=0.04), rate=0.5, gain=2.0)
+    schedule.observe(share=0.45, accuracy=1.0, target=0.3)
+    assert schedule.price == pytest.approx(0.04 * 3.49034, rel=1e-4)  # exp((.5 + 2) * (.45 / .3 - 1))
+    reward = schedule.reward(0.3)
     assert isinstance(reward, SharedOutcome)
-    assert reward.price == price.price
-    price.observe(share=0.0, accuracy=1.0, target=0.3)
-    assert price.price == pytest.approx(0.04)
+    assert reward.price == schedule.price
+    schedule.observe(share=0.3, accuracy=1.0, target=0.3)
+    assert schedule.price == pytest.approx(0.04 * 1.28403, rel=1e-4)  # what the excess has left behind
+    schedule.observe(share=0.15, accuracy=1.0, target=0.3)
+    schedule.observe(share=0.3, accuracy=1.0, target=0.3)
+    assert schedule.price == pytest.approx(0.04)
+
+
+def test_price_stays_between_nothing_and_the_whole_outcome() -> None:
+    schedule = DualPrice(SharedOutcome(), rate=0.5, gain=0.0)
     for _ in range(100):
-        price.observe(share=0.0, accuracy=0.0, target=0.3)
-    assert price.price > 0
+        schedule.observe(share=0.9, accuracy=0.0, target=0.3)
+    assert schedule.price == 1.0
+    for _ in range(100):
+        schedule.observe(share=0.0, accuracy=0.0, target=0.3)
+    assert 0 < schedule.price < 1e-6
 
 
 def test_keep_cost_is_fed_forward_from_the_equilibrium() -> None:
@@ -114,7 +124,7 @@ def test_at_that_keep_cost_a_token_earns_nothing_on_average() -> None:
 @pytest.mark.parametrize("schedule", ["dual", "fed"])
 def test_schedules_go_on_from_their_state(schedule: str) -> None:
     def make() -> DualPrice | FedForwardKeepCost:
-        return DualPrice(SharedOutcome(), 0.1) if schedule == "dual" else FedForwardKeepCost(PaperReward(), cost())
+        return DualPrice(SharedOutcome(), 0.1, 2.0) if schedule == "dual" else FedForwardKeepCost(PaperReward(), cost())
 
     one, two = make(), make()
     one.observe(0.9, 0.2, 0.4)

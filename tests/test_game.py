@@ -135,7 +135,7 @@ def test_evidence_of_the_first_site_is_that_of_its_block() -> None:
         game = TokenGame(backbone, sites, needs=frozenset({"cls_attention"}))
         obs = game.start(game.prepare(images))
         block = obs.site.block
-        state = backbone.run(backbone.embed(images), 0, 2 * (block - 1))[0]
+        state = backbone.run(backbone.embed(images), 2 * (block - 1))[0]
         attention = cast(Attention, backbone.block(block).attn)
         x = backbone.block(block).norm1(state.x).view(2, 17, -1)
         q, k, _ = attention.qkv(x).view(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)

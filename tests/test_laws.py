@@ -219,7 +219,7 @@ def test_dead_tokens_stay_dead_and_prefix_tokens_never_leave(
 
 def test_prefix_rows_are_there_when_all_patches_are_gone() -> None:
     backbone = toy("vit_small_patch14_reg4_dinov2")
-    state = backbone.run(backbone.embed(random_images(backbone, 3)), 0, 2)[0]
+    state = backbone.run(backbone.embed(random_images(backbone, 3)), 2)[0]
     gone = torch.zeros(3, backbone.num_patches, dtype=torch.bool)
     after = reduce_tokens(state, Decision(keep=gone))
     assert after.lengths == (5, 5, 5)

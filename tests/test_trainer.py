@@ -30,6 +30,7 @@ TINY = TrainConfig(
     calibration_images=48,
     target_share=0.5,
     sites=("1", "2", "3"),
+    anneal_from=0.7,
     checkpoint_every=2,
 )
 DATA = OwnLabels(64)
@@ -128,13 +129,13 @@ def test_plain_torch_datasets_will_do() -> None:
     assert_same(run(config), run(config, TensorDataset(DATA.images, DATA.labels)))
 
 
-def test_the_price_leads_to_the_budget() -> None:
-    """With a threshold untouched, exploring play itself arrives near the target."""
-    config = replace(TINY, updates=30, lr=1e-2, price_rate=0.5, target_share=0.6, minibatch=512)
-    history = run(config).history
-    late = sum(row["share"] for row in history[-5:]) / 5
-    assert late == pytest.approx(0.6, abs=0.04)
-    assert history[0]["share"] > 0.66
+def test_the_price_pulls_play_to_the_budget() -> None:
+    """Asked for less, exploring play itself becomes cheaper, and tokens dearer."""
+    config = replace(TINY, updates=16, lr=1e-2, price=0.03, price_rate=0.5, anneal_part=0.0)
+    frugal, lavish = (run(replace(config, target_share=share)).history for share in (0.5, 0.95))
+    assert frugal[0]["share"] == lavish[0]["share"] > 0.65
+    assert frugal[-1]["share"] < lavish[-1]["share"] - 0.05
+    assert frugal[-1]["price"] > 0.03 > lavish[-1]["price"]
 
 
 def test_the_backbone_is_left_as_it_was() -> None:

@@ -80,6 +80,23 @@ class Backbone(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not len(images):
             raise ValueError(f"images: expected shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
 
+    def check_labels(self, labels: Tensor, batch_size: int) -> None:
+        """Refuse labels that do not fit the images or the classes.
+
+        Raises:
+            TypeError: for something that is not a tensor.
+            ValueError: for a wrong shape or dtype, or labels outside the classes.
+        """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected an int64 tensor of shape [{batch_size}], got {type(labels).__name__}")
+        if labels.shape != (batch_size,) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: expected int64 of shape [{batch_size}], got {labels.dtype} of {list(labels.shape)}"
+            )
+        last = self.num_classes - 1
+        if labels.min() < 0 or labels.max() > last:
+            raise ValueError(f"labels: expected 0 to {last}, got {int(labels.min())} to {int(labels.max())}")
+
     def embed(self, images: Tensor) -> TokenState:
         """Images `[B, C, H, W]` to the token state before the first block."""
         x = self.model.patch_embed(images)
@@ -113,17 +130,15 @@ class Backbone(nn.Module):
     def run(
         self,
         state: TokenState,
-        start: int,
         stop: int,
         needs: frozenset[str] = frozenset(),
         log_size: bool = False,
     ) -> tuple[TokenState, dict[str, Tensor]]:
-        """Run half-blocks `start` to `stop - 1` (0-based; even: attention, odd: MLP).
+        """Run on until `stop` half-blocks have run (0-based; even: attention, odd: MLP).
 
         Args:
-            state: the tokens before half-block `start`.
-            start: first half-block to run.
-            stop: one past the last.
+            state: the tokens, which know how many half-blocks they have been through.
+            stop: one past the last half-block to run.
             needs: evidence to collect in the last attention half of the range.
             log_size: proportional attention, log(size) added to the logits of each key.
 
@@ -131,9 +146,9 @@ class Backbone(nn.Module):
             The tokens afterwards and the evidence of the alive tokens, `[sum n_i, ...]` each.
         """
         rows, x, evidence = Rows(state.lengths, self.num_prefix), state.x, {}
-        key_bias = _log_size(state) if log_size and stop > start else None
+        key_bias = _log_size(state) if log_size and stop > state.half else None
         last_attention = (stop - 1) // 2 * 2
-        for half in range(start, stop):
+        for half in range(state.half, stop):
             number = half // 2 + 1
             if half % 2:
                 x = self.feed_forward(number, x, rows)
@@ -142,7 +157,7 @@ class Backbone(nn.Module):
                 x, by_row = self.attend(number, x, rows, wanted, key_bias)
                 if wanted:
                     evidence = {name: value[state.patch_rows] for name, value in by_row.items()}
-        return state.with_rows(x), evidence
+        return state.with_rows(x, stop), evidence
 
     def cls(self, state: TokenState) -> Tensor:
         """What stands for the image: its class token, or the mean of its alive tokens, `[B, D]`."""

@@ -95,7 +95,7 @@ class TokenGame:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             state = self.backbone.embed(images)
             # The last attention half stays for `start`, where the evidence of the first site is computed.
-            return self.backbone.run(state, 0, self._cached_halves, log_size=self._log_size)[0]
+            return self.backbone.run(state, self._cached_halves, log_size=self._log_size)[0]
 
     def reset(self, images: Tensor, labels: Tensor | None = None) -> Observation:
         """Begin a batch of games.
@@ -113,14 +113,25 @@ class TokenGame:
         return self.start(self.prepare(images), labels)
 
     def start(self, state: TokenState, labels: Tensor | None = None) -> Observation:
-        """Begin a batch of games from a prepared state, see `reset`."""
-        self._labels = None if labels is None else self._checked_labels(labels, state.batch_size)
+        """Begin a batch of games from a prepared state, see `reset`.
+
+        Raises:
+            ValueError: for a state that has run past what this game needs to see, or whose tokens have been pruned.
+        """
+        if state.half > self._cached_halves or not state.alive.all():
+            raise ValueError(
+                f"state: expected all tokens, {self._cached_halves} half-blocks into the network at most, got "
+                f"{int(state.alive.sum())} of {state.alive.numel()} after {state.half}; prepare it with this game"
+            )
+        if labels is not None:
+            self.backbone.check_labels(labels, state.batch_size)
+        self._labels = labels
         self._steps = []
         self._immediate: list[Tensor] = []
         self._extra_macs = torch.zeros(state.batch_size, dtype=torch.float64, device=state.x.device)
         self._finished = None
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            self._advance(state, self._cached_halves)
+            self._advance(state)
         return self.observation()
 
     def observation(self) -> Observation:
@@ -175,8 +186,19 @@ class TokenGame:
         if self._state is None or self._labels is None:
             raise RuntimeError("score_if_kept: no game with labels is being played")
         with torch.no_grad():
-            state, _ = self.backbone.run(self._state, self._half, 2 * self.backbone.depth, log_size=self._log_size)
+            state, _ = self.backbone.run(self._state, self._bounds[-1], log_size=self._log_size)
             return self.reward.score(self.backbone.classify(state), self._labels)
+
+    @property
+    def state(self) -> TokenState:
+        """The tokens at the current site; after the end, as the last decision left them.
+
+        Raises:
+            RuntimeError: before the first game.
+        """
+        if self._state is None:
+            raise RuntimeError("state: no game is being played; call reset(images, labels) first")
+        return self._state
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -193,28 +215,16 @@ class TokenGame:
         first = self.sites[0]
         return 2 * (first.block - 1) if self.needs else first.half
 
-    def _checked_labels(self, labels: Tensor, batch_size: int) -> Tensor:
-        classes = self.backbone.num_classes
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels: expected an int64 tensor of shape [{batch_size}], got {type(labels).__name__}")
-        if labels.shape != (batch_size,) or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels: expected int64 of shape [{batch_size}], got {labels.dtype} of {list(labels.shape)}"
-            )
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
-        return labels
-
-    def _advance(self, state: TokenState, start: int) -> None:
-        """Run from half-block `start` to the next site and look around."""
+    def _advance(self, state: TokenState) -> None:
+        """Run to the next site and look around."""
         site = self.sites[len(self._steps)]
-        evidence_due = bool(self.needs) and start <= 2 * (site.block - 1)
-        state, evidence = self.backbone.run(state, start, site.half, self.needs, self._log_size)
+        evidence_due = bool(self.needs) and state.half <= 2 * (site.block - 1)
+        state, evidence = self.backbone.run(state, site.half, self.needs, self._log_size)
         if evidence_due:
             self._extra_macs += self.cost.evidence(site, self._rows(state), self.needs)
         else:  # two sites in one block share its attention; what it said of the tokens still there holds
             evidence = {name: values[self._stayed] for name, values in self._evidence.items()} if self.needs else {}
-        self._state, self._half, self._evidence = state, site.half, evidence
+        self._state, self._evidence = state, evidence
         self._observation = Observation(
             tokens=state.tokens,
             image=state.image,
@@ -250,14 +260,14 @@ class TokenGame:
             self._extra_macs += decision.macs
         self._stayed = after.alive[before.image, before.token]
         if len(self._steps) < self.num_steps:
-            self._advance(after, self._half)
+            self._advance(after)
         else:
             self._state = after
         return step
 
     def _finish(self, reward: Tensor | None) -> Tensor | None:
         """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
-        state, _ = self.backbone.run(self._last_state, self._half, self._bounds[-1], log_size=self._log_size)
+        state, _ = self.backbone.run(self.state, self._bounds[-1], log_size=self._log_size)
         logits = self.backbone.classify(state)
         if self.check and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())
@@ -282,8 +292,3 @@ class TokenGame:
             reward=table,
         )
         return reward
-
-    @property
-    def _last_state(self) -> TokenState:
-        assert self._state is not None
-        return self._state

@@ -182,7 +182,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """
         if self._images is None:
             raise RuntimeError("state: no game has begun; call reset() first")
-        tokens, num_prefix = self.game._last_state, self.game.backbone.num_prefix
+        tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
         table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
         rows = np.concatenate([np.arange(num_prefix), num_prefix + tokens.token.cpu().numpy()])
         table[rows, :-1] = _rows(tokens.x[None])

@@ -149,7 +149,7 @@ def _assemble(
     """Pack prefix rows and the given token rows of `state.x` anew, with a single gather."""
     counts = kept.sum(dim=1).tolist()
     lengths = tuple(state.num_prefix + count for count in counts)
-    new = TokenState(state.x, kept, size, source, lengths, state.num_prefix, rank)
+    new = replace(state, alive=kept, size=size, source=source, lengths=lengths, rank=rank)
     index = rows.new_empty(sum(lengths))
     index[new.prefix_rows.flatten()] = state.prefix_rows.flatten()
     index[new.patch_rows] = rows

@@ -23,6 +23,7 @@ class TokenState:
     source: Tensor  # [B, N] int64, token that each original patch is in now; -1 = pruned
     lengths: tuple[int, ...]  # rows of each image, P + n_i
     num_prefix: int  # P
+    half: int = 0  # half-blocks that have run
     rank: Tensor | None = None  # [B, N] sort key of the current sequence; None: token order
 
     @property
@@ -86,17 +87,18 @@ class TokenState:
             ranks = key.argsort(dim=1, stable=True).argsort(dim=1)
         return ranks.masked_fill(~self.alive, -1)
 
-    def with_rows(self, x: Tensor) -> TokenState:
-        """The same tokens with new features, `x` of the same shape."""
-        return replace(self, x=x)
+    def with_rows(self, x: Tensor, half: int | None = None) -> TokenState:
+        """The same tokens with new features, `x` of the same shape, after `half` half-blocks (None: as before)."""
+        return replace(self, x=x, half=self.half if half is None else half)
 
 
-def start_state(x: Tensor, num_prefix: int) -> TokenState:
-    """The state before the first block: every patch token alive, alone and its own source.
+def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
+    """The state before the first decision: every patch token alive, alone and its own source.
 
     Args:
         x: embedded tokens `[B, P + N, D]`.
         num_prefix: P.
+        half: half-blocks that have run.
     """
     batch, rows, _ = x.shape
     num_tokens = rows - num_prefix
@@ -108,6 +110,7 @@ def start_state(x: Tensor, num_prefix: int) -> TokenState:
         source=torch.arange(num_tokens, device=x.device).expand(batch, num_tokens),
         lengths=(rows,) * batch,
         num_prefix=num_prefix,
+        half=half,
     )
 
 
