@@ -104,6 +104,7 @@ def calibrate_threshold(
     batches: Sequence[Tensor | TokenState],
     target_macs: float,
     steps: int = 24,
+    tolerance: float = 1e-3,
 ) -> TokenPolicy:
     """The same policy with the threshold at which its greedy play costs at most `target_macs` per image, and almost.
 
@@ -114,7 +115,8 @@ def calibrate_threshold(
         policy: whose threshold to set.
         batches: training images (or prepared states) to measure on.
         target_macs: mean MACs per image, policy included.
-        steps: halvings of the range, at least 20.
+        steps: most halvings of the range, at least 20.
+        tolerance: how far below the target, relative to it, the search may stop early.
 
     Raises:
         ValueError: for no images or too few steps.
@@ -144,4 +146,6 @@ def calibrate_threshold(
             low = middle
         else:
             high, best = middle, candidate
+            if macs >= (1 - tolerance) * target_macs:
+                break
     return best

@@ -3,8 +3,8 @@
     python examples/custom_algorithm.py
     python examples/custom_algorithm.py --checkpoint runs/mappo    # compare with a policy of train_mappo.py
 
-Nothing here knows the trainer of this package. Every token decides from its own feature and is paid the image's outcome
-minus the price of the blocks it uses; the price moves until the budget is met. The result is a `Policy` like any other.
+Every token decides from its own feature and is paid the image's outcome minus the price of the blocks it uses; the
+price moves until the budget is met. The result is a `Policy` like any other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 import tyro
-from common import CommonArgs, Row, at_budget, batches_of, table
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from tqdm import trange
 
-from vitprune_env import BasePolicy, Decision, KeepAll, Observation, SharedOutcome, TokenGame, TokenVectorEnv
-from vitprune_env import evaluate, load_backbone
+import vitprune_env as vp
+from common import CommonArgs, Row, at_budget, batches_of, table
 from vitprune_env.agents import load_policy
 from vitprune_env.baselines import EViT, calibrate
 from vitprune_env.data import Digits
@@ -37,13 +36,11 @@ class Args(CommonArgs):
     """Policy-gradient steps."""
     images: int = 128
     """Games per update."""
-    lr: float = 3e-3
-    """Learning rate of policy and baseline."""
     checkpoint: Path | None = None
     """Output folder of train_mappo.py to compare with."""
 
 
-class ReinforcePolicy(BasePolicy):
+class ReinforcePolicy(vp.BasePolicy):
     """Greedy play of the trained network: all that evaluation and benchmarks need to know."""
 
     def __init__(self, actor: nn.Sequential, threshold: float) -> None:
@@ -51,13 +48,13 @@ class ReinforcePolicy(BasePolicy):
         self.macs_per_token = sum(m.weight.numel() for m in actor if isinstance(m, nn.Linear))
 
     @torch.no_grad()
-    def decide(self, obs: Observation) -> Decision:
+    def decide(self, obs: vp.Observation) -> vp.Decision:
         """Keep the tokens whose logit exceeds the threshold."""
         keep = obs.scatter(self.actor(obs.tokens).squeeze(-1) > self.threshold, fill=False)
-        return Decision(keep, macs=obs.num_alive.double() * self.macs_per_token)
+        return vp.Decision(keep, macs=obs.num_alive.double() * self.macs_per_token)
 
 
-def play_batch(env: TokenVectorEnv, actor: nn.Module, noise: torch.Generator) -> tuple[list[Tensor], dict[str, Any]]:
+def play_batch(env: vp.TokenVectorEnv, actor: nn.Module, noise: torch.Generator) -> tuple[list[Tensor], dict[str, Any]]:
     """Games with sampled actions: observations, actions and rewards-to-go of the live agent-steps."""
     obs, info = env.reset()
     seen, alive, actions, rewards = [], [], [], []
@@ -74,28 +71,27 @@ def play_batch(env: TokenVectorEnv, actor: nn.Module, noise: torch.Generator) ->
     return [torch.stack(seen)[live], torch.stack(actions)[live].float(), to_go[live]], info
 
 
-def reinforce(args: Args, game: TokenGame, env: TokenVectorEnv) -> nn.Sequential:
+def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv) -> nn.Sequential:
     """Make what came out better than the baseline expected more probable."""
     width, dense = game.backbone.embed_dim, game.cost.dense()
     torch.manual_seed(args.seed)
     actor = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, 1))
     critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-    actor, critic = actor.to(args.device), critic.to(args.device)
-    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=args.lr)
+    optimizer = torch.optim.Adam(nn.ModuleList([actor, critic]).to(args.device).parameters(), lr=3e-3)
     noise, price = torch.Generator().manual_seed(args.seed), 0.02
     for update in (bar := trange(args.updates, desc="REINFORCE")):
-        game.reward = SharedOutcome(price)
+        game.reward = vp.SharedOutcome(price)
         (obs, action, returns), info = play_batch(env, actor, noise)
         value = critic(obs).squeeze(-1)
         log_prob = -binary_cross_entropy_with_logits(actor(obs).squeeze(-1), action, reduction="none")
-        advantage = returns - value.detach()
-        loss = mse_loss(value, returns) - (log_prob * advantage / (advantage.std() + 1e-8)).mean()
+        advantage = (returns - value.detach()) / (returns.std() + 1e-8)
+        loss = mse_loss(value, returns) - (log_prob * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         spent = float(info["macs"].mean()) / dense
         aim = args.target_share + max(0.0, 1 - 2 * update / args.updates) * (0.7 - args.target_share)  # tighten slowly
-        price *= 1 + 0.1 * (spent / aim - 1)
+        price *= 1 + 0.3 * (spent / aim - 1)
         bar.set_postfix(accuracy=f"{float(info['correct'].float().mean()):.2f}", of_dense=f"{spent:.2f}")
     return actor
 
@@ -103,20 +99,20 @@ def reinforce(args: Args, game: TokenGame, env: TokenVectorEnv) -> nn.Sequential
 def main() -> None:
     """Train, calibrate, compare."""
     args = tyro.cli(Args, description=__doc__)
-    args = replace(args, updates=4, images=16) if args.quick else args
-    backbone = load_backbone("vit_digits").to(args.device)
-    game = TokenGame(backbone)
-    actor = reinforce(args, game, TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed))
+    args = replace(args, updates=3) if args.quick else args
+    backbone = vp.load_backbone("vit_digits").to(args.device)
+    game = vp.TokenGame(backbone)
+    actor = reinforce(args, game, vp.TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed))
     tune = batches_of(Digits("train", 256, seed=1), 256, args.device)
     test = batches_of(Digits("test", 200 if args.quick else 2000, seed=2), 250, args.device)
-    # A keep rate of r stands for the logit that r of this network's own decisions exceed.
-    logits = actor(game.reset(tune[0][0]).tokens).detach().squeeze(-1)
+    logits = actor(game.reset(tune[0][0]).tokens).detach().squeeze(-1)  # a keep rate stands for a quantile of these
     budget = args.target_share * game.cost.dense() / 1e9
     policy = calibrate(lambda r: ReinforcePolicy(actor, float(logits.quantile(1 - r))), budget, backbone, tune)
-    rows = [Row.of("dense", evaluate(game, KeepAll(), test)), Row.of("REINFORCE", evaluate(game, policy, test))]
+    played = {"dense": vp.KeepAll(), "REINFORCE": policy}
+    rows = [Row.of(name, vp.evaluate(game, player, test)) for name, player in played.items()]
     rows.append(at_budget("EViT", EViT, rows[1].gmacs, backbone, tune, test)[0])
     if args.checkpoint is not None:
-        rows.append(Row.of("MAPPO", evaluate(game, load_policy(args.checkpoint / "policy.safetensors"), test)))
+        rows.append(Row.of("MAPPO", vp.evaluate(game, load_policy(args.checkpoint / "policy.safetensors"), test)))
     print(table(rows, dense_gmacs=rows[0].gmacs))
 
 

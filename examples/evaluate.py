@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+
 from common import CommonArgs, Row, batches_of, measure_speedup, table, versions, write_json
 from train_mappo import TEST_SEED, TUNE_SEED, token_figure
-
 from vitprune_env import KeepAll, TokenGame, evaluate, load_backbone
 from vitprune_env.agents import calibrate_threshold, load_policy
 from vitprune_env.data import Digits

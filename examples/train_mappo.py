@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, table, versions, write_json
 from matplotlib.figure import Figure
 
+from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, table, versions, write_json
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, load_backbone, play
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResult, calibrate_threshold, train
 from vitprune_env.agents.config import PRESETS

@@ -180,6 +180,9 @@ def test_preset_of_the_paper() -> None:
     assert (paper.reward, paper.epochs, paper.minibatch, paper.clip, paper.trace) == ("paper", 15, None, 0.2, 0.95)
     assert paper.paper_sizes
     assert rl4evit(TrainConfig(seed=7)).seed == 7
+    assert TrainConfig().budget == {"gmacs": None, "keep": None, "share": 0.35}
+    assert paper.budget["share"] == 0.6
+    assert rl4evit(TrainConfig(target_keep=0.9)).budget == {"gmacs": None, "keep": 0.9, "share": None}
     small = replace(paper, updates=1, images=8, epochs=2, cache_images=16, calibration_images=16, sites=("1", "3"))
     result = run(replace(small, target_share=0.9))
     assert result.policy.actor.hidden == (192, 256, 64)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
-
 from torch import Tensor, nn
 
 from vitprune_env.backbone import Backbone
@@ -96,7 +95,9 @@ def load_vit_digits(path: Path = WEIGHTS / "vit_digits.safetensors") -> VisionTr
     try:
         model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"path: expected the weights of vit_digits as safetensors, got {path}: {error}") from error
+        raise CheckpointError(
+            f"path: expected the weights of vit_digits as safetensors, got {path}: {error}"
+        ) from error
     return model.eval()
 
 
