@@ -71,7 +71,7 @@ class TrainConfig:
     """gamma; a game has as many steps as there are sites."""
     trace: float = 0.95
     """lambda of the advantage estimate."""
-    entropy: float = 0.0
+    entropy: float = 0.01
     """Weight of the entropy bonus."""
     value_coef: float = 0.5
     """Weight of the value loss."""

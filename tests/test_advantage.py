@@ -62,3 +62,11 @@ def test_nobody_feels_what_happens_after_death_or_to_others(seed: int, discount:
     assert not advantage[elsewhere].any()
     one = generalized_advantage(reward[:, :1], value[:, :1], alive[:, :1], terminated[:, :1], discount, trace)
     assert torch.equal(advantage[:, :1], one)
+
+
+def test_an_end_bars_the_way_even_if_the_table_goes_on() -> None:
+    alive = torch.ones(3, 1, 1, dtype=torch.bool)
+    terminated = table((1, 0, 1)).bool()
+    reward, value = table((1.0, 2.0, 3.0)), table((0.5, 1.0, 2.0))
+    advantage = generalized_advantage(reward, value, alive, terminated, 1.0, 1.0)
+    assert advantage.flatten().tolist() == pytest.approx([0.5, 4.0, 1.0])
