@@ -32,7 +32,10 @@ class TrainConfig:
     price_gain: float = 2.0
     """Shared outcome: how strongly the price answers an excess at once."""
     outcome_bonus: float = 1.0
-    """Paper's reward: weight of the outcome (beta); the cost of keeping (alpha) follows from the budget."""
+    """Paper's reward: weight of the outcome (beta)."""
+    keep_cost: float | None = None
+    """Paper's reward: cost of keeping a token (alpha), reached by annealing; without a budget, the ratio of the two
+    alone decides how much is kept. None: follows from the budget."""
     anneal_from: float = 0.55
     """Share of dense MACs that the target starts from: about what the untrained policy costs."""
     anneal_part: float = 0.5
@@ -107,15 +110,24 @@ class TrainConfig:
         _check(self, "outcome", self.outcome in ("correct", "log_probability"), "'correct' or 'log_probability'")
         for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        _check(self, "outcome_bonus", self.outcome_bonus > 0, "above 0")
+        if self.keep_cost is not None:
+            _check(self, "keep_cost", self.keep_cost > 0 and self.reward == "paper", "above 0, with reward='paper'")
         given = [name for name in ("target_gmacs", "target_keep", "target_share") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"budget: expected at most one of target_gmacs, target_keep, target_share, got {given}")
 
     @property
+    def is_free(self) -> bool:
+        """Whether the two weights of the paper's reward decide how much is kept, and no budget does."""
+        asked = (self.target_gmacs, self.target_keep, self.target_share)
+        return self.keep_cost is not None and all(value is None for value in asked)
+
+    @property
     def budget(self) -> dict[str, float | None]:
         """The budget as `target_macs` takes it."""
         given = {"gmacs": self.target_gmacs, "keep": self.target_keep, "share": self.target_share}
-        if any(value is not None for value in given.values()):
+        if any(value is not None for value in given.values()) or self.is_free:
             return given
         # The paper's actor looking at every token once costs a quarter of the small built-in backbone.
         return {**given, "share": 0.6 if self.paper_sizes else 0.35}

@@ -42,7 +42,7 @@ class TrainResult:
     policy: TokenPolicy  # greedy, its threshold calibrated to the budget
     critic: TokenCritic
     history: tuple[dict[str, float], ...]  # one row of metrics per update
-    target_macs: float  # the budget, MACs per image
+    target_macs: float  # the budget, or where `keep_cost` alone should lead, MACs per image
     train_macs: float  # what the policy costs on the calibration images
     train_accuracy: float  # its accuracy there
 
@@ -104,7 +104,7 @@ class _Run:
         self.actor, critic = make_networks(backbone.embed_dim, config, self.generator)
         self.game = TokenGame(backbone, config.sites or None)
         self.cost = PolicyCost(self.game.cost, self.game.sites, self.actor.macs_per_token)
-        self.target = target_macs(self.cost, **config.budget)
+        self.target = settled_macs(config, self.cost) if config.is_free else target_macs(self.cost, **config.budget)
         self.schedule = make_schedule(config, self.cost)
         self.collapse = CollapseDetector()
         self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device)
@@ -223,7 +223,7 @@ class _Run:
             )
 
     def finish(self) -> TrainResult:
-        """Calibrate the threshold on training images, and measure there."""
+        """Calibrate the threshold on training images, if there is a budget, and measure there."""
         batches = self.images.first(self.config.calibration_images)
         info = {
             "backbone": self.game.backbone.name,
@@ -233,7 +233,8 @@ class _Run:
             "updates": self.updates_done,
         }
         policy = TokenPolicy(self.actor, sites=self.game.sites, info=info).eval()
-        policy = calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
+        if not self.config.is_free:
+            policy = calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
         measured = evaluate(self.game, policy, batches)
         if self.output is not None:
             save_policy(policy, self.output / POLICY_FILE)
@@ -250,11 +251,21 @@ def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generato
     return actor, TokenCritic(embed_dim, config.critic_hidden or default, generator)
 
 
+def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
+    """What play costs where the paper's reward is in equilibrium, were every image classified correctly."""
+    assert config.keep_cost is not None
+    fraction = min(1.0, config.outcome_bonus / config.keep_cost)
+    return min(cost.at_fraction(fraction), cost.model.dense())
+
+
 def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
     """The reward that a configuration asks for, and how it moves towards the budget."""
     outcome: Callable[..., Any] = correct if config.outcome == "correct" else log_probability
     if config.reward == "paper":
-        return FedForwardKeepCost(PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome), cost)
+        reward = PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome)
+        if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
+            return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
+        return FedForwardKeepCost(reward, cost)
     return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
 
 

@@ -99,7 +99,7 @@ def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv) -> nn.Sequ
 def main() -> None:
     """Train, calibrate, compare."""
     args = tyro.cli(Args, description=__doc__)
-    args = replace(args, updates=3) if args.quick else args
+    (args := replace(args, updates=3) if args.quick else args).prepare()
     backbone = vp.load_backbone("vit_digits").to(args.device)
     game = vp.TokenGame(backbone)
     actor = reinforce(args, game, vp.TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed))

@@ -45,6 +45,7 @@ def main() -> None:
     """Load, play, report."""
     args = tyro.cli(Args, description=__doc__)
     args = replace(args, images=200) if args.quick else args
+    args.prepare()
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     policy = load_policy(path, device=args.device)
     backbone = load_backbone(policy.info.get("backbone", "vit_digits")).to(args.device)
@@ -61,7 +62,6 @@ def main() -> None:
         replace(Row.of("dense", evaluate(game, KeepAll(), batches)), speedup=1.0),
         Row.of("policy", evaluate(game, policy, batches), measure_speedup(backbone, policy, images, pairs)),
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
     token_figure(backbone, policy, batches).savefig(args.output / "tokens.png", dpi=150)
     results = {"rows": [asdict(row) for row in rows], "trained": policy.info, "versions": versions()}
     write_json(args.output / "evaluation.json", {**results, "split": args.split, "images": args.images})

@@ -146,7 +146,7 @@ def main() -> None:
     """Train, compare, draw."""
     start = time.perf_counter()
     args = parse(sys.argv[1:])
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.prepare()
     backbone = load_backbone("vit_digits").to(args.device)
     training = Digits("train", size=max(args.cache_images, args.calibration_images), seed=args.seed)
     result = train(

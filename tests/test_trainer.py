@@ -187,3 +187,25 @@ def test_preset_of_the_paper() -> None:
     result = run(replace(small, target_share=0.9))
     assert result.policy.actor.hidden == (192, 256, 64)
     assert result.history[0]["gradient_steps"] == 2
+
+
+def test_the_papers_weights_alone_decide_how_much_is_kept() -> None:
+    """Without a budget keep_cost is annealed to what was asked, and the most probable action is taken as it is."""
+    config = replace(TINY, reward="paper", keep_cost=4.0, outcome_bonus=2.0, target_share=None, updates=8)
+    result = run(config)
+    assert result.policy.threshold == 0.0
+    prices = [row["price"] for row in result.history]
+    assert prices == sorted(prices)
+    assert prices[-1] == pytest.approx(4.0, rel=1e-6)
+    cost = TokenGame.for_policy(toy(NAME), result.policy).cost
+    half = torch.full((1, 3), cost.num_patches / 2)
+    sites = result.policy.sites
+    assert sites is not None
+    looked_at = result.policy.actor.macs_per_token * 2 * cost.num_patches
+    assert result.target_macs == pytest.approx(float(cost.forward(half, sites)) + looked_at)
+    assert run(replace(config, target_share=0.5)).policy.threshold != 0.0
+
+
+def test_keep_cost_belongs_to_the_papers_reward() -> None:
+    with pytest.raises(ValueError, match=r"keep_cost: expected above 0, with reward='paper', got 1.0"):
+        TrainConfig(keep_cost=1.0)
