@@ -26,7 +26,7 @@ from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResul
 from vitprune_env.agents.config import PRESETS
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.data import Digits
-from vitprune_env.render import learning_curve_figure, tokens_figure
+from vitprune_env.figures import learning_curve_figure, tokens_figure
 
 TUNE_SEED = 1_000_003  # scenes that baselines are calibrated on: training digits, other compositions
 TEST_SEED = 2_000_003
@@ -106,7 +106,7 @@ def token_figure(backbone: Backbone, policy: TokenPolicy, batches: Batches) -> F
     predicted = episode.outcome.logits.argmax(dim=1)
     captions = [f"{int(label)} read as {int(guess)}" for label, guess in zip(labels, predicted, strict=True)]
     sites = [site.label for site in game.sites]
-    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions)
+    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2)
 
 
 def draw(args: Args, backbone: Backbone, result: TrainResult, dense: Row, test: Batches) -> None:

@@ -16,20 +16,9 @@ from pettingzoo.test import render_test
 from torch.utils.data import TensorDataset
 
 from helpers import random_images, toy
+from vitprune_env.figures import MAX_IMAGES, learning_curve_figure, tokens_figure
 from vitprune_env.parallel_env import PRUNE_MODES, TokenPruningEnv, env, parallel_env
-from vitprune_env.render import (
-    COVER,
-    GONE_EARLIER,
-    GONE_HERE,
-    MAX_IMAGES,
-    Scene,
-    Viewer,
-    learning_curve_figure,
-    shade,
-    site_title,
-    to_rgb,
-    tokens_figure,
-)
+from vitprune_env.render import COVER, GONE_EARLIER, GONE_HERE, Scene, Viewer, shade, site_title, to_rgb
 
 NAME = "deit_tiny_patch16_224"  # 4 x 4 patches of 16 pixels, sites 1, 2, 3
 
@@ -295,3 +284,14 @@ def test_importing_needs_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, spec.name, fresh)
     spec.loader.exec_module(fresh)
     assert fresh.Scene is not Scene
+
+
+def test_tokens_figure_in_columns_shows_the_images_in_order() -> None:
+    keep = torch.ones(2, 3, 6, dtype=torch.bool)
+    keep[:, 2] = False
+    figure = tokens_figure(torch.randn(3, 3, 8, 12), keep, (2, 3), (3, 6), titles=["a", "b", "c"], columns=2)
+    figure.canvas.draw()
+    left, right = figure.subfigs
+    assert [axes.get_ylabel() for axes in (*left.axes[::3], *right.axes[::3])] == ["a", "b", "c", ""]
+    assert right.axes[1].get_xlabel() == "0% left"
+    assert [axes.axison for axes in right.axes] == [True] * 3 + [False] * 3

@@ -1,4 +1,4 @@
-"""Pictures of the game: which tokens are left after each site, as text, pixels, window or figure; learning curves.
+"""Pictures of the game: which tokens are left after each site, as text, pixels or window.
 
 As in Fig. 5 of RL4EViT (paper 000) there is one panel per site, and tokens that were pruned earlier are white; those
 that leave at the panel's own site are orange. matplotlib is imported only by what needs it.
@@ -7,7 +7,7 @@ that leave at the panel's own site are orange. matplotlib is imported only by wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = Sequence[float] | Sequence[Sequence[float]]
 RENDER_MODES = ("human", "rgb_array", "ansi")
-MAX_IMAGES = 8  # rows of a figure that stay readable on a page
 PANEL_PIXELS = 240  # smallest height of a panel of mode rgb_array
 ALIVE, MARKS = "#", "123456789abcdefghijklmnopqrstuvwxyz"
 GONE_EARLIER, GONE_HERE, BACKGROUND = (1.0, 1.0, 1.0), (0.98, 0.74, 0.42), (0.45, 0.45, 0.45)
@@ -163,7 +161,7 @@ class Viewer:
             self._open(scene)
         if self._window is not None:
             self._window.clear()
-            _draw_row(self._window.subplots(1, len(scene.sites) + 1), scene)
+            draw_row(self._window.subplots(1, len(scene.sites) + 1), scene)
             self._window.suptitle(scene.title)
             self._window.canvas.draw()
             self._window.canvas.flush_events()
@@ -181,7 +179,7 @@ class Viewer:
         from matplotlib import pyplot  # only it knows which toolkit is there and runs its event loop
 
         try:
-            window = pyplot.figure(self.title, figsize=_size(1, len(scene.sites)), layout="constrained")
+            window = pyplot.figure(self.title, figsize=panel_size(1, len(scene.sites)), layout="constrained")
             if window.canvas.required_interactive_framework is not None:
                 window.show()
                 self._window = window
@@ -194,102 +192,12 @@ class Viewer:
         warnings.warn(f"render_mode 'human' shows nothing: {reason}; use 'rgb_array' or 'ansi'", stacklevel=4)
 
 
-def tokens_figure(
-    images: Tensor,
-    keep: Tensor,
-    grid_size: tuple[int, int],
-    sites: Sequence[int | str | Site],
-    titles: Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Figure:
-    """One row per image: the image, then what is left of it after each site (Fig. 5 of paper 000).
-
-    Args:
-        images: `[B, C, H, W]`, at most 8 of them.
-        keep: `[T, B, N]` bool, tokens alive after each site (an `Episode`'s `keep`).
-        grid_size: rows and columns of patches, N in all.
-        sites: where the tokens were pruned, T of them.
-        titles: one per image, written on its left; None: nothing.
-        mean: of the images' normalisation, see `to_rgb`.
-        std: likewise.
-
-    Raises:
-        ValueError: for shapes that do not fit together or too many images.
-    """
-    expected = (len(sites), len(images), grid_size[0] * grid_size[1])
-    if tuple(keep.shape) != expected:
-        raise ValueError(f"keep: expected shape [T, B, N] = {expected}, got {tuple(keep.shape)}")
-    if not 1 <= len(images) <= MAX_IMAGES:
-        raise ValueError(f"images: expected 1 to {MAX_IMAGES} images, got {len(images)}")
-    if titles is not None and len(titles) != len(images):
-        raise ValueError(f"titles: expected one for each of {len(images)} images, got {len(titles)}")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_size(len(images), len(sites)), layout="constrained")
-    rgb, kept = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy(), keep.cpu().numpy()
-    for row, axes in enumerate(figure.subplots(len(images), len(sites) + 1, squeeze=False)):
-        _draw_row(axes, Scene(rgb[row], kept[:, row], grid_size, tuple(map(str, sites))), first=row == 0)
-        axes[0].set_ylabel(titles[row] if titles else "")
-    return figure
-
-
-def learning_curve_figure(
-    updates: Sequence[float],
-    accuracy: Curve,
-    macs_share: Curve,
-    references: Mapping[str, float] | None = None,
-    budget: float | None = None,
-    title: str = "",
-) -> Figure:
-    """Accuracy and cost over training, one above the other.
-
-    Args:
-        updates: `[U]`, when it was evaluated.
-        accuracy: `[U]` in 0..1, or `[S, U]` for S runs: their mean and range are drawn.
-        macs_share: GMACs as a share of the dense model's, of the same shape.
-        references: accuracies to compare with, by name, such as the dense model's.
-        budget: the share of GMACs to meet.
-        title: of the figure.
-
-    Raises:
-        ValueError: for curves that do not fit `updates`.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 5.0), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _curve(upper, "accuracy", updates, accuracy)
-    for number, (name, value) in enumerate((references or {}).items(), start=1):
-        upper.axhline(value, color=f"C{number}", linestyle=":", label=f"{name} {value:.1%}")
-    _curve(lower, "macs_share", updates, macs_share)
-    if budget is not None:
-        lower.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.0%}")
-    upper.set(ylabel="accuracy", title=title)
-    lower.set(ylabel="GMACs, share of dense", xlabel="updates", ylim=(0, None))
-    for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-        axes.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> None:
-    runs = np.atleast_2d(np.asarray(values, dtype=float))
-    if runs.ndim != 2 or runs.shape[1] != len(updates):
-        raise ValueError(f"{name}: expected {len(updates)} values per run, one for each update, got {list(runs.shape)}")
-    label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
-    axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
-    axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
-
-
-def _size(rows: int, sites: int) -> tuple[float, float]:
+def panel_size(rows: int, sites: int) -> tuple[float, float]:
     """Inches of a figure of panels."""
     return 1.7 * (sites + 1), 1.75 * rows + 0.35
 
 
-def _draw_row(axes: Sequence[Axes], scene: Scene, first: bool = True) -> None:
+def draw_row(axes: Sequence[Axes], scene: Scene, first: bool = True) -> None:
     """The panels of one image, with titles if they are the `first` row."""
     titles = ("image", *map(site_title, scene.sites))
     for panel, pixels, title in zip(axes, scene.panels(), titles, strict=True):
