@@ -56,8 +56,8 @@ def main() -> None:
         policy = calibrate_threshold(game, policy, [images for images, _ in tune], target)
     data = Digits(args.split, size=args.images, seed=TEST_SEED)
     batches = batches_of(data, args.batch_size, args.device)
-    images = torch.cat([images for images, _ in batches])[:256]
-    pairs = 3 if args.quick else 15
+    images = torch.cat([images for images, _ in batches])[:128]
+    pairs = 3 if args.quick else 9
     rows = [
         replace(Row.of("dense", evaluate(game, KeepAll(), batches)), speedup=1.0),
         Row.of("policy", evaluate(game, policy, batches), measure_speedup(backbone, policy, images, pairs)),

@@ -83,8 +83,8 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, 
         control = calibrate_threshold(game, TokenPolicy(actor), prepared, budget * 1e9)
         untrained.append(Row.of("untrained actor", evaluate(game, control, test)))
     control_row = Row.mean(f"untrained actor (mean of {len(untrained)})", untrained)
-    images = torch.cat([images for images, _ in test])[: 16 if args.quick else 256]
-    pairs = 3 if args.quick else 15
+    images = torch.cat([images for images, _ in test])[: 16 if args.quick else 128]
+    pairs = 3 if args.quick else 9
 
     def timed(row: Row, policy: Policy) -> Row:
         return replace(row, speedup=measure_speedup(backbone, policy, images, pairs))

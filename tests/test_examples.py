@@ -65,7 +65,7 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
     assert (trained / "table.md").read_text().count("|\n") >= 6
 
 
-def test_resuming_a_finished_run_changes_nothing(trained: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(trained: Path) -> None:
     before = (trained / "policy.safetensors").read_bytes()
     first = json.loads((trained / "summary.json").read_text())
     command("train_mappo.py", "--quick", "--seed", 3, "--output", trained, "--resume")
