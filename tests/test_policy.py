@@ -29,7 +29,10 @@ def observe(policy: Policy, batch: int = 3, seed: int = 0, name: str = "golden")
     return TokenGame.for_policy(backbone, policy).reset(random_images(backbone, batch, seed))
 
 
-@pytest.mark.parametrize(
+POLICIES = [KeepAll(), RandomDrop(0.5), TopK(0.5), EViT(0.5), BasePolicy()]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
     "policy", [KeepAll(), RandomDrop(0.5), TopK(0.5), EViT(0.5), BasePolicy()], ids=lambda policy: type(policy).__name__
 )
 def test_all_are_policies(policy: object) -> None:
