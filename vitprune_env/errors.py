@@ -34,6 +34,10 @@ class CheckpointError(ValueError):
     """An unreadable or foreign checkpoint."""
 
 
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; the message begins with its name."""
+
+
 class UnknownNameError(ValueError):
     """A name that is not registered; the message gives the nearest ones."""
 
