@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class TokenPolicy(BasePolicy, nn.Module):
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
         """Compare every alive token with the threshold."""
-        keep = self.actor.keep_logit(obs.tokens) > self.threshold
+        # Rounded to half precision, logits near the threshold would no longer meet the budget it was calibrated for.
+        with full_precision(obs.tokens.device.type):
+            keep = self.actor.keep_logit(obs.tokens) > self.threshold
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
 
     def extra_repr(self) -> str:
@@ -83,6 +86,12 @@ class ExploringPolicy(BasePolicy):
         self.actions.append(keep)
         self.log_probs.append(keep_log_prob(logit, keep))
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+
+
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Suspend autocast where it is on; elsewhere nothing, lest exported graphs carry it."""
+    active = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def decision_macs(actor: TokenActor, obs: Observation) -> Tensor:

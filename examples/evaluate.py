@@ -146,7 +146,7 @@ def recalibrated(args: Args, policy: Policy, backbone: Backbone) -> TokenPolicy:
     if not isinstance(policy, TokenPolicy):
         raise ValueError("target_share: expected a trained policy, whose threshold can be moved; got a keep rate")
     game = TokenGame.for_policy(backbone, policy)
-    tune = batches(args, backbone, "train", 512, TUNE_SEED)
+    tune = batches(args, backbone, "train", 128 if args.quick else 512, TUNE_SEED)
     target = (args.target_share or 1.0) * game.cost.dense()
     return calibrate_threshold(game, policy, [images for images, _ in tune], target)
 

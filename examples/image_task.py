@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ class ImageArgs:
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Images to use instead of the built-in task: class folders, directly or under train and val."""
     dataset: str = ""
-    """timm's name of the dataset, such as torch/cifar10 or hfds/ILSVRC/imagenet-1k; empty: folders or a tar file."""
+    """timm's name of the dataset, such as torch/cifar10 or hfds/ILSVRC/imagenet-1k; empty: folders."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File that numbers the classes; needed where the images show fewer classes than the network knows."""
     download: bool = False
@@ -34,7 +34,7 @@ class ImageArgs:
     model: str | None = None
     """Network to prune: vit_digits, lv_vit_s, or any plain ViT of timm; None: the policy's, or vit_digits."""
     pretrained: bool = False
-    """Let timm download the network's weights."""
+    """Let timm download the network's weights, unless a file is given."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Local weights of the network instead: .pth, .safetensors or .npz."""
     img_size: int | None = None
@@ -58,16 +58,19 @@ def load_network(args: ImageArgs, default: str, seed: int, device: str) -> Backb
     if not args.reads_files and name != "vit_digits":
         raise ValueError(f"data_dir: expected images for {name}; only vit_digits reads the built-in task")
     options = {"img_size": args.img_size, "num_classes": args.num_classes}
-    given = {key: value for key, value in options.items() if value is not None}
-    torch.manual_seed(seed)  # of weights that are neither downloaded nor read
-    return load_backbone(name, args.pretrained, args.weights, **given).to(device)
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    pretrained = args.pretrained and args.weights is None
+    if not pretrained and args.weights is None and name != "vit_digits":
+        print(f"note: {name} has random weights; --pretrained downloads them, --weights reads a file")
+    torch.manual_seed(seed)
+    return load_backbone(name, pretrained, args.weights, **given).to(device)
 
 
 def open_split(args: ImageArgs, backbone: Backbone, split: str, limit: int | None, seed: int) -> ImageFiles:
     """Images of a split, at most `limit` of them (None: all)."""
     return open_images(
         backbone,
-        args.data_dir or Path(),
+        args.data_dir,
         split,
         args.dataset,
         args.class_map,

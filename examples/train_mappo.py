@@ -134,7 +134,7 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, task: Task) -> 
     ]
 
 
-def token_figure(backbone: Backbone, policy: TokenPolicy, batches: Batches) -> Figure:
+def token_figure(backbone: Backbone, policy: Policy, batches: Batches) -> Figure:
     """Eight images and what is left of them after each site."""
     images, labels = first_images(batches, 8)
     game = TokenGame.for_policy(backbone, policy)

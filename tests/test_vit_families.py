@@ -14,7 +14,8 @@ from vitprune_env import KeepAll, TokenGame, load_backbone, play
 from vitprune_env.errors import UnsupportedBackboneError
 
 TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
-OVERRIDES: dict[str, dict[str, Any]] = {"vit_base_mci_224": {"embed_dim": 768, "num_heads": 12}}  # its stem has one width
+# The stem of this one has a fixed width.
+OVERRIDES: dict[str, dict[str, Any]] = {"vit_base_mci_224": {"embed_dim": 768, "num_heads": 12}}
 # pattern of the name -> why it is refused; the first that matches counts
 REFUSED = {
     "vit_*_siglip_gap_*": None,  # pooled by averaging

@@ -1,6 +1,6 @@
 """Image files through timm's readers.
 
-`open_images` reads what `timm.data.create_dataset` reads (class folders, tar files, `torch/...`, `hfds/...`), prepared
+`open_images` reads what `timm.data.create_dataset` reads (class folders, `torch/...`, `hfds/...`), prepared
 as the backbone's own `pretrained_cfg` says. timm replaces an unreadable image by its neighbour without a word; here it
 is reported by name and then, as asked, skipped or fatal.
 """
@@ -117,7 +117,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         row = int(self.rows[index])
         try:
             image, label = self._decode(row)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return UnreadableImageError(f"{self.name(index)}: not a readable image ({error})")
         return self.transform(image), int(label)
 
@@ -131,7 +131,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         """The file of item `index`, or its number where the source has no files."""
         row = int(self.rows[index])
         if isinstance(self.source, TimmDataset):
-            return str(self.source.filename(row, absolute=True))
+            return str(self.source.filename(row, absolute=True) or f"image {row}")
         return f"image {row}"
 
     @property
@@ -208,7 +208,7 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[UnreadableImageErro
 
 def open_images(
     backbone: Backbone,
-    root: str | Path,
+    root: str | Path | None,
     split: str = "validation",
     name: str = "",
     class_map: str | Path | None = None,
@@ -220,9 +220,9 @@ def open_images(
     Args:
         backbone: who will look at them; gives size, normalisation and crop.
         root: folder with one folder per class, or with such folders under `train` and `val`; for the other kinds of
-            dataset the folder that timm keeps them in.
+            dataset the folder that timm keeps them in, None for its library's own.
         split: which part, in timm's words: "train", "validation", ...
-        name: timm's name of the dataset: "" for folders and tar files, `torch/<name>`, `hfds/<name>`.
+        name: timm's name of the dataset: "" for folders, `torch/<name>`, `hfds/<name>`.
         class_map: file that numbers the classes, as timm reads it; None: in the order of the folder names.
         download: whether a `torch/` dataset may be downloaded.
         **options: of `ImageFiles`: on_corrupt, limit, seed, workers.
@@ -232,26 +232,32 @@ def open_images(
         ImportError: for a kind of dataset whose library is not installed.
     """
     config = data_config(backbone)
-    if not name and not Path(root).exists():
-        raise ValueError(f"data_dir: expected a folder of images, found nothing at {root}")
+    if not name and (root is None or not Path(root).is_dir()):  # timm's tar files bear neither threads nor processes
+        raise ValueError(f"data_dir: expected a folder of images, found none at {root}")
+    place, classes = (None if path is None else str(path) for path in (root, class_map))
     try:
-        source = create_dataset(
-            name, root=str(root), split=split, class_map=cast(Any, class_map and str(class_map)), download=download
-        )
-    except (AssertionError, RuntimeError, OSError, KeyError) as error:
+        source = create_dataset(name, place, split, class_map=cast(Any, classes), download=download)
+    except (AssertionError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"data_dir: could not open {name or 'image folder'} {split!r} at {root} ({error})") from error
     if isinstance(source, IterableDataset):
         raise ValueError(f"dataset: expected one with random access (folder, torch/, hfds/), got the stream {name!r}")
     files = ImageFiles(source, config, **options)
-    _check_classes(files, backbone, split, given=class_map is not None)
+    if not name:
+        _check_split(source, Path(cast(str, place)), split)
+    _check_classes(files, backbone, given=class_map is not None)
     return files
 
 
-def _check_classes(files: ImageFiles, backbone: Backbone, split: str, given: bool) -> None:
+def _check_split(source: Any, root: Path, split: str) -> None:
+    """Refuse to read a folder of splits as one: timm takes the leaf folders of all of them for classes."""
+    if Path(source.reader.root) == root:
+        others = sorted(SPLIT_FOLDERS & {path.name for path in root.iterdir() if path.is_dir()})
+        if others:
+            raise ValueError(f"split: found no folder for {split!r} in {root}, but {others}")
+
+
+def _check_classes(files: ImageFiles, backbone: Backbone, given: bool) -> None:
     """Refuse labels that cannot mean what the model's head means."""
-    known = getattr(getattr(files.source, "reader", None), "class_to_idx", None) or {}
-    if SPLIT_FOLDERS & set(known):
-        raise ValueError(f"split: found no folder for {split!r}, but {sorted(SPLIT_FOLDERS & set(known))}")
     count, head = files.num_classes, backbone.num_classes
     if count is not None and (count > head or (count < head and not given)):
         raise ValueError(
