@@ -49,6 +49,21 @@ class TokenPolicy(BasePolicy, nn.Module):
             keep = self.actor.keep_logit(obs.tokens) > self.threshold
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
 
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs beside the actor's weights, as JSON values."""
+        return {
+            "embed_dim": self.actor.embed_dim,
+            "hidden": list(self.actor.hidden),
+            "threshold": self.threshold,
+            "sites": None if self.sites is None else [site.label for site in self.sites],
+            "info": self.info,
+        }
+
+    @classmethod
+    def from_config(cls, embed_dim: int, hidden: Sequence[int], **settings: Any) -> TokenPolicy:
+        """The policy that gave this `config()`, with fresh weights."""
+        return cls(TokenActor(embed_dim, hidden), **settings)
+
     def extra_repr(self) -> str:
         """Threshold and sites."""
         sites = None if self.sites is None else [site.label for site in self.sites]

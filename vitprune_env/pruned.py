@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from vitprune_env.backbone import Backbone, check_needs
+from vitprune_env.errors import CheckpointError
 from vitprune_env.execution import Execution
 from vitprune_env.kernels import kernel
 from vitprune_env.policy import Policy
+from vitprune_env.pretrained import (
+    CONFIG,
+    MODEL_CARD,
+    WEIGHTS,
+    build_backbone,
+    build_policy,
+    describe_backbone,
+    describe_policy,
+    read_folder,
+    write_folder,
+)
 from vitprune_env.reduction import reduce_tokens
 from vitprune_env.tokens import TokenState
-from vitprune_env.types import Site, parse_sites
+from vitprune_env.types import Decision, Site, parse_sites
 
 
-class PrunedViT(nn.Module):
+class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     """A ViT that drops the tokens that its policy prunes.
 
     Decides and classifies exactly as `play(TokenGame.for_policy(backbone, policy), policy, images)` does, without the
@@ -34,11 +48,16 @@ class PrunedViT(nn.Module):
         execution: how ragged images attend: `"packed"` (CPU), `"varlen"` (CUDA, half precision), `"nested"`,
             `"flex"`, `"masked"` (slow, to compare with), or `"auto"` to choose by device and dtype at every call.
 
+    `save_pretrained(folder)`, `push_to_hub(repository)` and `from_pretrained(folder_or_repository)` keep and share the
+    model: weights of network and policy as safetensors, the rest as JSON, see `pretrained`.
+
     Raises:
         SiteError: for sites outside the network.
         EvidenceError: if the policy needs evidence that the backbone cannot give.
         UnknownNameError: for an unknown execution.
     """
+
+    _hub_mixin_config: dict[str, Any] = {}  # this class writes its own; the mixin would guess one from the arguments
 
     def __init__(
         self,
@@ -60,11 +79,14 @@ class PrunedViT(nn.Module):
         """Images `[B, C, H, W]` to logits `[B, classes]`."""
         return self.forward_head(self.forward_features(images))
 
-    def forward_features(self, images: Tensor) -> TokenState:
+    def forward_features(
+        self, images: Tensor, on_decision: Callable[[Decision, Site], object] | None = None
+    ) -> TokenState:
         """The tokens that leave the last block, before the final norm.
 
         Args:
             images: `[B, C, H, W]` as the model wants them (normalised).
+            on_decision: told every decision, and the site where it was taken.
 
         Returns:
             Packed rows, and for every image which tokens are `alive` and where every patch went (`source`).
@@ -82,6 +104,8 @@ class PrunedViT(nn.Module):
             evidence = found or evidence
             obs = self.backbone.observe(state, site, step, len(self.sites), evidence)
             decision = self.policy.decide(obs)
+            if on_decision is not None:
+                on_decision(decision, site)
             before, state = state, reduce_tokens(state, decision, keep_one=self.backbone.needs_patches)
             if self._shares_attention(step):
                 rows = _row_among_alive(before)[state.image, state.token]
@@ -103,6 +127,43 @@ class PrunedViT(nn.Module):
         """
         self._how = Execution.compiled(kernel(self.execution), **options)
         return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Hook of the mixin's `save_pretrained` and `push_to_hub`."""
+        sites = [site.label for site in self.sites]
+        config = {
+            "backbone": describe_backbone(self.backbone),
+            "policy": describe_policy(self.policy),
+            "sites": sites,
+            "execution": self.execution,
+        }
+        height, width = self.backbone.image_size
+        card = MODEL_CARD.format(
+            backbone=self.backbone.name,
+            policy=type(self.policy).__name__,
+            sites=f"blocks {', '.join(sites)}",
+            channels=self.backbone.in_chans,
+            height=height,
+            width=width,
+        )
+        write_folder(save_directory, config, self.state_dict(), card)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> PrunedViT:
+        """Hook of the mixin's `from_pretrained`."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            wanted = {name: options[name] for name in known if name in options}
+            folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS], **wanted))
+        config, tensors = read_folder(folder / CONFIG, folder / WEIGHTS)
+        try:
+            parts = build_backbone(config["backbone"]), build_policy(config["policy"])
+            model = cls(*parts, sites=config["sites"], execution=config["execution"])
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{model_id}: a model whose content does not fit together ({error})") from error
+        return model.eval()
 
     def extra_repr(self) -> str:
         """Sites, execution, and the policy where it is not a module."""

@@ -105,20 +105,21 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
         kept = rescue_empty(chosen, state)
     rank = state.rank if decision.order is None else decision.order
     groups, layout = _arrangement(state, decision, kept)
+    only_drops = decision.merge_into is None and decision.weight is None
+    if only_drops and _total(groups) == _total(state.groups):  # nobody left
+        return state if rank is state.rank else replace(state, rank=rank)
     new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)
-    if decision.merge_into is None and decision.weight is None:
-        if _rows(new) == _rows(state):  # nobody left
-            return replace(state, rank=rank)
+    if only_drops:
         source = torch.where(_gather(kept, state.source), state.source, -1)
         rows = state.row_of[new.image, new.token]
-        return _pack(state, replace(new, size=state.size * kept, source=source), state.x, rows)
+        return _pack(state, new, state.x, rows, state.size * kept, source)
     target = _targets(decision, state.alive, chosen, kept)
     # A rescued token stays as it is: alone, its weight 1.
     weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
     merged, size = _merge(state, target, new, weight)
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
     rows = state.x.shape[0] + torch.arange(merged.shape[0], device=merged.device)
-    return _pack(state, replace(new, size=size, source=source), torch.cat([state.x, merged]), rows)
+    return _pack(state, new, torch.cat([state.x, merged]), rows, size, source)
 
 
 def _gather(flags: Tensor, source: Tensor) -> Tensor:
@@ -161,14 +162,18 @@ def _arrangement(
     return arrange(lengths, sort=kept.device.type == "cpu")
 
 
-def _rows(state: TokenState) -> int:
-    """All rows of the images together; a Python number, also under tracing."""
-    return sum(images * length for images, length in state.groups)
+def _total(groups: tuple[tuple[int, int], ...]) -> int:
+    """All rows of all images; a Python number, also under tracing."""
+    return sum(images * rows for images, rows in groups)
 
 
-def _pack(state: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenState:
+def _pack(state: TokenState, new: TokenState, x: Tensor, rows: Tensor, size: Tensor, source: Tensor) -> TokenState:
     """Put the prefix rows of `state` and the given rows of `x`, those of the tokens of `new`, in their new places."""
-    index = rows.new_empty(_rows(new))
-    index = index.index_copy(0, new.prefix_rows.flatten(), state.prefix_rows.flatten())
-    index = index.index_copy(0, new.patch_rows, rows)
-    return new.with_rows(x.index_select(0, index))
+    if new.is_uniform:
+        rows = rows.view(new.batch_size, new.groups[0][1] - new.num_prefix)
+        index = torch.cat([state.prefix_rows, rows], dim=1).flatten()
+    else:
+        index = rows.new_empty(_total(new.groups))
+        index = index.index_copy(0, new.prefix_rows.flatten(), state.prefix_rows.flatten())
+        index = index.index_copy(0, new.patch_rows, rows)
+    return replace(new, x=x.index_select(0, index), size=size, source=source)

@@ -8,7 +8,8 @@ moved together, so that they can attend in one call; nobody sees that but `layou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -105,7 +106,8 @@ class TokenState:
     @cached_property
     def patch_rows(self) -> Tensor:
         """`[sum n_i]` int64, rows of `x` that hold the alive patch tokens."""
-        return self.row_of[self.image, self.token]
+        shift = self.first_row + self.num_prefix - self.offsets[:-1]
+        return shift[self.image] + torch.arange(self.image.shape[0], device=shift.device)
 
     @cached_property
     def row_of(self) -> Tensor:
@@ -143,7 +145,9 @@ class TokenState:
 
     def with_rows(self, x: Tensor, half: int | None = None) -> TokenState:
         """The same tokens with new features, `x` of the same shape, after `half` half-blocks (None: as before)."""
-        return replace(self, x=x, half=self.half if half is None else half)
+        new = copy(self)  # unlike `replace` this takes along what has been worked out about the tokens
+        vars(new).update(x=x, half=self.half if half is None else half)
+        return new
 
 
 def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
