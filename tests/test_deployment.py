@@ -78,9 +78,11 @@ def test_pushing_uploads_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
     monkeypatch.setattr("vitprune_env.pruned.snapshot_download", lambda name, **_: str(tmp_path / name))
-    monkeypatch.setattr(
-        "huggingface_hub.hub_mixin.hf_hub_download", lambda name, file, **_: str(tmp_path / name / file)
-    )
+
+    def fetch(repo_id: str, filename: str, **_: Any) -> str:
+        return str(tmp_path / repo_id / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", fetch)
     model = PrunedViT(small_deit(), EViT(0.5))
     model.push_to_hub(repository)
     again = PrunedViT.from_pretrained(repository, token=False, revision="main")

@@ -65,8 +65,12 @@ class Execution:
             **options: passed to `torch.compile`; sizes are dynamic unless told otherwise.
         """
         options = {"dynamic": True, **options}
-        parts = (torch.compile(part, **options) for part in (before_attention, after_attention, feed_forward))
-        return cls(kernel, *parts)
+        return cls(
+            kernel,
+            torch.compile(before_attention, **options),
+            torch.compile(after_attention, **options),
+            torch.compile(feed_forward, **options),
+        )
 
     def attend(
         self, block: Block, x: Tensor, rows: Rows, needs: frozenset[str] = frozenset(), key_bias: Tensor | None = None

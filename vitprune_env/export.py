@@ -91,7 +91,7 @@ def _check_counts(model: PrunedViT, images: Tensor) -> None:
 
 def _stable_sort() -> Any:
     """ONNX has no stable sort by that name, but its TopK takes equal values in order, and so sorts stably."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18 as op  # pyright: ignore[reportMissingImports]  # an optional extra
 
     def sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001, the operator's own arguments
         size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))

@@ -7,6 +7,7 @@ precision. `flex` needs `torch.compile` to be fast; `masked` computes all pairs 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None 
     """Variable-length flash attention (CUDA, half precision); offsets stay on the device."""
     _refuse("varlen", key_bias, dropout)
     starts, longest = rows.offsets(q.device).int(), rows.longest
-    return varlen_attn(q, k, v, starts, starts, longest, longest).flatten(1)
+    return cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest)).flatten(1)
 
 
 def nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -96,7 +97,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = 
         return score if key_bias is None else score + key_bias[j]
 
     mask = flex_module.create_block_mask(same_image, None, None, total, total, device=q.device)
-    run = _compiled_flex() if q.device.type == "cuda" else flex_module.flex_attention
+    run: Any = _compiled_flex() if q.device.type == "cuda" else flex_module.flex_attention
     y = run(*(part.transpose(0, 1)[None] for part in (q, k, v)), score_mod=biased, block_mask=mask)
     return y[0].transpose(0, 1).flatten(1)
 
@@ -121,7 +122,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 @cache
-def _compiled_flex() -> Kernel:
+def _compiled_flex() -> Any:
     return torch.compile(flex_module.flex_attention, dynamic=True)
 
 

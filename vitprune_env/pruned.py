@@ -57,7 +57,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         UnknownNameError: for an unknown execution.
     """
 
-    _hub_mixin_config: dict[str, Any] = {}  # this class writes its own; the mixin would guess one from the arguments
+    _hub_mixin_config = {}  # this class writes its own; the mixin would guess one from the arguments
 
     def __init__(
         self,
@@ -119,8 +119,8 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     def compile_parts(self, **options: Any) -> PrunedViT:
         """Put `torch.compile` around everything but attention, in place; returns the model.
 
-        Three graphs serve all blocks, and dynamic shapes all numbers of tokens: nothing is compiled anew when other
-        images keep other tokens. `model.compile()` would break at every attention and policy instead.
+        The same few graphs serve all blocks, and dynamic shapes all numbers of tokens: nothing is compiled anew when
+        other images keep other tokens. `model.compile()` would break at every attention and policy instead.
 
         Args:
             **options: passed to `torch.compile`.
