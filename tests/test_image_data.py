@@ -95,6 +95,16 @@ def test_items_batches_and_loaders_agree(folder: Path, digits: Backbone, workers
     assert label == loaded[1][1][6]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_shown_as_they_were(folder: Path, channels: int) -> None:
+    size = {"img_size": 40, "patch_size": 8}
+    backbone = load_backbone("deit_tiny_patch16_224", in_chans=channels, **(TINY | size))
+    files = ImageFiles(open_images(backbone, folder).source, data_config(backbone) | {"crop_pct": 1.0})
+    image = Image.open(files.name(4)).convert("L" if channels == 1 else "RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 40, channels).movedim(2, 0) / 255
+    assert torch.allclose(files.to_rgb(files[4][0][None])[0], pixels.expand(3, -1, -1), atol=1e-5)
+
+
 def test_a_limit_draws_the_same_subset_again(folder: Path, digits: Backbone) -> None:
     some, again, others = (open_images(digits, folder, limit=20, seed=seed) for seed in (0, 0, 1))
     names = [some.name(index) for index in range(20)]

@@ -15,10 +15,11 @@ import train_mappo
 from make_image_folder import main as make_image_folder
 from presets import PUBLISHED, TRAINING
 from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import TokenActor, TokenPolicy, load_policy
+from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, train
 from vitprune_env.agents.checkpoint import save_policy
 from vitprune_env.baselines import EViT
 from vitprune_env.cost import CostModel
+from vitprune_env.data import open_images
 from vitprune_env.types import parse_sites
 
 SMALL = ["--img-size", "48", "--num-classes", "10", "--workers", "0", "--quick"]
@@ -62,6 +63,16 @@ def test_training_on_a_folder_leaves_a_policy_and_its_comparison(trained: Path) 
     assert [row["name"] for row in summary["rows"]][0::3] == ["dense", "EViT"]
     assert summary["gmacs"] == pytest.approx(BUDGET, rel=0.05)
     assert (trained / "tokens.png").exists()
+
+
+def test_training_reads_files_as_it_goes(folder: Path) -> None:
+    """Without a cache every image is decoded whenever it is drawn: the setting for ImageNet."""
+    backbone = load_backbone("vit_digits")
+    files = open_images(backbone, folder, "train", workers=2)
+    config = TrainConfig(updates=2, images=8, cache_images=0, calibration_images=16, target_share=0.6)
+    result = train(backbone, files, config, progress=False)
+    assert len(result.history) == 2
+    assert result.train_macs == pytest.approx(result.target_macs, rel=0.05)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])

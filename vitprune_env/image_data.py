@@ -134,6 +134,11 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             return str(self.source.filename(row, absolute=True) or f"image {row}")
         return f"image {row}"
 
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of `images [B, C, H, W]`: `[B, 3, H, W]` in [0, 1], for display."""
+        mean, std = (torch.tensor(self.config[name])[:, None, None] for name in ("mean", "std"))
+        return (images.float().cpu() * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+
     @property
     def num_classes(self) -> int | None:
         """Classes that the source knows of; None if it does not say."""
