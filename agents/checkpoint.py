@@ -19,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .networks import TokenActor
 from .policy import TokenPolicy
 
 FORMAT = 1
@@ -37,16 +36,7 @@ def save_policy(policy: TokenPolicy, path: PathLike) -> Path:
     Returns:
         The path.
     """
-    actor = policy.actor
-    header = {
-        "kind": "policy",
-        "embed_dim": actor.embed_dim,
-        "hidden": list(actor.hidden),
-        "threshold": policy.threshold,
-        "sites": None if policy.sites is None else [site.label for site in policy.sites],
-        "info": policy.info,
-    }
-    return _write(Path(path), actor.state_dict(), header)
+    return _write(Path(path), policy.actor.state_dict(), {"kind": "policy", **policy.config()})
 
 
 def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPolicy:
@@ -57,9 +47,9 @@ def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPoli
     """
     tensors, header = _read(Path(path), "policy")
     try:
-        actor = TokenActor(header["embed_dim"], header["hidden"])
-        actor.load_state_dict(tensors)
-        policy = TokenPolicy(actor, header["threshold"], header["sites"], header["info"])
+        settings = {name: header[name] for name in ("embed_dim", "hidden", "threshold", "sites", "info")}
+        policy = TokenPolicy.from_config(**settings)
+        policy.actor.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: a policy file whose content does not fit together ({error})") from error
     return policy.to(device).eval()

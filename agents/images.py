@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data import fetch
 from ..game import TokenGame
 from ..tokens import TokenState, start_state
 
@@ -24,14 +25,6 @@ class BatchedDataset(Protocol):
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Images `[B, C, H, W]` and labels `[B]` int64."""
         ...
-
-
-def load_batch(dataset: BatchedDataset | Dataset[Any], indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples `indices` `[B]` of a dataset: images `[B, C, H, W]`, labels `[B]` int64."""
-    if isinstance(dataset, BatchedDataset):
-        return dataset.batch(indices)
-    samples = [dataset[int(index)] for index in indices]
-    return torch.stack([torch.as_tensor(image) for image, _ in samples]), torch.tensor([int(y) for _, y in samples])
 
 
 class TrainingImages:
@@ -96,14 +89,14 @@ class TrainingImages:
         if self.states is not None and self.labels is not None:
             x = self.states[rows].to(self.device)
             return start_state(x, self.game.backbone.num_prefix, self._half), self.labels[rows].to(self.device)
-        images, labels = load_batch(self.dataset, self.chosen[rows])
+        images, labels = fetch(cast(Any, self.dataset), self.chosen[rows])
         return images.to(self.device), labels.to(self.device)
 
     def _prepared(self) -> tuple[Tensor, Tensor]:
         """Tokens before the first site and labels of the chosen images, on the CPU."""
         states, labels = [], []
         for rows in self.chosen.split(CHUNK):
-            images, targets = load_batch(self.dataset, rows)
+            images, targets = fetch(cast(Any, self.dataset), rows)
             state = self.game.prepare(images.to(self.device))
             self._half = state.half
             states.append(state.x.view(len(rows), -1, state.x.shape[1]).cpu())

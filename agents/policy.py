@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +44,25 @@ class TokenPolicy(BasePolicy, nn.Module):
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
         """Compare every alive token with the threshold."""
-        keep = self.actor.keep_logit(obs.tokens) > self.threshold
+        # Rounded to half precision, logits near the threshold would no longer meet the budget it was calibrated for.
+        with full_precision(obs.tokens.device.type):
+            keep = self.actor.keep_logit(obs.tokens) > self.threshold
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs beside the actor's weights, as JSON values."""
+        return {
+            "embed_dim": self.actor.embed_dim,
+            "hidden": list(self.actor.hidden),
+            "threshold": self.threshold,
+            "sites": None if self.sites is None else [site.label for site in self.sites],
+            "info": self.info,
+        }
+
+    @classmethod
+    def from_config(cls, embed_dim: int, hidden: Sequence[int], **settings: Any) -> TokenPolicy:
+        """The policy that gave this `config()`, with fresh weights."""
+        return cls(TokenActor(embed_dim, hidden), **settings)
 
     def extra_repr(self) -> str:
         """Threshold and sites."""
@@ -83,6 +101,12 @@ class ExploringPolicy(BasePolicy):
         self.actions.append(keep)
         self.log_probs.append(keep_log_prob(logit, keep))
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+
+
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Suspend autocast where it is on; elsewhere nothing, lest exported graphs carry it."""
+    active = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def decision_macs(actor: TokenActor, obs: Observation) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -41,9 +42,10 @@ class EViT(BasePolicy):
         """Rank by class attention."""
         scores = obs.evidence["cls_attention"]
         keep = keep_top(obs, scores, (obs.num_alive.double() * self.keep_rate).ceil())
-        return self._fused(obs, scores, keep) if self.fuse else Decision(keep=keep)
+        count = None if obs.count is None else ceil(obs.count * self.keep_rate)
+        return self._fused(obs, scores, keep, count) if self.fuse else Decision(keep=keep, count=count)
 
-    def _fused(self, obs: Observation, scores: Tensor, keep: Tensor) -> Decision:
+    def _fused(self, obs: Observation, scores: Tensor, keep: Tensor, count: int | None) -> Decision:
         """Send every dropped token of an image into the slot of its first one."""
         dropped = obs.alive & ~keep
         itself = torch.arange(obs.num_agents, device=keep.device).expand(keep.shape)
@@ -53,4 +55,5 @@ class EViT(BasePolicy):
             keep=keep | (dropped & (itself == slot)),
             merge_into=torch.where(dropped, slot, itself).masked_fill(~obs.alive, -1),
             weight=torch.where(dropped, attention, torch.ones_like(attention)),
+            count=None if count is None or obs.count is None else min(count + 1, obs.count),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 
@@ -31,4 +32,5 @@ class RandomDrop(BasePolicy):
         """Draw the tokens that stay."""
         scores = torch.rand(len(obs.image), generator=self.generator).to(obs.tokens.device)
         count = (obs.num_alive.double() * self.keep_rate).ceil()
-        return Decision(keep=keep_top(obs, scores, count))
+        known = None if obs.count is None else ceil(obs.count * self.keep_rate)
+        return Decision(keep=keep_top(obs, scores, count), count=known)

@@ -42,4 +42,5 @@ class TopK(BasePolicy):
         """Rank by class attention."""
         count = int(self.keep_rate ** (obs.step + 1) * obs.num_agents)
         counts = torch.full_like(obs.num_alive, count)
-        return Decision(keep=keep_top(obs, obs.evidence["cls_attention"], counts))
+        keep = keep_top(obs, obs.evidence["cls_attention"], counts)
+        return Decision(keep=keep, count=None if obs.count is None else min(count, obs.count))

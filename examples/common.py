@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from vitprune_env import Backbone, Policy, TokenGame, play
 from vitprune_env.baselines import calibrate
+from vitprune_env.data import batches_of as batches_of  # the examples take it from here
 from vitprune_env.rollout import Evaluation, evaluate
 
-Batches = list[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]  # iterated more than once
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ class Row:
     policy_gmacs: float  # the policy's and its evidence's part
     keep_per_site: tuple[float, ...]
     speedup: float | None = None  # throughput over the dense model's, measured
+    top5: float | None = None  # accuracy of the five best classes, 0 to 1
 
     @classmethod
     def of(cls, name: str, result: Evaluation, speedup: float | None = None) -> Row:
         """The row of one evaluated policy."""
         return cls(name, result.accuracy, result.stderr, result.gmacs, result.policy_macs / 1e9,
-                   result.keep_per_site, speedup)  # fmt: skip
+                   result.keep_per_site, speedup, result.top5)  # fmt: skip
 
     @classmethod
     def mean(cls, name: str, rows: Sequence[Row]) -> Row:
@@ -100,20 +102,18 @@ def table(rows: Sequence[Row], dense_gmacs: float) -> str:
 
 
 def at_budget(
-    name: str, make: Callable[[float], Policy], target_gmacs: float, backbone: Backbone, tune: Batches, test: Batches
+    name: str,
+    make: Callable[[float], Policy],
+    target_gmacs: float,
+    backbone: Backbone,
+    tune: Sequence[tuple[Tensor, Tensor]],
+    test: Batches,
 ) -> tuple[Row, Policy]:
     """Calibrate a baseline to a budget on `tune` and evaluate it on `test`, at the backbone's own sites."""
     sites = backbone.default_sites
     policy = calibrate(make, target_gmacs, backbone, tune, sites=sites)
     game = TokenGame.for_policy(backbone, policy, sites=sites)
     return Row.of(name, evaluate(game, policy, test)), policy
-
-
-def batches_of(dataset: Any, size: int, device: str) -> Batches:
-    """A labelled data set as a list of batches on a device."""
-    ranges = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-    pairs = [dataset.batch(list(indices)) for indices in ranges]
-    return [(images.to(device), labels.to(device)) for images, labels in pairs]
 
 
 @torch.inference_mode()

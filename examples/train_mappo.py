@@ -3,9 +3,11 @@
     python examples/train_mappo.py                        # 35 % of the dense model's MACs, about three minutes
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
     python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
+    python examples/train_mappo.py --preset rl4evit-deit-s --data-dir /data/imagenet      # see docs/imagenet.md
 
-Real handwritten digits on cluttered canvases, a small ViT that ships with the package, no downloads. The output folder
-holds summary.json, table.md, figures, TensorBoard logs and the policy, which examples/evaluate.py reloads.
+Without image files: real handwritten digits on cluttered canvases, a small ViT that ships with the package, no
+downloads. The output folder holds summary.json, table.md, figures, TensorBoard logs and the policy, which
+examples/evaluate.py reloads.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, table, versions, write_json
-from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, load_backbone, play
+from image_task import ImageArgs, first_images, load_network, open_split
+from presets import TRAINING
+from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, play
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResult, calibrate_threshold, train
-from vitprune_env.agents.config import PRESETS
 from vitprune_env.baselines import EViT, RandomDrop
-from vitprune_env.data import Digits
+from vitprune_env.data import Digits, data_config
 from vitprune_env.figures import learning_curve_figure, tokens_figure
 
 TUNE_SEED = 1_000_003  # scenes that baselines are calibrated on: training digits, other compositions
@@ -33,17 +38,19 @@ TEST_SEED = 2_000_003
 
 
 @dataclass(frozen=True)
-class Args(TrainConfig, CommonArgs):
+class Args(TrainConfig, ImageArgs, CommonArgs):
     """Everything that a run depends on."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
     """Folder for results; made if it does not exist."""
-    preset: Literal["default", "rl4evit"] = "default"
+    preset: Literal["default", "rl4evit", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
     """Where the other settings start from; flags given beside it win."""
-    split: Literal["validation", "test"] = "test"
-    """Held-out digits to report on; choose settings on validation only."""
+    split: str | None = None
+    """Held-out images to report on; None: test of the built-in task, validation of image files."""
     test_images: int = 2000
     """Held-out images to report on."""
+    batch_size: int = 250
+    """Images per batch when reporting."""
     untrained_actors: int = 5
     """Untrained actors to average for the control row."""
 
@@ -57,18 +64,47 @@ def parse(argv: list[str]) -> Args:
     """Read the command line; `--preset` decides the defaults of all other flags."""
     names = [option.split("=", 1)[-1] for option in argv if option.startswith("--preset=")]
     names += [after for option, after in zip(argv, argv[1:], strict=False) if option == "--preset"]
-    preset = PRESETS.get(names[-1] if names else "default", TrainConfig())
-    args = tyro.cli(Args, args=argv, default=Args(**vars(preset)), description=__doc__)
+    preset = TRAINING.get(names[-1] if names else "default", TRAINING["default"])
+    default = Args(**vars(preset.config), model=preset.model, pretrained=preset.pretrained)
+    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
     if args.quick:
         small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128, "checkpoint_every": 2}
         args = replace(args, **small, epochs=min(args.epochs, 2), test_images=200, untrained_actors=2)
     return args
 
 
-def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, test: Batches) -> list[Row]:
+@dataclass(frozen=True)
+class Task:
+    """Images to train, to calibrate baselines and to report on."""
+
+    training: Dataset[tuple[Tensor, int]]
+    tune: list[tuple[Tensor, Tensor]]
+    test: Batches
+
+
+def built_in_task(args: Args) -> Task:
+    """Scenes of digits; those of different purpose never coincide."""
+    return Task(
+        Digits("train", size=max(args.cache_images, args.calibration_images), seed=args.seed),
+        batches_of(Digits("train", size=256, seed=TUNE_SEED), 256, args.device),
+        batches_of(Digits(args.split or "test", size=args.test_images, seed=TEST_SEED), args.batch_size, args.device),
+    )
+
+
+def image_task(args: Args, backbone: Backbone) -> Task:
+    """Image files: all of the training split, and at most `test_images` of the held-out one."""
+    training = open_split(args, backbone, "train", None, args.seed)
+    tune = open_split(args, backbone, "train", 256, TUNE_SEED)
+    test = open_split(args, backbone, args.split or "validation", args.test_images, TEST_SEED)
+    batch = args.batch_size
+    return Task(training, batches_of(tune, batch, args.device), test.batches(batch, args.device))
+
+
+def compare(args: Args, backbone: Backbone, policy: TokenPolicy, task: Task) -> list[Row]:
     """Dense, random, untrained, EViT and MAPPO at MAPPO's measured GMACs."""
     sites = backbone.default_sites if policy.sites is None else policy.sites
     game = TokenGame(backbone, sites)
+    tune, test = task.tune, task.test
     learned = Row.of("MAPPO", evaluate(game, policy, test))
     dense = Row.of("dense", evaluate(game, KeepAll(), test))
     budget = learned.gmacs
@@ -83,7 +119,7 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, 
         control = calibrate_threshold(game, TokenPolicy(actor), prepared, budget * 1e9)
         untrained.append(Row.of("untrained actor", evaluate(game, control, test)))
     control_row = Row.mean(f"untrained actor (mean of {len(untrained)})", untrained)
-    images = torch.cat([images for images, _ in test])[: 16 if args.quick else 128]
+    images, _ = first_images(test, 16 if args.quick else min(args.batch_size, 128))
     pairs = 3 if args.quick else 9
 
     def timed(row: Row, policy: Policy) -> Row:
@@ -98,15 +134,17 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, tune: Batches, 
     ]
 
 
-def token_figure(backbone: Backbone, policy: TokenPolicy, batches: Batches) -> Figure:
+def token_figure(backbone: Backbone, policy: Policy, batches: Batches) -> Figure:
     """Eight images and what is left of them after each site."""
-    images, labels = batches[0][0][:8], batches[0][1][:8]
+    images, labels = first_images(batches, 8)
     game = TokenGame.for_policy(backbone, policy)
     episode = play(game, policy, images, labels)
     predicted = episode.outcome.logits.argmax(dim=1)
     captions = [f"{int(label)} read as {int(guess)}" for label, guess in zip(labels, predicted, strict=True)]
     sites = [site.label for site in game.sites]
-    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2)
+    config = data_config(backbone)
+    look = {"mean": config["mean"], "std": config["std"]}
+    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2, **look)
 
 
 def draw(args: Args, backbone: Backbone, result: TrainResult, dense: Row, test: Batches) -> None:
@@ -147,15 +185,13 @@ def main() -> None:
     start = time.perf_counter()
     args = parse(sys.argv[1:])
     args.prepare()
-    backbone = load_backbone("vit_digits").to(args.device)
-    training = Digits("train", size=max(args.cache_images, args.calibration_images), seed=args.seed)
+    backbone = load_network(args, "vit_digits", args.seed, args.device)
+    task = image_task(args, backbone) if args.reads_files else built_in_task(args)
     result = train(
-        backbone, training, args.config, output=args.output, device=args.device, resume=args.resume, progress=True
+        backbone, task.training, args.config, output=args.output, device=args.device, resume=args.resume, progress=True
     )
-    tune = batches_of(Digits("train", size=256, seed=TUNE_SEED), 256, args.device)
-    test = batches_of(Digits(args.split, size=args.test_images, seed=TEST_SEED), 250, args.device)
-    rows = compare(args, backbone, result.policy, tune, test)
-    draw(args, backbone, result, rows[0], test)
+    rows = compare(args, backbone, result.policy, task)
+    draw(args, backbone, result, rows[0], task.test)
     text = table(rows, dense_gmacs=rows[0].gmacs)
     (args.output / "table.md").write_text(text + "\n")
     seconds = time.perf_counter() - start

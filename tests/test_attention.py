@@ -27,7 +27,7 @@ def attention(**options: Any) -> Attention:
 def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Rows, list[Tensor]]:
     """Random rows of images with the given lengths, together and apart."""
     x = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
-    return x, Rows(tuple(lengths), 1), [part[None] for part in x.split(lengths)]
+    return x, Rows.of(*lengths), [part[None] for part in x.split(lengths)]
 
 
 def explicit(attn: Attention, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def test_soft_factors_of_one_change_nothing_and_of_zero_remove() -> None:
     factor[:, 3] = 0
     masked, _ = attend_packed(attn, x, rows, key_factor=factor)
     without = torch.tensor([0, 1, 2, 4, 5, 6, 7, 9])
-    removed, _ = attend_packed(attn, x[without], Rows((4, 4), 1))
+    removed, _ = attend_packed(attn, x[without], Rows.of(4, 4))
     torch.testing.assert_close(masked[without], removed, atol=1e-6, rtol=1e-5)
 
 
@@ -138,9 +138,9 @@ def test_attention_dropout_is_timms_in_training() -> None:
 
 
 def test_uniform_rows_attend_as_one_batch() -> None:
-    assert Rows((4, 4, 4), 1).groups == [(3, 4)]
-    assert Rows((4, 3, 4), 1).groups == [(1, 4), (1, 3), (1, 4)]
-    assert Rows((2, 0, 1), 0).image(torch.device("cpu")).tolist() == [0, 0, 2]
+    assert Rows.of(4, 4, 4).groups == ((3, 4),)
+    assert Rows.of(4, 3, 4, 4).groups == ((1, 4), (1, 3), (2, 4))
+    assert Rows.of(2, 0, 1).image(torch.device("cpu")).tolist() == [0, 0, 2]
 
 
 def test_heads_wider_than_the_model() -> None:

@@ -22,8 +22,9 @@ from helpers import (
     toy,
 )
 from vitprune_env.attention import Rows
-from vitprune_env.backbone import Backbone, check_needs, drop_path
+from vitprune_env.backbone import Backbone, check_needs
 from vitprune_env.errors import EvidenceError, SiteError, UnsupportedBackboneError
+from vitprune_env.execution import drop_factor
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import KeepAll
 from vitprune_env.reduction import reduce_tokens
@@ -205,16 +206,16 @@ def test_masked_execution_is_differentiable_in_its_masks() -> None:
 def test_drop_path_keeps_or_drops_whole_images() -> None:
     backbone = Backbone(make_model("vit_tiny_patch16_224", drop_path_rate=0.6)).train()
     branch = backbone.block(4).drop_path2
-    rows = Rows((3, 1, 4, 2, 5, 1), 1)
+    rows = Rows.of(3, 1, 4, 2, 5, 1)
     torch.manual_seed(0)
     seen = set()
     for _ in range(20):
-        parts = drop_path(branch, torch.ones(16, 2), rows).split(rows.lengths)
+        parts = drop_factor(branch, torch.ones(16, 2), rows).split(rows.lengths)
         values = [set(part.flatten().tolist()) for part in parts]
         assert all(len(value) == 1 for value in values), "all rows of an image share their fate"
         seen |= set().union(*values)
     assert sorted(seen) == pytest.approx([0.0, 1 / 0.4])
-    assert torch.equal(drop_path(branch.eval(), torch.ones(16, 2), rows), torch.ones(16, 2))
+    assert drop_factor(branch.eval(), torch.ones(16, 2), rows) is None
 
 
 def test_training_mode_draws_as_timm_does() -> None:

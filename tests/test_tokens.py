@@ -35,7 +35,7 @@ def test_rows_are_where_the_state_says(prefix: int, seed: int, uniform: bool) ->
     keep = keep[:1].expand(4, 6).clone() if uniform else keep
     state = reduce_tokens(state, Decision(keep=keep))
     rows, place = state.x[:, 0].tolist(), 0
-    for image in range(4):
+    for image in state.layout or range(4):
         alive = keep[image].nonzero()[:, 0].tolist()
         assert state.lengths[image] == prefix + len(alive)
         assert rows[place : place + prefix] == [100.0 * image + r for r in range(prefix)]
@@ -48,6 +48,9 @@ def test_rows_are_where_the_state_says(prefix: int, seed: int, uniform: bool) ->
     assert state.tokens[:, 0].tolist() == (100.0 * state.image + prefix + state.token).tolist()
     assert state.offsets.diff().tolist() == keep.sum(dim=1).tolist()
     assert state.is_uniform == (len(set(state.lengths)) == 1)
+    assert len(state.groups) == len(set(state.lengths)), "equally long images lie together"
+    assert state.row_offsets.tolist()[-1] == len(rows)
+    assert state.count == (state.lengths[0] - prefix if state.is_uniform else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

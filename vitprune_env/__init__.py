@@ -10,6 +10,7 @@ from vitprune_env.checks import check_policy
 from vitprune_env.game import TokenGame
 from vitprune_env.parallel_env import parallel_env, register_envs
 from vitprune_env.policy import BasePolicy, KeepAll, Policy
+from vitprune_env.pruned import PrunedViT
 from vitprune_env.reward import PaperReward, SharedOutcome
 from vitprune_env.rollout import evaluate, play
 from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
@@ -26,6 +27,7 @@ __all__ = [
     "Outcome",
     "PaperReward",
     "Policy",
+    "PrunedViT",
     "SharedOutcome",
     "Site",
     "TokenGame",

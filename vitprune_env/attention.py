@@ -1,13 +1,15 @@
 """Self-attention over packed rows with a timm `Attention` module's own weights, and the evidence it can give.
 
-Images with equal row counts attend as one batch; ragged ones attend image by image on views, which on a CPU reaches
-what the MACs promise (padding, nested tensors and masks do not).
+Images with equally many rows that lie together attend as one batch, on views: on a CPU that reaches what the MACs
+promise (padding, nested tensors and masks do not). Other ways to compute the same are in `kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -20,26 +22,76 @@ from torch import Tensor, nn
 class Rows:
     """How packed rows fall into images: rows of one image lie together, prefix tokens first."""
 
-    lengths: tuple[int, ...]  # rows of each image
-    num_prefix: int  # P
+    groups: tuple[tuple[int, int], ...]  # (images, rows of each) of images that lie together and are equally long
+    starts: Callable[[], Tensor] | None = None  # gives offsets on the device, where somebody already has them
+
+    @classmethod
+    def of(cls, *lengths: int) -> Rows:
+        """Images with these numbers of rows, in this order."""
+        return cls(tuple((len(list(run)), rows) for rows, run in groupby(lengths)))
 
     @property
-    def groups(self) -> list[tuple[int, int]]:
-        """`(images, rows per image)` batches: one if all images are equally long, else one per image."""
-        if len(set(self.lengths)) == 1:
-            return [(len(self.lengths), self.lengths[0])]
-        return [(1, length) for length in self.lengths]
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each image, as they lie."""
+        return tuple(rows for images, rows in self.groups for _ in range(images))
+
+    @property
+    def longest(self) -> int:
+        """Rows of the largest image."""
+        return max(length for _, length in self.groups)
+
+    @property
+    def num_images(self) -> int:
+        """B."""
+        return sum(images for images, _ in self.groups)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each group."""
+        return [images * length for images, length in self.groups]
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """`[B + 1]` int64, where the images begin."""
+        if self.starts is not None:
+            return self.starts()
+        return torch.tensor((0, *self.lengths), device=device).cumsum(0)
 
     def image(self, device: torch.device) -> Tensor:
         """`[rows]` int64, the image of each row."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths)
+        lengths = self.offsets(device).diff()
+        return torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=sum(self.sizes))
 
     def split(self, values: Tensor) -> Iterator[Tensor]:
         """Per group, the heads-first view `[images, heads, rows per image, head dim]` of `[rows, heads, head dim]`."""
-        sizes = [images * length for images, length in self.groups]
-        for (images, length), part in zip(self.groups, values.split(sizes), strict=True):
+        parts = (values,) if len(self.groups) == 1 else values.split(self.sizes)
+        for (images, length), part in zip(self.groups, parts, strict=True):
             yield part.view(images, length, *values.shape[1:]).transpose(1, 2)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Rows, Tensor | None, float], Tensor]
+"""Attention itself: q, k, v `[rows, heads, head dim]`, rows, a bias per key `[rows]`, dropout -> `[rows, width]`."""
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Fused attention group by group, on views; `cat` rather than writes into a buffer, so that autograd follows.
+
+    Args:
+        q: `[rows, heads, head dim]`, as are `k` and `v`.
+        k: keys.
+        v: values.
+        rows: how the rows fall into images.
+        key_bias: `[rows]`, added to every query's logit of that key.
+        dropout: rate of dropped weights.
+
+    Returns:
+        `[rows, heads * head dim]`.
+    """
+    parts = []
+    biases = bias_views(key_bias, rows)
+    for q_i, k_i, v_i, bias in zip(rows.split(q), rows.split(k), rows.split(v), biases, strict=True):
+        y = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=bias, dropout_p=dropout)
+        parts.append(y.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[2]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_packed(
@@ -63,35 +115,55 @@ def attend_packed(
     Returns:
         `[rows, D]` and the evidence, one entry per row.
     """
-    qkv = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    biases = [None] * len(rows.groups) if key_bias is None else _bias_views(key_bias, rows)
-    parts, found = [], {name: [] for name in needs}
-    for q_i, k_i, v_i, bias in zip(rows.split(q), rows.split(k), rows.split(v), biases, strict=True):
-        if key_factor is None:
-            dropout = cast(nn.Dropout, attn.attn_drop).p if attn.training else 0.0
-            y = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=bias, dropout_p=dropout)
-        else:
-            y = _soft_masked(q_i, k_i, v_i, key_factor, attn.scale)
-        parts.append(y.transpose(1, 2).reshape(-1, attn.num_heads * attn.head_dim))
-        for name in needs & {"cls_attention", "mean_attention"}:
-            found[name].append(_EVIDENCE[name](q_i, k_i, bias, attn.scale))
-    y = attn.norm(parts[0] if len(parts) == 1 else torch.cat(parts))
+    q, k, v = project_in(attn, x)
+    if key_factor is None:
+        y = packed(q, k, v, rows, key_bias, dropout_rate(attn))
+    else:
+        (q_b,), (k_b,), (v_b,) = rows.split(q), rows.split(k), rows.split(v)
+        y = _soft_masked(q_b, k_b, v_b, key_factor, attn.scale).transpose(1, 2).reshape(x.shape[0], -1)
+    return project_out(attn, x, y), evidence_of(needs, q, k, v, rows, key_bias, attn.scale)
+
+
+def project_in(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[rows, heads, head dim]` of normalised rows `[rows, D]`."""
+    q, k, v = attn.qkv(x).view(x.shape[0], 3, attn.num_heads, attn.head_dim).unbind(1)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def project_out(attn: Attention, x: Tensor, y: Tensor) -> Tensor:
+    """What the attention module does with the mixed values `y` `[rows, width]` of its input `x` `[rows, D]`."""
+    y = attn.norm(y)
     gate = getattr(attn, "gate", None)
     if gate is not None:
         y = y * gate(x).sigmoid()
-    evidence = {name: torch.cat(values) for name, values in found.items() if values}
+    return attn.proj_drop(attn.proj(y))
+
+
+def dropout_rate(attn: Attention) -> float:
+    """Rate at which attention weights are dropped now."""
+    return cast(nn.Dropout, attn.attn_drop).p if attn.training else 0.0
+
+
+def evidence_of(
+    needs: frozenset[str], q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None, scale: float
+) -> dict[str, Tensor]:
+    """The evidence asked for, one entry per row: name -> `[rows, ...]`."""
+    evidence = {}
+    for name in needs & {"cls_attention", "mean_attention"}:
+        parts = zip(rows.split(q), rows.split(k), bias_views(key_bias, rows), strict=True)
+        evidence[name] = torch.cat([_EVIDENCE[name](q_i, k_i, bias, scale) for q_i, k_i, bias in parts])
     if "keys" in needs:
         evidence["keys"] = k.mean(dim=1)
     if "value_norms" in needs:
         evidence["value_norms"] = v.flatten(1).norm(dim=1)
-    return attn.proj_drop(attn.proj(y)), evidence
+    return evidence
 
 
-def _bias_views(key_bias: Tensor, rows: Rows) -> list[Tensor]:
-    sizes = [images * length for images, length in rows.groups]
-    parts = key_bias.split(sizes)
+def bias_views(key_bias: Tensor | None, rows: Rows) -> list[Tensor] | list[None]:
+    """Per group, `[images, 1, 1, rows per image]` of `[rows]`, or None each."""
+    if key_bias is None:
+        return [None] * len(rows.groups)
+    parts = key_bias.split(rows.sizes)
     return [part.view(images, 1, 1, length) for (images, length), part in zip(rows.groups, parts, strict=True)]
 
 

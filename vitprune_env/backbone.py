@@ -6,7 +6,7 @@ one `[rows, D]` tensor, image by image; only attention needs to know where an im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vitprune_env.attention import Rows, attend_packed
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
+from vitprune_env.execution import PLAIN, Execution, add_branch, drop_factor, feed_forward
 from vitprune_env.tokens import TokenState, segment_mean, start_state
-from vitprune_env.types import EVIDENCE, Site, parse_sites
+from vitprune_env.types import EVIDENCE, Observation, Site, parse_sites
 
 
 class Backbone(nn.Module):
@@ -31,6 +32,8 @@ class Backbone(nn.Module):
     Raises:
         UnsupportedBackboneError: naming the part of the model that the game cannot walk.
     """
+
+    position: Tensor
 
     def __init__(
         self, model: nn.Module, name: str = "", default_sites: Sequence[int | str | Site] | None = None
@@ -47,6 +50,9 @@ class Backbone(nn.Module):
         self.grid_size = (int(patch_embed.grid_size[0]), int(patch_embed.grid_size[1]))
         self.image_size = (int(patch_embed.img_size[0]), int(patch_embed.img_size[1]))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        axes = [torch.linspace(0, 1, side) for side in self.grid_size]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        self.register_buffer("position", grid, persistent=False)  # [N, 2] row and column of each patch, 0 to 1
         self.in_chans = next(int(p.shape[1]) for p in patch_embed.parameters() if p.dim() == 4)
         self.has_class_token = self.model.cls_token is not None
         self.reads_patches = self.model.global_pool == "avg"
@@ -77,7 +83,7 @@ class Backbone(nn.Module):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {got}")
         wanted = (self.in_chans, *self.image_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not len(images):
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not images.shape[0]:
             raise ValueError(f"images: expected shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
 
     def check_labels(self, labels: Tensor, batch_size: int) -> None:
@@ -103,36 +109,13 @@ class Backbone(nn.Module):
         x = self.model._pos_embed(x)
         return start_state(self.model.norm_pre(self.model.patch_drop(x)), self.num_prefix)
 
-    def attend(
-        self, number: int, x: Tensor, rows: Rows, needs: frozenset[str] = frozenset(), key_bias: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Attention half of block `number` on packed rows.
-
-        Args:
-            number: 1-based block.
-            x: `[rows, D]`.
-            rows: how the rows fall into images.
-            needs: evidence to compute on the way.
-            key_bias: `[rows]`, added to the attention logits of each key.
-
-        Returns:
-            The rows after the residual, and the evidence asked for, one entry per row.
-        """
-        block = self.block(number)
-        y, evidence = attend_packed(cast(Attention, block.attn), block.norm1(x), rows, needs, key_bias)
-        return x + drop_path(block.drop_path1, block.ls1(y), rows), evidence
-
-    def feed_forward(self, number: int, x: Tensor, rows: Rows) -> Tensor:
-        """MLP half of block `number` on packed rows `[rows, D]`."""
-        block = self.block(number)
-        return x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), rows)
-
     def run(
         self,
         state: TokenState,
         stop: int,
         needs: frozenset[str] = frozenset(),
         log_size: bool = False,
+        execution: Execution = PLAIN,
     ) -> tuple[TokenState, dict[str, Tensor]]:
         """Run on until `stop` half-blocks have run (0-based; even: attention, odd: MLP).
 
@@ -141,23 +124,54 @@ class Backbone(nn.Module):
             stop: one past the last half-block to run.
             needs: evidence to collect in the last attention half of the range.
             log_size: proportional attention, log(size) added to the logits of each key.
+            execution: how to compute attention and the parts beside it.
 
         Returns:
             The tokens afterwards and the evidence of the alive tokens, `[sum n_i, ...]` each.
         """
-        rows, x, evidence = Rows(state.lengths, self.num_prefix), state.x, {}
+        rows, x, evidence = Rows(state.groups, lambda: state.row_offsets), state.x, {}
         key_bias = _log_size(state) if log_size and stop > state.half else None
         last_attention = (stop - 1) // 2 * 2
         for half in range(state.half, stop):
-            number = half // 2 + 1
+            block = self.block(half // 2 + 1)
             if half % 2:
-                x = self.feed_forward(number, x, rows)
-            else:
-                wanted = needs if half == last_attention else frozenset()
-                x, by_row = self.attend(number, x, rows, wanted, key_bias)
-                if wanted:
-                    evidence = {name: value[state.patch_rows] for name, value in by_row.items()}
+                x = execution.feed_forward(block, x, drop_factor(block.drop_path2, x, rows))
+                continue
+            wanted = needs if half == last_attention else frozenset()
+            x, by_row = execution.attend(block, x, rows, wanted, key_bias)
+            if wanted:
+                evidence = {name: value[state.patch_rows] for name, value in by_row.items()}
         return state.with_rows(x, stop), evidence
+
+    def observe(
+        self, state: TokenState, site: Site, step: int, num_steps: int, evidence: Mapping[str, Tensor]
+    ) -> Observation:
+        """What a policy sees of the tokens at a site.
+
+        Args:
+            state: the tokens.
+            site: where they are.
+            step: which step of the game this is, from 0.
+            num_steps: T.
+            evidence: of the alive tokens, `[sum n_i, ...]` each.
+        """
+        return Observation(
+            tokens=state.tokens,
+            image=state.image,
+            token=state.token,
+            offsets=state.offsets,
+            cls=self.cls(state),
+            alive=state.alive,
+            size=state.size,
+            order=state.order,
+            position=self.position,
+            site=site,
+            step=step,
+            num_steps=num_steps,
+            depth=self.depth,
+            evidence=evidence,
+            count=state.count,
+        )
 
     def cls(self, state: TokenState) -> Tensor:
         """What stands for the image: its class token, or the mean of its alive tokens, `[B, D]`."""
@@ -195,14 +209,14 @@ class Backbone(nn.Module):
             raise ValueError(f"key_weights: expected [{self.depth}, B, N] with B, N = {expected}, "
                              f"got {list(key_weights.shape)}")  # fmt: skip
         state = self.embed(images)
-        rows, x = Rows(state.lengths, self.num_prefix), state.x
+        rows, x = Rows(state.groups), state.x
         ones = key_weights.new_ones(len(images), self.num_prefix)
         for number, weights in enumerate(key_weights[: self.depth], start=1):
             factors = torch.cat([ones, weights], dim=1)
             block = self.block(number)
             y, _ = attend_packed(cast(Attention, block.attn), block.norm1(x), rows, key_factor=factors)
-            x = x + drop_path(block.drop_path1, block.ls1(y), rows)
-            x = self.feed_forward(number, x, rows)
+            x = add_branch(x, block.ls1(y), drop_factor(block.drop_path1, x, rows))
+            x = feed_forward(block, x, drop_factor(block.drop_path2, x, rows))
         tokens = x.view(len(images), -1, self.embed_dim)
         if not self.reads_patches:
             return self.model.forward_head(self.model.norm(tokens[:, : self.num_prefix])), tokens
@@ -253,15 +267,6 @@ def check_supported(model: nn.Module) -> VisionTransformer:
     if model.num_classes <= 0:
         refuse("no classifier (num_classes=0)")
     return model
-
-
-def drop_path(module: nn.Module, y: Tensor, rows: Rows) -> Tensor:
-    """timm's stochastic depth on packed rows: a whole image keeps or drops the branch."""
-    rate = getattr(module, "drop_prob", 0.0)
-    if not (module.training and rate):
-        return y
-    per_image = cast(nn.Module, module)(y.new_ones(len(rows.lengths), 1))
-    return y * per_image[rows.image(y.device)]
 
 
 def _log_size(state: TokenState) -> Tensor:

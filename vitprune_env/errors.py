@@ -34,6 +34,14 @@ class CheckpointError(ValueError):
     """An unreadable or foreign checkpoint."""
 
 
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; the message begins with its name."""
+
+
+class ExportError(ValueError):
+    """A model that cannot become one graph of fixed shapes."""
+
+
 class UnknownNameError(ValueError):
     """A name that is not registered; the message gives the nearest ones."""
 

@@ -59,9 +59,6 @@ class TokenGame:
         self.check = check
         self.cost = CostModel.of(backbone)
         self._bounds = (0, *(site.half for site in self.sites), 2 * backbone.depth)
-        rows, columns = backbone.grid_size
-        grid = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
-        self._position = torch.stack(grid, dim=-1).flatten(0, 1)
         self._state: TokenState | None = None
         self._steps: list[Step] = []
         self._finished: Outcome | None = None
@@ -225,22 +222,7 @@ class TokenGame:
         else:  # two sites in one block share its attention; what it said of the tokens still there holds
             evidence = {name: values[self._stayed] for name, values in self._evidence.items()} if self.needs else {}
         self._state, self._evidence = state, evidence
-        self._observation = Observation(
-            tokens=state.tokens,
-            image=state.image,
-            token=state.token,
-            offsets=state.offsets,
-            cls=self.backbone.cls(state),
-            alive=state.alive,
-            size=state.size,
-            order=state.order,
-            position=self._position.to(state.x.device),
-            site=site,
-            step=len(self._steps),
-            num_steps=self.num_steps,
-            depth=self.backbone.depth,
-            evidence=evidence,
-        )
+        self._observation = self.backbone.observe(state, site, len(self._steps), self.num_steps, evidence)
 
     def _rows(self, state: TokenState) -> Tensor:
         return state.alive.sum(dim=1).double() + self.backbone.num_prefix

@@ -14,7 +14,7 @@ from pettingzoo.utils.conversions import aec_wrapper_fn
 from torch import Tensor, nn
 
 from vitprune_env.backbone import Backbone
-from vitprune_env.data import Digits
+from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.reduction import check_decision
@@ -22,7 +22,6 @@ from vitprune_env.render import RENDER_MODES, Scene, Viewer, to_rgb
 from vitprune_env.reward import RewardFn
 from vitprune_env.rollout import check_fit
 from vitprune_env.types import Decision, Observation, Outcome, Site
-from vitprune_env.vector_env import ImageDataset, fetch
 from vitprune_env.zoo import load_backbone
 
 ENV_ID = "vitprune/TokenPruning-v0"

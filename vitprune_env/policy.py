@@ -66,7 +66,7 @@ class KeepAll(BasePolicy):
 
     def decide(self, obs: Observation) -> Decision:
         """Keep every alive token."""
-        return Decision(keep=obs.alive)
+        return Decision(keep=obs.alive, count=obs.count)
 
 
 def keep_top(obs: Observation, scores: Tensor, count: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.errors import DecisionError
-from vitprune_env.tokens import TokenState
+from vitprune_env.tokens import TokenState, arrange
 from vitprune_env.types import Decision
 
 
@@ -32,6 +32,8 @@ def check_decision(decision: Decision, alive: Tensor) -> None:
     if decision.merge_into is not None:
         _check_tensor("merge_into", decision.merge_into, alive, (torch.int64,))
         _check_targets(decision.merge_into, alive)
+    if decision.count is not None and (survivors(decision, alive).sum(dim=1) != decision.count).any():
+        raise DecisionError(f"count: expected tokens that stay in every image, got {decision.count}, which is not so")
     if decision.macs is not None and decision.macs.shape != alive.shape[:1]:
         raise DecisionError(f"macs: expected shape [B] = ({len(alive)},), got {tuple(decision.macs.shape)}")
 
@@ -91,28 +93,33 @@ def rescue_empty(keep: Tensor, state: TokenState) -> Tensor:
 def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False) -> TokenState:
     """Drop and merge tokens as decided; nothing is copied when everybody stays.
 
+    Asks the device once, for the number of tokens that stay in each image, and not at all if the policy says it.
+
     Args:
         state: the tokens at the site.
         decision: a checked decision.
         keep_one: whether at least one patch token must stay in every image.
     """
     kept = chosen = survivors(decision, state.alive)
-    if keep_one:
+    if keep_one and not decision.count:
         kept = rescue_empty(chosen, state)
     rank = state.rank if decision.order is None else decision.order
-    if decision.merge_into is None and decision.weight is None:
-        if torch.equal(kept, state.alive):
-            return replace(state, rank=rank)
+    groups, layout = _arrangement(state, decision, kept)
+    only_drops = decision.merge_into is None and decision.weight is None
+    if only_drops and _total(groups) == _total(state.groups):  # nobody left
+        return state if rank is state.rank else replace(state, rank=rank)
+    new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)
+    if only_drops:
         source = torch.where(_gather(kept, state.source), state.source, -1)
-        size = state.size * kept
-        return _assemble(state, kept, state.patch_rows[kept[state.image, state.token]], size, source, rank)
+        rows = state.row_of[new.image, new.token]
+        return _pack(state, new, state.x, rows, state.size * kept, source)
     target = _targets(decision, state.alive, chosen, kept)
     # A rescued token stays as it is: alone, its weight 1.
     weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
-    x, size = _merge(state, target, kept, weight)
+    merged, size = _merge(state, target, new, weight)
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
-    merged_rows = state.x.shape[0] + torch.arange(x.shape[0], device=x.device)
-    return _assemble(replace(state, x=torch.cat([state.x, x])), kept, merged_rows, size, source, rank)
+    rows = state.x.shape[0] + torch.arange(merged.shape[0], device=merged.device)
+    return _pack(state, new, torch.cat([state.x, merged]), rows, size, source)
 
 
 def _gather(flags: Tensor, source: Tensor) -> Tensor:
@@ -128,29 +135,45 @@ def _targets(decision: Decision, alive: Tensor, chosen: Tensor, kept: Tensor) ->
     return torch.where(kept, itself, torch.where(_gather(chosen, target), target, -1))
 
 
-def _merge(state: TokenState, target: Tensor, kept: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merge(state: TokenState, target: Tensor, new: TokenState, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weighted sums of the groups: features `[sum n'_i, D]` in token order and sizes `[B, N]`."""
-    goes = target[state.image, state.token] >= 0
-    image, token = state.image[goes], state.token[goes]
+    kept, total = new.alive, new.image.shape[0]
     new_row = (kept.flatten().cumsum(0) - 1).view(kept.shape)
-    destination = new_row[image, target[image, token]]
-    values = state.x[state.patch_rows[goes]]
+    to = target[state.image, state.token]
+    # Who goes nowhere adds up in a row behind all others: leaving them out would ask the device how many they are.
+    destination = torch.where(to >= 0, new_row[state.image, to.clamp(min=0)], total)
+    values = state.tokens
     if weight is not None:
-        values = values * weight[image, token].to(values)[:, None]
-    x = values.new_zeros(int(kept.sum()), values.shape[1]).index_add(0, destination, values)
+        values = values * weight[state.image, state.token].to(values)[:, None]
+    x = values.new_zeros(total + 1, values.shape[1]).index_add(0, destination, values)[:total]
     joins = (target >= 0) & state.alive
     size = torch.zeros_like(state.size).scatter_add(1, target.clamp(min=0), state.size * joins)
     return x, size
 
 
-def _assemble(
-    state: TokenState, kept: Tensor, rows: Tensor, size: Tensor, source: Tensor, rank: Tensor | None
-) -> TokenState:
-    """Pack prefix rows and the given token rows of `state.x` anew, with a single gather."""
-    counts = kept.sum(dim=1).tolist()
-    lengths = tuple(state.num_prefix + count for count in counts)
-    new = replace(state, alive=kept, size=size, source=source, lengths=lengths, rank=rank)
-    index = rows.new_empty(sum(lengths))
-    index[new.prefix_rows.flatten()] = state.prefix_rows.flatten()
-    index[new.patch_rows] = rows
-    return new.with_rows(state.x.index_select(0, index))
+def _arrangement(
+    state: TokenState, decision: Decision, kept: Tensor
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
+    """Groups and layout of the tokens that stay."""
+    if decision.count is not None:
+        return ((state.batch_size, state.num_prefix + decision.count),), None
+    lengths = [state.num_prefix + count for count in kept.sum(dim=1).tolist()]
+    # Other devices have attention that takes ragged rows as they lie.
+    return arrange(lengths, sort=kept.device.type == "cpu")
+
+
+def _total(groups: tuple[tuple[int, int], ...]) -> int:
+    """All rows of all images; a Python number, also under tracing."""
+    return sum(images * rows for images, rows in groups)
+
+
+def _pack(state: TokenState, new: TokenState, x: Tensor, rows: Tensor, size: Tensor, source: Tensor) -> TokenState:
+    """Put the prefix rows of `state` and the given rows of `x`, those of the tokens of `new`, in their new places."""
+    if new.is_uniform:
+        rows = rows.view(new.batch_size, new.groups[0][1] - new.num_prefix)
+        index = torch.cat([state.prefix_rows, rows], dim=1).flatten()
+    else:
+        index = rows.new_empty(_total(new.groups))
+        index = index.index_copy(0, new.prefix_rows.flatten(), state.prefix_rows.flatten())
+        index = index.index_copy(0, new.patch_rows, rows)
+    return replace(new, x=x.index_select(0, index), size=size, source=source)

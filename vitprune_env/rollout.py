@@ -81,6 +81,7 @@ class Evaluation:
     policy_macs: float  # the part of `macs` spent on policy and evidence
     keep_per_site: tuple[float, ...]  # mean fraction of the N tokens alive after each site
     images: int  # how many were played
+    top5: float  # share of images whose class is among the five with the largest logits, 0 to 1
 
     @property
     def gmacs(self) -> float:
@@ -99,13 +100,15 @@ def evaluate(game: TokenGame, policy: Policy, batches: Iterable[tuple[Tensor | T
     Raises:
         ValueError: if there are no batches.
     """
-    correct = images = 0
+    correct = among_five = images = 0
     macs = policy_macs = 0.0
     kept = torch.zeros(game.num_steps, dtype=torch.float64)
     for batch, labels in batches:
         outcome = play(game, policy, batch, labels).outcome
         assert outcome.correct is not None
         correct += int(outcome.correct.sum())
+        best = outcome.logits.topk(min(5, outcome.logits.shape[1]), dim=1).indices
+        among_five += int((best == labels[:, None]).sum())
         images += len(labels)
         macs += float(outcome.macs.sum())
         policy_macs += float(outcome.policy_macs.sum())
@@ -113,4 +116,4 @@ def evaluate(game: TokenGame, policy: Policy, batches: Iterable[tuple[Tensor | T
     if not images:
         raise ValueError("batches: expected at least one batch of labelled images, got an empty dataset")
     rates = tuple((kept / images / game.num_agents).tolist())
-    return Evaluation(correct / images, macs / images, policy_macs / images, rates, images)
+    return Evaluation(correct / images, macs / images, policy_macs / images, rates, images, among_five / images)

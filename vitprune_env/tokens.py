@@ -1,13 +1,17 @@
 """The ragged token state: packed rows of the tokens that are still there, and who they are.
 
 Rows of one image lie together, prefix tokens first, then its alive patch tokens in token order. Linear layers, norms
-and MLPs then run on one `[rows, D]` tensor and pruned tokens cost nothing.
+and MLPs then run on one `[rows, D]` tensor and pruned tokens cost nothing. On a CPU, images with equally many rows are
+moved together, so that they can attend in one call; nobody sees that but `layout`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,30 +25,60 @@ class TokenState:
     alive: Tensor  # [B, N] bool
     size: Tensor  # [B, N] float, patches that each alive token stands for; 0 for the dead
     source: Tensor  # [B, N] int64, token that each original patch is in now; -1 = pruned
-    lengths: tuple[int, ...]  # rows of each image, P + n_i
+    groups: tuple[tuple[int, int], ...]  # (images, rows of each) of images with equally many rows, as they lie in `x`
     num_prefix: int  # P
     half: int = 0  # half-blocks that have run
     rank: Tensor | None = None  # [B, N] sort key of the current sequence; None: token order
+    layout: tuple[int, ...] | None = None  # images in the order in which they lie in `x`; None: 0, 1, 2, ...
 
     @property
     def batch_size(self) -> int:
         """B, the number of images."""
         return self.alive.shape[0]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each image, P + n_i."""
+        lying = [rows for images, rows in self.groups for _ in range(images)]
+        if self.layout is None:
+            return tuple(lying)
+        return tuple(rows for _, rows in sorted(zip(self.layout, lying, strict=True)))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all images have the same number of rows, so that `x` views as `[B, n, D]`."""
+        return len(self.groups) == 1
+
+    @property
+    def count(self) -> int | None:
+        """Alive patch tokens of every image if all have equally many, else None."""
+        return self.groups[0][1] - self.num_prefix if self.is_uniform else None
+
     @cached_property
+    def _alive_index(self) -> tuple[Tensor, Tensor]:
+        """Image and patch number of each alive token, without asking the device how many there are."""
+        batch, num_tokens = self.alive.shape
+        number = torch.arange(num_tokens, device=self.alive.device)
+        if self.count is None:
+            total = sum(images * (rows - self.num_prefix) for images, rows in self.groups)
+            image, token = torch.nonzero_static(self.alive, size=total).unbind(1)
+            return image, token
+        if self.count < num_tokens:  # sorting has a result of known shape, which can be traced and exported
+            token = torch.where(self.alive, number, number + num_tokens).sort(dim=1).values[:, : self.count]
+        else:
+            token = number.expand(batch, num_tokens)
+        image = torch.arange(batch, device=token.device)[:, None].expand(batch, self.count)
+        return image.reshape(-1), token.reshape(-1)
+
+    @property
     def image(self) -> Tensor:
         """`[sum n_i]` int64, the image of each alive token."""
-        return self.alive.nonzero()[:, 0]
+        return self._alive_index[0]
 
-    @cached_property
+    @property
     def token(self) -> Tensor:
         """`[sum n_i]` int64, the patch number of each alive token."""
-        return self.alive.nonzero()[:, 1]
-
-    @cached_property
-    def patch_rows(self) -> Tensor:
-        """`[sum n_i]` int64, rows of `x` that hold the alive patch tokens."""
-        return torch.arange(len(self.image), device=self.image.device) + self.num_prefix * (self.image + 1)
+        return self._alive_index[1]
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -53,28 +87,50 @@ class TokenState:
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     @cached_property
+    def row_offsets(self) -> Tensor:
+        """`[B + 1]` int64, where the images begin in `x`, in the order in which they lie there."""
+        rows = self.offsets.diff() + self.num_prefix
+        rows = rows if self.layout is None else rows[self._layout]
+        return torch.cat([rows.new_zeros(1), rows.cumsum(0)])
+
+    @cached_property
+    def _layout(self) -> Tensor:
+        return torch.tensor(self.layout, device=self.alive.device)
+
+    @cached_property
+    def first_row(self) -> Tensor:
+        """`[B]` int64, the row of `x` where each image begins."""
+        starts = self.row_offsets[:-1]
+        return starts if self.layout is None else torch.empty_like(starts).index_copy(0, self._layout, starts)
+
+    @cached_property
+    def patch_rows(self) -> Tensor:
+        """`[sum n_i]` int64, rows of `x` that hold the alive patch tokens."""
+        shift = self.first_row + self.num_prefix - self.offsets[:-1]
+        return shift[self.image] + torch.arange(self.image.shape[0], device=shift.device)
+
+    @cached_property
+    def row_of(self) -> Tensor:
+        """`[B, N]` int64, the row of `x` that holds each alive token; of no meaning for the dead."""
+        return self.first_row[:, None] + (self.num_prefix - 1) + self.alive.cumsum(dim=1)
+
+    @cached_property
     def prefix_rows(self) -> Tensor:
         """`[B, P]` int64, rows of `x` that hold the prefix tokens."""
-        starts = self.offsets[:-1] + self.num_prefix * torch.arange(self.batch_size, device=self.offsets.device)
-        return starts[:, None] + torch.arange(self.num_prefix, device=starts.device)
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all images have the same number of rows, so that `x` views as `[B, n, D]`."""
-        return len(set(self.lengths)) == 1
+        return self.first_row[:, None] + torch.arange(self.num_prefix, device=self.first_row.device)
 
     @property
     def tokens(self) -> Tensor:
         """`[sum n_i, D]` alive patch tokens."""
         if self.is_uniform:
-            return self.x.view(self.batch_size, self.lengths[0], -1)[:, self.num_prefix :].flatten(0, 1)
+            return self.x.view(self.batch_size, self.groups[0][1], -1)[:, self.num_prefix :].flatten(0, 1)
         return self.x[self.patch_rows]
 
     @property
     def prefix(self) -> Tensor:
         """`[B, P, D]` prefix tokens."""
         if self.is_uniform:
-            return self.x.view(self.batch_size, self.lengths[0], -1)[:, : self.num_prefix]
+            return self.x.view(self.batch_size, self.groups[0][1], -1)[:, : self.num_prefix]
         return self.x[self.prefix_rows]
 
     @cached_property
@@ -89,7 +145,9 @@ class TokenState:
 
     def with_rows(self, x: Tensor, half: int | None = None) -> TokenState:
         """The same tokens with new features, `x` of the same shape, after `half` half-blocks (None: as before)."""
-        return replace(self, x=x, half=self.half if half is None else half)
+        new = copy(self)  # unlike `replace` this takes along what has been worked out about the tokens
+        vars(new).update(x=x, half=self.half if half is None else half)
+        return new
 
 
 def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
@@ -108,7 +166,7 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
         alive=ones.bool(),
         size=ones,
         source=torch.arange(num_tokens, device=x.device).expand(batch, num_tokens),
-        lengths=(rows,) * batch,
+        groups=((batch, rows),),
         num_prefix=num_prefix,
         half=half,
     )
@@ -119,4 +177,22 @@ def segment_mean(values: Tensor, image: Tensor, batch_size: int) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)  # half precision would lose the sum of many rows
     total = torch.zeros(batch_size, values.shape[1], dtype=dtype, device=values.device)
     total = total.index_add(0, image, values.to(dtype))
-    return (total / image.bincount(minlength=batch_size).clamp(min=1)[:, None]).to(values.dtype)
+    ones = torch.ones(image.shape[0], dtype=dtype, device=values.device)  # bincount would ask the device for its length
+    count = torch.zeros(batch_size, dtype=dtype, device=values.device).index_add(0, image, ones)
+    return (total / count.clamp(min=1)[:, None]).to(values.dtype)
+
+
+def arrange(lengths: Sequence[int], sort: bool) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
+    """How images with these numbers of rows should lie in memory: `groups` and `layout` of a `TokenState`.
+
+    Args:
+        lengths: rows of each image.
+        sort: whether images may change places, so that equally long ones lie together.
+    """
+    if len(lengths) == 1:  # also a length that is only traced
+        return ((1, lengths[0]),), None
+    layout = tuple(sorted(range(len(lengths)), key=lengths.__getitem__))
+    moved = sort and len(set(lengths)) > 1 and layout != tuple(range(len(lengths)))
+    lying = [lengths[image] for image in layout] if moved else lengths
+    groups = tuple((len(list(run)), rows) for rows, run in groupby(lying))
+    return groups, layout if moved else None

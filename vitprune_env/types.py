@@ -99,6 +99,7 @@ class Observation:
     num_steps: int  # T
     depth: int  # blocks of the network
     evidence: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [sum n_i, ...], only what was asked for
+    count: int | None = None  # alive tokens of every image where all have equally many; known without asking the device
 
     @property
     def batch_size(self) -> int:
@@ -144,6 +145,7 @@ class Decision:
     weight: Tensor | None = None  # [B, N] float; None: 1 for every token
     order: Tensor | None = None  # [B, N], sorts the tokens that stay into their new sequence; None: as before
     macs: Tensor | None = None  # [B] float, MACs that taking this decision cost; None: nothing
+    count: int | None = None  # tokens that stay in every image, where known beforehand; makes a policy exportable
 
 
 @dataclass(frozen=True)

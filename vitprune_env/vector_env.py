@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,44 +13,13 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from vitprune_env.data import ImageDataset, fetch
 from vitprune_env.game import TokenGame
 from vitprune_env.types import Decision, Observation, Outcome
 
 DEFAULT_NUM_ENVS = 32  # images of a batch drawn from a map-style dataset
 
 VectorStep = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
-
-
-class ImageDataset(Protocol):
-    """Any map-style dataset of `(image [C, H, W] float, label)` pairs."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-def fetch(dataset: ImageDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Items of a dataset as images `[B, C, H, W]` and labels `[B]` int64.
-
-    Uses the dataset's own `batch(indices)` where it has one.
-
-    Raises:
-        ValueError: for an index outside the dataset.
-        TypeError: for an item that is not a tensor with a label.
-    """
-    size = len(dataset)
-    for index in indices:
-        if not 0 <= index < size:
-            raise ValueError(f"index: expected 0 to {size - 1}, got {index}")
-    batch = getattr(dataset, "batch", None)
-    if batch is not None:
-        images, labels = batch(indices)
-        return images, labels
-    items = [dataset[index] for index in indices]
-    for item in items:
-        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Tensor):
-            raise TypeError(f"dataset: expected items (tensor [C, H, W], label), got {type(item).__name__}")
-    return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
 
 
 class TokenVectorEnv:

@@ -6,21 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
+from zipfile import BadZipFile
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.hybrid_embed import HybridEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from vitprune_env.backbone import Backbone
+from vitprune_env.digits import DigitsConfig
 from vitprune_env.errors import CheckpointError, UnknownNameError
+from vitprune_env.lv_vit import LvVit, filter_checkpoint
+from vitprune_env.lv_vit import default_cfgs as lv_vit_cfgs
 from vitprune_env.types import Site
 
+NOT_WEIGHTS = (OSError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
+OTHER_WEIGHTS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -69,7 +78,7 @@ def create_vit_digits(preset: VitPreset = VIT_DIGITS, seed: int = 0) -> VisionTr
             norm_layer="layernorm2d",  # pyright: ignore[reportArgumentType]  # timm resolves names here
             act_layer=torch.nn.GELU,
         )
-        return VisionTransformer(
+        model = VisionTransformer(
             img_size=preset.image_size,
             patch_size=1,  # of the stem's feature map
             in_chans=preset.in_chans,
@@ -80,6 +89,14 @@ def create_vit_digits(preset: VitPreset = VIT_DIGITS, seed: int = 0) -> VisionTr
             mlp_ratio=preset.mlp_ratio,
             embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
         )
+    pixels = DigitsConfig()
+    cast(Any, model).pretrained_cfg = {  # how image files are to be prepared, as timm's own models say it
+        "input_size": (preset.in_chans, preset.image_size, preset.image_size),
+        "mean": (pixels.mean,) * preset.in_chans,
+        "std": (pixels.std,) * preset.in_chans,
+        "crop_pct": 1.0,
+    }
+    return model
 
 
 def load_vit_digits(path: Path = WEIGHTS / "vit_digits.safetensors") -> VisionTransformer:
@@ -111,10 +128,12 @@ def load_backbone(
     """Get a network to prune, in evaluation mode.
 
     Args:
-        model: `"vit_digits"` (built in, with its trained weights), the name of any plain ViT of timm, or a timm model.
+        model: `"vit_digits"` (built in, with its trained weights), the name of any plain ViT of timm, `"lv_vit_s"`, or
+            a timm model.
         pretrained: for a timm name, whether timm downloads its weights.
-        checkpoint: local weights to load instead: `.safetensors`, `.npz` (AugReg) or a torch file, bare or under
-            `"model"` or `"state_dict"`.
+        checkpoint: local weights to load instead: `.npz` (AugReg, JAX layout), `.safetensors` or a torch file, bare or
+            under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
+            interpolated as timm does it.
         sites: default pruning sites; None: the preset's, or after every quarter of the blocks.
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`.
 
@@ -134,15 +153,21 @@ def load_backbone(
         network, name, sites = load_vit_digits(), model, sites or VIT_DIGITS.sites
     else:
         network, name = _create_timm(model, pretrained, timm_options), model
+    backbone = Backbone(network, name, sites)
     if checkpoint is not None:
-        _load_weights(network, Path(checkpoint))
-    return Backbone(network, name, sites).eval()
+        _load_weights(backbone.model, Path(checkpoint))
+    return backbone.eval()
 
 
 def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
-        known = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
-        raise UnknownNameError("model", name, ["vit_digits", *known])
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [known for module in ("vision_transformer", "deit") for known in timm.list_models(module=module)]
+        raise UnknownNameError("model", name, ["vit_digits", *lv_vit_cfgs, *known])
+    if tag and not timm.is_model_pretrained(name):
+        raise UnknownNameError("weights", name, timm.list_pretrained(f"{architecture}.*"))
+    if pretrained and not timm.is_model_pretrained(name):
+        raise ValueError(f"pretrained: nobody publishes weights of {name} through timm; pass checkpoint=<local file>")
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:  # no network, no cache
@@ -152,26 +177,48 @@ def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.
         ) from error
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    """Load a local weight file strictly."""
+def _load_weights(network: VisionTransformer, path: Path) -> None:
+    """Load a local weight file strictly.
+
+    Raises:
+        CheckpointError: for a file that is missing, not a weight file, or of another model.
+    """
     try:
         if path.suffix == ".npz":
-            cast(VisionTransformer, network).load_pretrained(str(path))
-            return
-        network.load_state_dict(_read_weights(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+            _load_augreg(network, path)
+        else:
+            _load_state(network, load_state_dict(str(path), weights_only=True))
+    except CheckpointError:
+        raise
+    except (*NOT_WEIGHTS, *OTHER_WEIGHTS) as error:
         raise CheckpointError(f"checkpoint: expected weights of this model, got {path}: {error}") from error
 
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from safetensors or from a torch file, which may hold it under "model" or "state_dict"."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError of several kinds for anything that is not weights
-        raise CheckpointError(f"checkpoint: {path} is not a plain weight file: {error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return content[key]
-    return content
+def _load_state(network: VisionTransformer, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict, fitted to the network's image and patch size by timm."""
+    if isinstance(network, LvVit):
+        fitted = filter_checkpoint(state, network)
+    else:
+        fitted = checkpoint_filter_fn(dict(state), network, adapt_layer_scale=True)
+    if "head.weight" in fitted:
+        _check_head(network, len(fitted["head.weight"]))
+    network.load_state_dict(fitted, strict=True)
+
+
+def _load_augreg(network: VisionTransformer, path: Path) -> None:
+    """Load a JAX checkpoint through timm, which leaves a head or blocks that do not fit as they are: check first."""
+    with np.load(path) as content:
+        heads = [content[name].shape[-1] for name in content.files if name.endswith("head/bias")]
+        blocks = {name.partition("encoderblock_")[2].partition("/")[0] for name in content.files} - {""}
+    _check_head(network, heads[0] if heads else 0)
+    if blocks and len(blocks) != len(network.blocks):
+        raise CheckpointError(f"checkpoint: the file has {len(blocks)} blocks, the model {len(network.blocks)}")
+    network.load_pretrained(str(path))
+
+
+def _check_head(network: VisionTransformer, classes: int) -> None:
+    if classes != network.num_classes:
+        raise CheckpointError(
+            f"checkpoint: the file has a head of {classes} classes, the model one of {network.num_classes}; "
+            "expected the same (num_classes=...)"
+        )

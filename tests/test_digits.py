@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from vitprune_env.data import SPLITS, Digits, DigitsConfig, _fragments
+from vitprune_env.digits import SPLITS, Digits, DigitsConfig, _fragments
 
 EVERY = torch.arange(64)
 

@@ -1,0 +1,299 @@
+"""The built-in task: one real handwritten digit, somewhere on a canvas full of fragments of other digits.
+
+Digits of very different sizes make the useful patches differ from image to image, and clutter makes "has ink" a poor
+answer to "is useful". Everything random about a scene is drawn at construction from one generator, so a scene is a
+pure function of (split, seed, index): it never depends on the batch it is drawn in, nor on the data set's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "validation", "test")
+SPLIT_ENDS = (0.65, 0.80, 1.0)  # cumulative shares of the underlying digits of each class
+SOURCE = 8  # side of a source digit, in source pixels
+FRAGMENT = 3  # side of a clutter fragment, in source pixels
+FRAGMENT_MIN_INK = 0.35  # mean ink below which a fragment would hardly be visible
+BLEED = 1 + 1 / SOURCE  # bilinear sampling bleeds half a source pixel over each edge
+COLUMNS, FRAGMENT_COLUMNS = 30, 8  # uniform numbers that a scene and each of its fragments take
+NOISE_STARTS = 1 << 16  # places where an image's noise may start in the noise bank
+NOISE_STREAM = 1 << 40  # keeps the seeds of the noise apart from those of the scenes
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """What a scene looks like. Lengths are in pixels of the canvas, angles in radians, intensities in [0, 1].
+
+    Attributes:
+        canvas: Height and width of the image.
+        side: Smallest and largest side of the digit.
+        rotation: Largest rotation of the digit, either way.
+        shear: Largest horizontal shear of the digit, either way (0 except for augmentation).
+        warp: Largest elastic displacement of the digit, as a share of half its side (0 except for augmentation).
+        gain: Dimmest and brightest object.
+        tint: Largest share by which an object's colour channels are dimmed, independently.
+        noise: Standard deviation of the pixel noise.
+        clutter: Fewest and most fragments of other digits.
+        clutter_side: Smallest and largest side of a fragment.
+        mean: Intensity that becomes 0 in the normalised image.
+        std: Intensity difference that becomes 1 in the normalised image.
+    """
+
+    canvas: int = 40
+    side: tuple[float, float] = (13.0, 33.0)
+    rotation: float = 0.1
+    shear: float = 0.0
+    warp: float = 0.0
+    gain: tuple[float, float] = (0.7, 1.0)
+    tint: float = 0.25
+    noise: float = 0.08
+    clutter: tuple[int, int] = (6, 10)
+    clutter_side: tuple[float, float] = (5.0, 10.0)
+    mean: float = 0.15
+    std: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("side", "gain", "clutter", "clutter_side"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"{name}: expected 0 <= low <= high, got {(low, high)}")
+        largest = self.side[1] * (math.cos(self.rotation) + math.sin(abs(self.rotation)))
+        if self.side[0] <= 0 or largest > self.canvas:
+            raise ValueError(f"side: expected digits that fit {self.canvas} px, got {self.side}, rotated {largest:.1f}")
+        if self.noise < 0 or self.std <= 0:
+            raise ValueError(f"noise, std: expected noise >= 0 and std > 0, got {self.noise} and {self.std}")
+
+    def resized(self, canvas: int) -> DigitsConfig:
+        """The same scenes on another canvas (pixels): all lengths scale with it."""
+        scale = canvas / self.canvas
+        side, clutter_side = ((low * scale, high * scale) for low, high in (self.side, self.clutter_side))
+        return replace(self, canvas=canvas, side=side, clutter_side=clutter_side)
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """The parameters of S scenes with up to K fragments each."""
+
+    digit: Tensor  # [S] int64, row in the split's source digits
+    side: Tensor  # [S]
+    angle: Tensor  # [S]
+    shear: Tensor  # [S]
+    warp: Tensor  # [S, 2, 3, 3], displacement at a 3x3 lattice over the digit
+    centre: Tensor  # [S, 2], x and y
+    half_box: Tensor  # [S], half the side of the box that holds all ink
+    colour: Tensor  # [S, 3]
+    fragment: Tensor  # [S, K] int64, row in the split's fragments
+    fragment_side: Tensor  # [S, K]
+    fragment_corner: Tensor  # [S, K, 2], x and y of the top left corner
+    fragment_colour: Tensor  # [S, K, 3], zero where the scene has fewer fragments
+    noise_start: Tensor  # [S] int64
+
+
+@lru_cache(maxsize=1)
+def _source() -> tuple[Tensor, Tensor]:
+    """All source digits `[1797, 8, 8]` in [0, 1] and their labels `[1797]` (UCI, shipped with scikit-learn)."""
+    from sklearn.datasets import load_digits  # deferred: only this task needs scikit-learn
+
+    pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    return pixels.float().unflatten(1, (SOURCE, SOURCE)) / pixels.max(), labels.long()
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _split_ids(split: str) -> Tensor:
+    """Rows of the source digits that belong to `split`: a fixed, stratified partition."""
+    labels = _source()[1]
+    generator = torch.Generator().manual_seed(0)
+    which = SPLITS.index(split)
+    ids = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        cuts = [0, *(round(end * len(rows)) for end in SPLIT_ENDS)]
+        ids.append(rows[cuts[which] : cuts[which + 1]])
+    return torch.cat(ids)
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _fragments(split: str) -> tuple[Tensor, Tensor]:
+    """Inked fragments `[P, 3, 3]` of the split's digits, and the first row of each digit `[len(split) + 1]`."""
+    pieces = _source()[0][_split_ids(split)].unfold(1, FRAGMENT, 1).unfold(2, FRAGMENT, 1).flatten(1, 2)
+    inked = pieces.mean((-1, -2)) >= FRAGMENT_MIN_INK  # [digits, positions]
+    return pieces[inked], F.pad(inked.sum(1).cumsum(0), (1, 0))
+
+
+class _Uniform:
+    """Hands out columns of one `[S, columns]` table of uniform numbers, so that row i is the same for every S."""
+
+    def __init__(self, size: int, columns: int, generator: torch.Generator) -> None:
+        self.rest = torch.rand(size, columns, generator=generator)
+
+    def __call__(self, low: float | Tensor, high: float | Tensor, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        taken, self.rest = self.rest[:, :count], self.rest[:, count:]
+        return low + (high - low) * taken.reshape(-1, *shape)
+
+
+def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generator) -> _Scenes:
+    most = config.clutter[1]
+    uniform = _Uniform(size, COLUMNS + FRAGMENT_COLUMNS * most, generator)
+    pieces, first = _fragments(split)
+
+    digit = uniform(0, len(first) - 1, 1).long().flatten()
+    side = uniform(*config.side, 1).flatten()
+    angle = uniform(-config.rotation, config.rotation, 1).flatten()
+    half = side / 2 * (angle.cos() + angle.sin().abs())  # of the rotated digit
+    # Fragments of other digits: the table is cut open behind the scene's own digit and that digit's rows are left out.
+    own = first[digit + 1] - first[digit]
+    step = uniform(0, (len(pieces) - own)[:, None].float(), most).long()
+    count = uniform(config.clutter[0], most + 1, 1)
+    fragment_side = uniform(*config.clutter_side, most)
+    present = torch.arange(most) < count.long()
+    return _Scenes(
+        digit=digit,
+        side=side,
+        angle=angle,
+        shear=uniform(-config.shear, config.shear, 1).flatten(),
+        warp=uniform(-config.warp, config.warp, 2, 3, 3),
+        centre=uniform(half[:, None], config.canvas - half[:, None], 2),
+        half_box=half * BLEED,
+        colour=uniform(*config.gain, 1) * uniform(1 - config.tint, 1, 3),
+        fragment=(first[digit + 1][:, None] + step) % len(pieces),
+        fragment_side=fragment_side,
+        fragment_corner=uniform(0, 1, most, 2) * (config.canvas - fragment_side)[..., None],
+        fragment_colour=present[..., None] * uniform(*config.gain, most, 1) * uniform(1 - config.tint, 1, most, 3),
+        noise_start=uniform(0, NOISE_STARTS, 1).long().flatten(),
+    )
+
+
+def _digit_layer(digits: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
+    """Ink `[B, H, W]` of the scenes' own digits; exactly 0 outside their boxes."""
+    pixels = torch.arange(canvas) + 0.5
+    dx = pixels[None, None, :] - scenes.centre[rows, 0, None, None]
+    dy = pixels[None, :, None] - scenes.centre[rows, 1, None, None]
+    cos, sin = scenes.angle[rows].cos()[:, None, None], scenes.angle[rows].sin()[:, None, None]
+    half = scenes.side[rows][:, None, None] / 2
+    v = (cos * dy - sin * dx) / half
+    u = (cos * dx + sin * dy) / half + scenes.shear[rows][:, None, None] * v
+    grid = torch.stack((u, v), -1)
+    warp = scenes.warp[rows]
+    if warp.any():
+        grid = grid + F.grid_sample(warp, grid, padding_mode="border", align_corners=True).movedim(1, -1)
+    ink = F.grid_sample(digits[scenes.digit[rows]][:, None], grid, align_corners=False)[:, 0]
+    return ink * _inside(scenes, rows, canvas)
+
+
+def _inside(scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
+    """Where the digits' boxes are: bool `[B, H, W]`, by pixel centres."""
+    pixels = torch.arange(canvas) + 0.5
+    near = (pixels - scenes.centre[rows][..., None]).abs() <= scenes.half_box[rows][:, None, None]  # [B, 2, canvas]
+    return near[:, 1, :, None] & near[:, 0, None, :]
+
+
+def _clutter_layer(fragments: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
+    """Coloured fragments `[B, 3, H, W]`, bilinearly enlarged: rows of hats times 3x3 pixels times columns of hats."""
+    pixels = torch.arange(canvas) + 0.5
+    scale = FRAGMENT / scenes.fragment_side[rows][:, :, None, None]
+    source = (pixels - scenes.fragment_corner[rows][..., None]) * scale - 0.5  # [B, K, 2, canvas], in source pixels
+    hats = (1 - (source[..., None] - torch.arange(FRAGMENT)).abs()).clamp(min=0)  # [B, K, 2, canvas, 3]
+    strips = fragments[scenes.fragment[rows]] @ hats[:, :, 0].mT  # [B, K, 3, W]
+    coloured = strips[:, None] * scenes.fragment_colour[rows].mT[..., None, None]  # [B, 3, K, 3, W]
+    columns = hats[:, :, 1].transpose(1, 2).flatten(2)  # [B, H, K * 3]
+    return (columns[:, None] @ coloured.flatten(2, 3)).clamp(max=1)
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Scenes with one digit each, drawn from the underlying digits of one split.
+
+    The splits share no underlying digit, whatever the seeds. `ds[i]` is `(image [3, H, W] float32, label)`, normalised
+    as the built-in model expects; `ds.batch(rows)` is the same for many scenes at once, and much faster.
+
+    Args:
+        split: "train", "validation" or "test".
+        size: Number of scenes, at least 1. Scene i does not depend on it.
+        seed: Which scenes; any non-negative integer.
+        config: What a scene looks like.
+
+    Raises:
+        ValueError: If the split is unknown, the data set is empty or the seed is negative.
+    """
+
+    classes = tuple(str(digit) for digit in range(10))
+
+    def __init__(self, split: str, size: int, seed: int = 0, config: DigitsConfig = DigitsConfig()) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+        if size < 1:
+            raise ValueError(f"size: expected at least 1 scene, got {size} (an empty data set)")
+        if seed < 0:
+            raise ValueError(f"seed: expected a non-negative integer, got {seed}")
+        self.split, self.size, self.seed, self.config = split, size, seed, config
+        stream = len(SPLITS) * seed + SPLITS.index(split)
+        pixels = 3 * config.canvas**2
+        generator = torch.Generator().manual_seed(stream + NOISE_STREAM)
+        noise = config.noise * torch.randn(NOISE_STARTS + pixels, generator=generator)
+        self._noise = noise.unfold(0, pixels, 1)  # [NOISE_STARTS + 1, pixels], a view
+        self._scenes = _draw(split, size, config, torch.Generator().manual_seed(stream))
+        self._source_ids = _split_ids(split)
+        self._digits = _source()[0][self._source_ids]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Draw many scenes at once.
+
+        Args:
+            indices: Scene numbers `[B]`, each in `0 .. len(self) - 1`.
+
+        Returns:
+            Normalised images `[B, 3, H, W]` float32 and labels `[B]` int64.
+
+        Raises:
+            IndexError: If an index is out of range (negative ones are).
+        """
+        rows, scenes, canvas = self._rows(indices), self._scenes, self.config.canvas
+        image = self.ink(rows)[:, None] * scenes.colour[rows][..., None, None]
+        clutter = _clutter_layer(_fragments(self.split)[0], scenes, rows, canvas)
+        image += clutter * ~_inside(scenes, rows, canvas)[:, None]
+        image += self._noise[scenes.noise_start[rows]].view_as(image)
+        return (image - self.config.mean) / self.config.std, _source()[1][self.source_ids(rows)]
+
+    def ink(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """The scenes' own digits alone, `[B, H, W]` in [0, 1]: no gain, clutter or noise (for oracles, figures)."""
+        return _digit_layer(self._digits, self._scenes, self._rows(indices), self.config.canvas)
+
+    def boxes(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Boxes `[B, 4]` (left, top, right, bottom; pixels) that hold all ink of the digit and no clutter."""
+        rows = self._rows(indices)
+        centre, half = self._scenes.centre[rows], self._scenes.half_box[rows][:, None]
+        return torch.cat((centre - half, centre + half), 1)
+
+    def sides(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Sides `[B]` of the digits, in pixels, before rotation."""
+        return self._scenes.side[self._rows(indices)]
+
+    def source_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Which underlying digit each scene shows, `[B]` int64: rows of scikit-learn's `load_digits`."""
+        return self._source_ids[self._scenes.digit[self._rows(indices)]]
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of `images [..., 3, H, W]`: intensities in [0, 1], for display."""
+        return (images * self.config.std + self.config.mean).clamp(0, 1)
+
+    def _rows(self, indices: Sequence[int] | Tensor) -> Tensor:
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        if ((rows < 0) | (rows >= self.size)).any():
+            raise IndexError(f"index: expected 0 <= index < {self.size}, got {rows.tolist()}")
+        return rows
