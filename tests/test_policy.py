@@ -33,8 +33,6 @@ POLICIES = [KeepAll(), RandomDrop(0.5), TopK(0.5), EViT(0.5), BasePolicy()]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
-    "policy", [KeepAll(), RandomDrop(0.5), TopK(0.5), EViT(0.5), BasePolicy()], ids=lambda policy: type(policy).__name__
-)
 def test_all_are_policies(policy: object) -> None:
     assert isinstance(policy, Policy)
 
