@@ -101,7 +101,7 @@ def measure(args: Args, policy: Policy, backbone: Backbone, test: Batches) -> li
     """The dense network and the policy on the same images."""
     game = TokenGame.for_policy(backbone, policy)
     images, _ = first_images(test, 64 if args.quick else args.batch_size)
-    pairs = 3 if args.quick else 15
+    pairs = 3 if args.quick else 9
     dense = Row.of("dense", evaluate(TokenGame(backbone), KeepAll(), tqdm(test, "dense", leave=False)), 1.0)
     pruned = evaluate(game, policy, tqdm(test, "policy", leave=False))
     name = args.policy or "policy"
