@@ -33,8 +33,8 @@ class CommonArgs:
     """Seed of everything random: data, initial weights, exploration."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1, ..."""
-    threads: int = 1
-    """CPU threads; the built-in model is so small that one is as fast as two, and steady. 0: as many as torch takes."""
+    threads: int | None = None
+    """CPU threads; None: one for the built-in model, which is too small for more, and torch's choice for others."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/latest")
     """Folder for results; made if it does not exist."""
     resume: bool = False
@@ -42,11 +42,12 @@ class CommonArgs:
     quick: bool = False
     """A small run that shows that everything works; its numbers mean nothing."""
 
-    def prepare(self) -> None:
-        """Make the output folder and set the number of threads."""
+    def prepare(self, built_in: bool = True) -> None:
+        """Make the output folder and set the number of threads, for the built-in model or another."""
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        threads = 1 if self.threads is None and built_in else self.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

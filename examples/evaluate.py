@@ -111,7 +111,7 @@ def measure(args: Args, policy: Policy, backbone: Backbone, test: Batches) -> li
 def main() -> None:
     """Load, play, report."""
     args = parse(sys.argv[1:])
-    args.prepare()
+    args.prepare(built_in=not args.reads_files)
     policy, backbone = load(args)
     test = batches(args, backbone, args.split or ("validation" if args.reads_files else "test"), args.images, TEST_SEED)
     device = torch.device(args.device).type

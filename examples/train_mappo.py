@@ -184,7 +184,7 @@ def main() -> None:
     """Train, compare, draw."""
     start = time.perf_counter()
     args = parse(sys.argv[1:])
-    args.prepare()
+    args.prepare(built_in=not args.reads_files)
     backbone = load_network(args, "vit_digits", args.seed, args.device)
     task = image_task(args, backbone) if args.reads_files else built_in_task(args)
     result = train(

@@ -16,6 +16,7 @@ import train_mappo
 from vitprune_env.agents.config import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 KEYS = {
     "dense_accuracy",
     "accuracy",
@@ -92,7 +93,7 @@ def test_custom_algorithm_is_compared_with_mappo(trained: Path, tmp_path: Path) 
     assert len((EXAMPLES / "custom_algorithm.py").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py"))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script: str) -> None:
     shown = command(script, "--help")
     assert "--seed" in shown

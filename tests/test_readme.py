@@ -15,8 +15,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"^python (examples/\w+\.py)(.*)$", TEXT, flags=re.MULTILINE)
 
 
-def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them writes a folder
     assert len(SNIPPETS) >= 3
     namespace: dict[str, object] = {}
     for snippet in SNIPPETS:
@@ -26,7 +26,8 @@ def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
 def test_commands_name_scripts_and_flags_that_exist() -> None:
     assert len(COMMANDS) >= 5
     for script, rest in COMMANDS:
-        source = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "examples/common.py").read_text(encoding="utf-8")
+        files = (script, "examples/common.py", "examples/image_task.py")
+        source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--([\w-]+)", rest.partition("#")[0]):
             name = flag.replace("-", "_")
             assert flag == "help" or re.search(rf"\b{name}: ", source) or hasattr(TrainConfig(), name), (script, flag)

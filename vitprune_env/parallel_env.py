@@ -205,7 +205,8 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         if obs.step == 0:
             policy.reset(obs.batch_size, obs.num_agents)
         decision = policy.decide(obs)
-        extra = [name for name, value in vars(decision).items() if value is not None and name not in ("keep", "macs")]
+        said = {name for name, value in vars(decision).items() if value is not None}
+        extra = sorted(said - {"keep", "count", "macs"})
         if extra:
             raise ValueError(
                 f"policy: actions 0 and 1 can only say keep or prune, but {type(policy).__name__} also decides "
