@@ -77,7 +77,8 @@ class Scripted(BasePolicy):
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Draw how much each image keeps."""
         noise = torch.randn(batch_size, generator=torch.Generator().manual_seed(self.seed))
-        self.share = (1 + self.spread * noise).clamp(min=0)
+        # Centred: a single image keeps exactly the mean, not what chance gave it.
+        self.share = (1 + self.spread * (noise - noise.mean())).clamp(min=0)
 
     def decide(self, obs: Observation) -> Decision:
         """Keep as many tokens as the script says."""
