@@ -29,7 +29,6 @@ from common import CommonArgs, versions, write_json
 from vitprune_env import Backbone, BasePolicy, Decision, Observation, Policy, PrunedViT, TokenGame, load_backbone, play
 from vitprune_env.agents import load_policy
 from vitprune_env.data import Digits
-from vitprune_env.policy import keep_top
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +82,7 @@ class Scripted(BasePolicy):
     def decide(self, obs: Observation) -> Decision:
         """Keep as many tokens as the script says."""
         count = (self.share * self.keep[obs.step] * obs.num_agents).round().clamp(1, obs.num_agents)
-        return Decision(keep=keep_top(obs, obs.tokens[:, 0], count.to(obs.tokens.device)))
+        return Decision(keep=obs.alive & (obs.alive.cumsum(dim=1) <= count.to(obs.alive.device)[:, None]))
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ class TokenState:
     def _alive_index(self) -> tuple[Tensor, Tensor]:
         """Image and patch number of each alive token, without asking the device how many there are."""
         batch, num_tokens = self.alive.shape
-        number = torch.arange(num_tokens, device=self.alive.device)
-        if self.count is None:
+        if self.count is None or (self.count < num_tokens and not torch.compiler.is_compiling()):
             total = sum(images * (rows - self.num_prefix) for images, rows in self.groups)
             image, token = torch.nonzero_static(self.alive, size=total).unbind(1)
             return image, token
-        if self.count < num_tokens:  # sorting has a result of known shape, which can be traced and exported
+        number = torch.arange(num_tokens, device=self.alive.device)
+        if self.count < num_tokens:  # ONNX knows sorting, and its result has a known shape
             token = torch.where(self.alive, number, number + num_tokens).sort(dim=1).values[:, : self.count]
         else:
             token = number.expand(batch, num_tokens)
