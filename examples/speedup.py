@@ -29,7 +29,6 @@ from common import CommonArgs, versions, write_json
 from vitprune_env import Backbone, BasePolicy, Decision, Observation, Policy, PrunedViT, TokenGame, load_backbone, play
 from vitprune_env.agents import load_policy
 from vitprune_env.data import Digits
-from vitprune_env.policy import keep_top
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,12 +76,13 @@ class Scripted(BasePolicy):
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Draw how much each image keeps."""
         noise = torch.randn(batch_size, generator=torch.Generator().manual_seed(self.seed))
-        self.share = (1 + self.spread * noise).clamp(min=0)
+        # Centred: a single image keeps exactly the mean, not what chance gave it.
+        self.share = (1 + self.spread * (noise - noise.mean())).clamp(min=0)
 
     def decide(self, obs: Observation) -> Decision:
         """Keep as many tokens as the script says."""
         count = (self.share * self.keep[obs.step] * obs.num_agents).round().clamp(1, obs.num_agents)
-        return Decision(keep=keep_top(obs, obs.tokens[:, 0], count.to(obs.tokens.device)))
+        return Decision(keep=obs.alive & (obs.alive.cumsum(dim=1) <= count.to(obs.alive.device)[:, None]))
 
 
 @dataclass(frozen=True)

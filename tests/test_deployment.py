@@ -163,6 +163,8 @@ def test_export_refuses_what_has_no_fixed_shape() -> None:
     backbone = toy("deit_tiny_patch16_224")
     with pytest.raises(ExportError, match=r"TokenPolicy does not say beforehand how many tokens stay after 1, 2, 3"):
         export_program(PrunedViT(backbone, token_policy(backbone)).eval())
+    with pytest.raises(ExportError, match="RandomDrop cannot be traced"):
+        export_program(PrunedViT(backbone, RandomDrop(0.5)).eval())
     with pytest.raises(ExportError, match="evaluation mode"):
         export_program(PrunedViT(backbone, EViT(0.5)).train())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import Fixed, random_images, spread_keeps, toy
 from vitprune_env import Decision, PrunedViT, kernels
-from vitprune_env.attention import Rows, packed
+from vitprune_env.attention import Rows, cls_attention_ragged, evidence_of, packed
 from vitprune_env.errors import UnknownNameError
 from vitprune_env.tokens import arrange
 
@@ -48,6 +48,16 @@ def test_a_bias_per_key(name: str) -> None:
     expected = packed(q, k, v, rows, bias)
     torch.testing.assert_close(kernels.kernel(name)(q, k, v, rows, bias, 0.0), expected, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(packed(q, k, v, rows), expected)
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 99), biased=st.booleans())
+@torch.no_grad()
+def test_class_attention_of_all_images_at_once(lengths: list[int], seed: int, biased: bool) -> None:
+    """What a GPU computes is what the CPU computes image by image."""
+    (q, k, v), rows = qkv(sum(lengths), seed), Rows.of(*lengths)
+    bias = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed)) if biased else None
+    expected = evidence_of(frozenset({"cls_attention"}), q, k, v, rows, bias, 0.4)["cls_attention"]
+    torch.testing.assert_close(cls_attention_ragged(q, k, rows, bias, 0.4), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["varlen", "nested", "flex"])

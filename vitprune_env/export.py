@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from vitprune_env.errors import ExportError
@@ -32,14 +33,22 @@ def export_program(model: PrunedViT, max_batch: int | None = None) -> ExportedPr
         max_batch: the largest batch size it must take; None: no limit.
 
     Raises:
-        ExportError: if the model is in training mode, or its policy does not know how many tokens stay.
+        ExportError: if the model is in training mode, or its policy does not know how many tokens stay, or cannot be
+            traced.
     """
     if model.training:
         raise ExportError("model: expected a model in evaluation mode; call model.eval() first")
     backbone = model.backbone
     images = torch.zeros(EXAMPLE_BATCH, backbone.in_chans, *backbone.image_size).to(next(backbone.parameters()))
     _check_counts(model, images)
-    return torch.export.export(model, (images,), dynamic_shapes={"images": {0: Dim("batch", min=1, max=max_batch)}})
+    sizes = {"images": {0: Dim("batch", min=1, max=max_batch)}}
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=sizes)
+    except (UserError, RuntimeError) as error:
+        raise ExportError(
+            f"policy: {type(model.policy).__name__} cannot be traced for any batch size ({error}); "
+            "it must decide with tensor operations alone, without random numbers or Python numbers of its own"
+        ) from error
 
 
 def export_onnx(model: PrunedViT, path: str | os.PathLike[str]) -> Path:

@@ -205,8 +205,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         if obs.step == 0:
             policy.reset(obs.batch_size, obs.num_agents)
         decision = policy.decide(obs)
-        said = {name for name, value in vars(decision).items() if value is not None}
-        extra = sorted(said - {"keep", "count", "macs"})
+        extra = [name for name in ("merge_into", "weight", "order") if getattr(decision, name) is not None]
         if extra:
             raise ValueError(
                 f"policy: actions 0 and 1 can only say keep or prune, but {type(policy).__name__} also decides "

@@ -58,12 +58,12 @@ class TokenState:
     def _alive_index(self) -> tuple[Tensor, Tensor]:
         """Image and patch number of each alive token, without asking the device how many there are."""
         batch, num_tokens = self.alive.shape
-        number = torch.arange(num_tokens, device=self.alive.device)
-        if self.count is None:
+        if self.count is None or (self.count < num_tokens and not torch.compiler.is_compiling()):
             total = sum(images * (rows - self.num_prefix) for images, rows in self.groups)
             image, token = torch.nonzero_static(self.alive, size=total).unbind(1)
             return image, token
-        if self.count < num_tokens:  # sorting has a result of known shape, which can be traced and exported
+        number = torch.arange(num_tokens, device=self.alive.device)
+        if self.count < num_tokens:  # ONNX knows sorting, and its result has a known shape
             token = torch.where(self.alive, number, number + num_tokens).sort(dim=1).values[:, : self.count]
         else:
             token = number.expand(batch, num_tokens)
@@ -83,12 +83,16 @@ class TokenState:
     @cached_property
     def offsets(self) -> Tensor:
         """`[B + 1]` int64, where each image's tokens begin among the alive ones."""
+        if self.count is not None:
+            return torch.arange(self.batch_size + 1, device=self.alive.device) * self.count
         counts = self.alive.sum(dim=1)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     @cached_property
     def row_offsets(self) -> Tensor:
         """`[B + 1]` int64, where the images begin in `x`, in the order in which they lie there."""
+        if self.count is not None:
+            return torch.arange(self.batch_size + 1, device=self.alive.device) * self.groups[0][1]
         rows = self.offsets.diff() + self.num_prefix
         rows = rows if self.layout is None else rows[self._layout]
         return torch.cat([rows.new_zeros(1), rows.cumsum(0)])
@@ -112,7 +116,13 @@ class TokenState:
     @cached_property
     def row_of(self) -> Tensor:
         """`[B, N]` int64, the row of `x` that holds each alive token; of no meaning for the dead."""
-        return self.first_row[:, None] + (self.num_prefix - 1) + self.alive.cumsum(dim=1)
+        return (self.first_row + self.num_prefix)[:, None] + self._place
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """`[B, N]` int64, which of its image's alive tokens each alive one is; of no meaning for the dead."""
+        batch, num_tokens = self.alive.shape
+        return self.token.view(batch, num_tokens) if self.count == num_tokens else self.alive.cumsum(dim=1) - 1
 
     @cached_property
     def prefix_rows(self) -> Tensor:
@@ -137,7 +147,7 @@ class TokenState:
     def order(self) -> Tensor:
         """`[B, N]` int64, rank of each alive token in the current sequence; -1 for the dead."""
         if self.rank is None:
-            ranks = self.alive.cumsum(1) - 1
+            ranks = self._place
         else:
             key = self.rank.masked_fill(~self.alive, self.rank.max() + 1)
             ranks = key.argsort(dim=1, stable=True).argsort(dim=1)
@@ -160,11 +170,10 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
     """
     batch, rows, _ = x.shape
     num_tokens = rows - num_prefix
-    ones = torch.ones(batch, num_tokens, device=x.device)
     return TokenState(
         x=x.flatten(0, 1),
-        alive=ones.bool(),
-        size=ones,
+        alive=torch.ones(batch, num_tokens, dtype=torch.bool, device=x.device),
+        size=torch.ones(batch, num_tokens, device=x.device),
         source=torch.arange(num_tokens, device=x.device).expand(batch, num_tokens),
         groups=((batch, rows),),
         num_prefix=num_prefix,
