@@ -86,12 +86,17 @@ def packed(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None 
     Returns:
         `[rows, heads * head dim]`.
     """
+    width = q.shape[1] * q.shape[2]
+    if len(rows.groups) == 1:  # equally long images: no bookkeeping that a single small one would notice
+        q, k, v = (part.view(*rows.groups[0], *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_views(key_bias, rows)[0], dropout_p=dropout)
+        return y.transpose(1, 2).reshape(-1, width)
     parts = []
     biases = bias_views(key_bias, rows)
     for q_i, k_i, v_i, bias in zip(rows.split(q), rows.split(k), rows.split(v), biases, strict=True):
         y = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=bias, dropout_p=dropout)
-        parts.append(y.transpose(1, 2).reshape(-1, q.shape[1] * q.shape[2]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts.append(y.transpose(1, 2).reshape(-1, width))
+    return torch.cat(parts)
 
 
 def attend_packed(

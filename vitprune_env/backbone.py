@@ -132,8 +132,9 @@ class Backbone(nn.Module):
         rows, x, evidence = Rows(state.groups, lambda: state.row_offsets), state.x, {}
         key_bias = _log_size(state) if log_size and stop > state.half else None
         last_attention = (stop - 1) // 2 * 2
+        blocks = tuple(self.model.blocks)  # looking one up in a ModuleList is slow
         for half in range(state.half, stop):
-            block = self.block(half // 2 + 1)
+            block = cast(Block, blocks[half // 2])
             if half % 2:
                 x = execution.feed_forward(block, x, drop_factor(block.drop_path2, x, rows))
                 continue
