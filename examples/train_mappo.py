@@ -1,6 +1,6 @@
 """Train the token-pruning policy (MAPPO, paper 000) and compare it with what it has to beat, at equal GMACs.
 
-    python examples/train_mappo.py                        # 35 % of the dense model's MACs, about three minutes
+    python examples/train_mappo.py                        # 35 % of the dense model's MACs, a minute or two
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
     python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
     python examples/train_mappo.py --preset rl4evit-deit-s --data-dir /data/imagenet      # see docs/imagenet.md
