@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from vitprune_env import Backbone, Policy, TokenGame, play
 from vitprune_env.baselines import calibrate
 from vitprune_env.data import batches_of as batches_of  # the examples take it from here
+from vitprune_env.errors import VitPruneError
 from vitprune_env.rollout import Evaluation, evaluate
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # iterated more than once
@@ -143,6 +145,14 @@ def measure_speedup(backbone: Backbone, policy: Policy, images: Tensor, pairs: i
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what was asked for wrongly is said in one line, without a traceback."""
+    try:
+        main()
+    except (VitPruneError, ConnectionError) as error:
+        sys.exit(f"error: {error}")
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from tqdm import trange
 
 import vitprune_env as vp
-from common import CommonArgs, Row, at_budget, batches_of, table
+from common import CommonArgs, Row, at_budget, batches_of, run, table
 from vitprune_env.agents import load_policy
 from vitprune_env.baselines import EViT, calibrate
 from vitprune_env.data import Digits
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

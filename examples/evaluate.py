@@ -22,7 +22,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import Batches, CommonArgs, Row, batches_of, measure_speedup, table, versions, write_json
+from common import Batches, CommonArgs, Row, batches_of, measure_speedup, run, table, versions, write_json
 from image_task import ImageArgs, first_images, load_network, open_split
 from presets import PUBLISHED
 from train_mappo import TEST_SEED, TUNE_SEED, token_figure
@@ -152,4 +152,4 @@ def recalibrated(args: Args, policy: Policy, backbone: Backbone) -> TokenPolicy:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import CommonArgs, versions, write_json
+from common import CommonArgs, run, versions, write_json
 from vitprune_env import Backbone, BasePolicy, Decision, Observation, Policy, PrunedViT, TokenGame, load_backbone, play
 from vitprune_env.agents import load_policy
 from vitprune_env.data import Digits
@@ -249,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, table, versions, write_json
+from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, run, table, versions, write_json
 from image_task import ImageArgs, first_images, load_network, open_split
 from presets import TRAINING
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, play
@@ -200,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

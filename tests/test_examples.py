@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         common.write_json(tmp_path / "a.json", {"bad": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == content
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("train_mappo.py", "--target-share", "0.1"), r"error: budget: expected above 0.00495"),
+        (("train_mappo.py", "--sites", "3", "99"), r"error: sites: expected blocks 1 to 8, got '99'"),
+        (("evaluate.py", "--checkpoint", "nowhere"), r"error: .*nowhere.*expected a policy file, found none"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    line = [sys.executable, str(EXAMPLES / flags[0]), *flags[1:], "--output", str(tmp_path)]
+    paths = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode != 0
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr

@@ -6,43 +6,47 @@ import difflib
 from collections.abc import Iterable
 
 
-class UnsupportedBackboneError(ValueError):
+class VitPruneError(ValueError):
+    """What all of them are: a mistake in what was asked for, explained in one sentence."""
+
+
+class UnsupportedBackboneError(VitPruneError):
     """The model is not a plain ViT that the game can walk; the message names the part that is not."""
 
 
-class SiteError(ValueError):
+class SiteError(VitPruneError):
     """Pruning sites outside the network, repeated or out of order."""
 
 
-class DecisionError(ValueError):
+class DecisionError(VitPruneError):
     """A decision that the game cannot apply: wrong shape, dtype or device, or a token that is not in the game."""
 
 
-class EvidenceError(ValueError):
+class EvidenceError(VitPruneError):
     """A policy asks for evidence that this game does not compute or this backbone does not have."""
 
 
-class BudgetError(ValueError):
+class BudgetError(VitPruneError):
     """A budget outside what the network can cost."""
 
 
-class NumericalError(ValueError):
+class NumericalError(VitPruneError):
     """NaN or infinity where a number was due (logits, loss)."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(VitPruneError):
     """An unreadable or foreign checkpoint."""
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(VitPruneError):
     """An image file that cannot be decoded; the message begins with its name."""
 
 
-class ExportError(ValueError):
+class ExportError(VitPruneError):
     """A model that cannot become one graph of fixed shapes."""
 
 
-class UnknownNameError(ValueError):
+class UnknownNameError(VitPruneError):
     """A name that is not registered; the message gives the nearest ones."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
