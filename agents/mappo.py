@@ -293,4 +293,4 @@ class _TokenwisePolicy(DiscreteActorPolicy):
 
     @staticmethod
     def _compile() -> None:
-        pass
+        """Nothing to compile."""

@@ -106,7 +106,7 @@ def learning_curve_figure(
     upper.set(ylabel="accuracy", title=title)
     lower.set(ylabel="GMACs, share of dense", xlabel="updates", ylim=(0, None))
     for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.legend(frameon=False, fontsize="small")
