@@ -1,29 +1,16 @@
-"""Policies and training states on disk: one safetensors file each, with a JSON header, written atomically.
-
-Nothing is ever unpickled. A file says what it is, so that a foreign or damaged one is refused with a message.
-"""
+"""Policies on disk: one safetensors file each, with a JSON header, written atomically; training states likewise."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage import PathLike, load_state, read_file, save_state, write_file
 from .policy import TokenPolicy
 
-FORMAT = 1
-HEADER = "vitprune_env"
-PathLike = str | os.PathLike[str]
+__all__ = ["PathLike", "load_policy", "load_state", "save_policy", "save_state"]
 
 
 def save_policy(policy: TokenPolicy, path: PathLike) -> Path:
@@ -36,7 +23,7 @@ def save_policy(policy: TokenPolicy, path: PathLike) -> Path:
     Returns:
         The path.
     """
-    return _write(Path(path), policy.actor.state_dict(), {"kind": "policy", **policy.config()})
+    return write_file(Path(path), policy.actor.state_dict(), {"kind": "policy", **policy.config()})
 
 
 def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPolicy:
@@ -45,7 +32,7 @@ def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPoli
     Raises:
         CheckpointError: if the file is missing, damaged, or something else.
     """
-    tensors, header = _read(Path(path), "policy")
+    tensors, header = read_file(Path(path), "policy")
     try:
         settings = {name: header[name] for name in ("embed_dim", "hidden", "threshold", "sites", "info")}
         policy = TokenPolicy.from_config(**settings)
@@ -53,84 +40,3 @@ def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPoli
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: a policy file whose content does not fit together ({error})") from error
     return policy.to(device).eval()
-
-
-def save_state(state: Mapping[str, Any], path: PathLike) -> Path:
-    """Write a tree of dicts and lists with tensors and JSON values at its leaves."""
-    tensors: dict[str, Tensor] = {}
-    header = {"kind": "training", "tree": _strip(state, "", tensors)}
-    return _write(Path(path), tensors, header)
-
-
-def load_state(path: PathLike) -> dict[str, Any]:
-    """Read what `save_state` wrote; tensors come back on the CPU, tuples as lists.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, or something else.
-    """
-    tensors, header = _read(Path(path), "training")
-    try:
-        return _graft(header["tree"], tensors)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: a training state whose content does not fit together ({error})") from error
-
-
-def _strip(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace tensors by references; dicts become lists of pairs, because JSON keys are strings."""
-    if isinstance(tree, Tensor):
-        tensors[name] = tree
-        return {"tensor": name}
-    if isinstance(tree, Mapping):
-        return {"items": [[key, _strip(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return [_strip(value, f"{name}/{index}", tensors) for index, value in enumerate(tree)]
-    return tree
-
-
-def _graft(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_strip`."""
-    if isinstance(tree, dict):
-        if "tensor" in tree:
-            return tensors[tree["tensor"]]
-        return {key: _graft(value, tensors) for key, value in tree["items"]}
-    if isinstance(tree, list):
-        return [_graft(value, tensors) for value in tree]
-    return tree
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write to a neighbour and rename, so that no reader ever sees half a file."""
-    flat = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    header = {"format": FORMAT, "versions": _versions(), **header}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(save(flat, metadata={HEADER: json.dumps(header)}))
-    os.replace(temporary, path)
-    return path
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a {kind} file, found none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, got something unreadable ({error})") from error
-    if HEADER not in metadata:
-        raise CheckpointError(f"{path}: expected a file written by vitprune_env, got one without its header")
-    header = json.loads(metadata[HEADER])
-    if header.get("kind") != kind:
-        raise CheckpointError(f"{path}: expected a {kind} file, got a {header.get('kind')} file")
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {header.get('format')}; made by another version")
-    return tensors, header
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("vitprune-env")
-    except PackageNotFoundError:  # a bare checkout
-        own = "unknown"
-    return {"vitprune_env": own, "torch": torch.__version__, "timm": timm.__version__}
