@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import Fixed, keeps_to_decisions, random_images, random_keeps, toy
 from vitprune_env.game import TokenGame
-from vitprune_env.reward import PaperReward, RewardFn, SharedOutcome, correct, log_probability
+from vitprune_env.reward import PaperReward, RewardFn, SharedOutcome, correct, log_probability, margin, probability
 from vitprune_env.rollout import play
 from vitprune_env.types import Site, Step
 
@@ -48,6 +48,7 @@ def test_printed_form_is_the_scaled_one_over_n() -> None:
     """As printed: alpha r1 + beta r2, r1 = -1 if kept, r2 = gamma / n for the kept; so beta = outcome_bonus N."""
     alpha, beta, agents = 0.3, 0.8, 4
     found = total(PaperReward(keep_cost=alpha, outcome_bonus=beta / agents))
+    torch.testing.assert_close(total(PaperReward(keep_cost=alpha, outcome_bonus=beta, scaled=False)), found)
     for step, played in enumerate(steps()):
         for image in range(2):
             kept = played.kept[image]
@@ -129,6 +130,15 @@ def test_outcomes() -> None:
     assert log_probability(logits, labels).tolist() == pytest.approx(expected)
     assert SharedOutcome(outcome=log_probability).score(logits, labels).tolist() == pytest.approx(expected)
     assert PaperReward().score(logits, labels).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_margin_and_probability_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0.5, 1.7], [0.0, 0.4, 5.0], [1.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1])
+    assert margin(logits, labels).tolist() == pytest.approx([0.3, -1.0, 0.0])
+    assert margin(logits, labels, width=10.0).tolist() == pytest.approx([0.03, -0.46, 0.0])
+    e = 2.718281828459045
+    assert probability(logits, labels)[2].item() == pytest.approx(e / (2 * e + 1))
 
 
 def test_no_reward_is_infinite_when_everybody_leaves() -> None:

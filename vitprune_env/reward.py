@@ -29,6 +29,22 @@ def log_probability(logits: Tensor, labels: Tensor, floor: float = -2.0) -> Tens
     return 1.0 + true.clamp(min=floor)
 
 
+def probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability of the true class, 0 to 1; `[B]` float."""
+    return logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+
+
+def margin(logits: Tensor, labels: Tensor, width: float = 1.0) -> Tensor:
+    """True class's logit above the best other one, in units of `width`, clamped to -1..1; `[B]` float.
+
+    Unlike `correct` it tells a narrow failure from a clear one, and unlike the log-probability it stops paying for
+    confidence once the class is right by `width`.
+    """
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
+    return ((true - others) / width).clamp(-1.0, 1.0)
+
+
 class RewardFn(Protocol):
     """A reward for the game of token pruning."""
 
@@ -47,18 +63,22 @@ class RewardFn(Protocol):
 
 @dataclass(frozen=True)
 class PaperReward:
-    """RL4EViT (paper 000, Eq. 1 and 2), scaled by the number of agents.
+    """RL4EViT (paper 000, Eq. 1 and 2), scaled by the number of agents unless asked otherwise.
 
     Agent i that is kept at site l earns `-keep_cost + outcome_bonus * gamma * N / n_l`, a pruned one earns 0; gamma is
-    1 if the image is classified correctly and n_l is the number of tokens kept at that site. The printed form has
-    `gamma / n_l`, with weights alpha for the first and beta for the second part; its printed ratios only make sense
-    with the N. A token is worth keeping iff `outcome_bonus * gamma * N / n > keep_cost`, so play settles where the
-    kept fraction is `gamma * outcome_bonus / keep_cost` (the paper's sentence on alpha/beta has the two swapped).
+    1 if the image is classified correctly and n_l is the number of tokens kept at that site. Then a token is worth
+    keeping iff `outcome_bonus * gamma * N / n > keep_cost`, so play settles where the kept fraction is
+    `gamma * outcome_bonus / keep_cost` (the paper's sentence on alpha/beta has the two swapped).
+
+    The printed form, `scaled=False`, has `gamma / n_l` instead, with weights alpha for the first and beta for the
+    second part. It settles at `gamma * outcome_bonus / keep_cost` tokens, about one for the printed ratios, which only
+    make sense with the N.
     """
 
     keep_cost: float = 1.0  # alpha as printed
     outcome_bonus: float = 0.5  # beta as printed
     outcome: OutcomeFn = correct
+    scaled: bool = True  # False: r2 = gamma / n_l as printed
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """gamma, `[B]`."""
@@ -69,9 +89,10 @@ class PaperReward:
         return -self.keep_cost * step.kept.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
-        """`outcome_bonus * r2`: gamma * N / n_l for each kept token, `[T, B, N]`."""
+        """`outcome_bonus * r2`: gamma * N / n_l for each kept token (printed: gamma / n_l), `[T, B, N]`."""
         kept = torch.stack([step.kept for step in steps]).to(score)
-        per_token = score[:, None] * kept.shape[2] / kept.sum(dim=2, keepdim=True).clamp(min=1)
+        total = kept.shape[2] if self.scaled else 1
+        per_token = score[:, None] * total / kept.sum(dim=2, keepdim=True).clamp(min=1)
         return self.outcome_bonus * kept * per_token
 
 
