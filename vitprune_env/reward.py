@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,10 +23,14 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).to(logits)
 
 
+def unclamped_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the true class; `[B]` float, differentiable everywhere."""
+    return logits.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+
+
 def log_probability(logits: Tensor, labels: Tensor, floor: float = -2.0) -> Tensor:
     """Log-probability of the true class, clamped below and shifted to end at 1; `[B]` float."""
-    true = logits.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
-    return 1.0 + true.clamp(min=floor)
+    return 1.0 + unclamped_log_probability(logits, labels).clamp(min=floor)
 
 
 def probability(logits: Tensor, labels: Tensor) -> Tensor:
@@ -120,3 +124,48 @@ class SharedOutcome:
         """The outcome in the last step that each agent acted in, `[T, B, N]`."""
         last = [step.acted & ~step.kept for step in steps[:-1]] + [steps[-1].acted]
         return torch.stack(last).to(score) * score[None, :, None]
+
+
+@runtime_checkable
+class CreditRewardFn(RewardFn, Protocol):
+    """A reward that pays each agent by what its token contributed; the game works that out (`credit.attribution`)."""
+
+    @property
+    def potential(self) -> OutcomeFn:
+        """The differentiable outcome that contributions are measured in."""
+        ...
+
+    def credited(self, steps: Sequence[Step], credit: Tensor) -> Tensor:
+        """What contributions `credit` `[T, B, N]` are paid, `[T, B, N]`; deferred, like what `deferred` returns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Each kept token is paid what its presence contributed, to first order, and pays for the blocks it buys.
+
+    The contribution between a site and the next one is the derivative of the log-probability of the true class by the
+    token's weight as a key there (see `credit.attribution`), a first-order difference reward (Wolpert and Tumer,
+    2001): an agent's pay changes with its own action alone, so that there is little noise and learning is fast, at the
+    price of a backward pass through the network and of being blind to tokens that matter only together. What it
+    maximises is the log-probability, not the accuracy. Tokens may be dropped, not merged.
+    """
+
+    price: float = 0.035
+    potential: OutcomeFn = unclamped_log_probability
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """1 if the image is classified correctly, else 0, `[B]`; for the books, nobody is paid for it."""
+        return correct(logits, labels)
+
+    def immediate(self, step: Step) -> Tensor:
+        """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
+        return -self.price * step.share * step.kept.float()
+
+    def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
+        """Nothing, `[T, B, N]`: the outcome as such is not paid."""
+        return score.new_zeros(len(steps), *steps[0].kept.shape)
+
+    def credited(self, steps: Sequence[Step], credit: Tensor) -> Tensor:
+        """The contribution of kept tokens, `[T, B, N]`."""
+        return credit * torch.stack([step.kept for step in steps])
