@@ -34,6 +34,10 @@ class NumericalError(VitPruneError):
     """NaN or infinity where a number was due (logits, loss)."""
 
 
+class ParameterError(VitPruneError):
+    """A parameter that a method does not have, or one that it cannot do without."""
+
+
 class CheckpointError(VitPruneError):
     """An unreadable or foreign checkpoint."""
 

@@ -91,6 +91,10 @@ def check_keep_rate(keep_rate: float) -> None:
 
     Raises:
         ValueError: naming the argument.
+        TypeError: likewise, for what is no number.
     """
+    message = f"keep_rate: expected a number above 0 and at most 1, got {keep_rate!r}"
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, int | float):
+        raise TypeError(message)
     if not 0 < keep_rate <= 1:
-        raise ValueError(f"keep_rate: expected a number above 0 and at most 1, got {keep_rate!r}")
+        raise ValueError(message)
