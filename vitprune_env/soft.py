@@ -144,8 +144,8 @@ def _attend(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention branch of a block on rows `[B * n, D]` with the evidence of all rows, `[B, n, ...]` each."""
     attn, normed = cast(Attention, block.attn), block.norm1(flat)
-    if factor is None and bias is None and not needs:
-        return attend_packed(attn, normed, rows)[0], {}  # fused
+    if bias is None and not needs and not see_themselves:
+        return attend_packed(attn, normed, rows, key_factor=factor)[0], {}  # faster: without the weights themselves
     q, k, v = project_in(attn, normed)
     (q_b,), (k_b,), (v_b,) = rows.split(q), rows.split(k), rows.split(v)
     seen = q_b.new_ones(q_b.shape[0], q_b.shape[2]) if factor is None else factor
