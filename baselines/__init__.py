@@ -1,8 +1,12 @@
 """Non-learning policies, one method per file; all play the same game."""
 
+from .ats import ATS
 from .calibrate import calibrate
+from .dpc_knn import DPCKNN
+from .dpc_merge import DPCMerge
 from .evit import EViT
 from .random_drop import RandomDrop
 from .topk import TopK
+from .tri_level import TriLevel
 
-__all__ = ["EViT", "RandomDrop", "TopK", "calibrate"]
+__all__ = ["ATS", "DPCKNN", "DPCMerge", "EViT", "RandomDrop", "TopK", "TriLevel", "calibrate"]
