@@ -1,10 +1,32 @@
 """Non-learning policies, one method per file; all play the same game."""
 
+from .ats import ATS
 from .calibrate import calibrate
+from .dpc_knn import DPCKNN
+from .dpc_merge import DPCMerge
 from .evit import EViT
 from .knobs import Knob
+from .ltmp import LTMP
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
+from .tome import ToMe
 from .topk import TopK
+from .tri_level import TriLevel
 
-__all__ = ["EViT", "Knob", "Method", "RandomDrop", "TopK", "available", "calibrate", "describe", "make"]
+__all__ = [
+    "ATS",
+    "DPCKNN",
+    "LTMP",
+    "DPCMerge",
+    "EViT",
+    "Knob",
+    "Method",
+    "RandomDrop",
+    "ToMe",
+    "TopK",
+    "TriLevel",
+    "available",
+    "calibrate",
+    "describe",
+    "make",
+]
