@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from helpers import random_images, toy
@@ -54,3 +55,15 @@ def total(environment: TokenPruningEnv, actions_seed: int, rate: float = 0.6) ->
         for agent, reward in rewards.items():
             returns[agent] += reward
     return returns
+
+
+def merge_env(name: str = CLASS_TOKEN, **options: Any) -> TokenPruningEnv:
+    return make_env(name, action_space="merge", **options)
+
+
+def draw_arrows(agents: int, seed: int, batch: int = 1, stay: float = 0.6) -> Tensor:
+    """Random actions of the merge game `[B, N]`, many of which stay."""
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randint(agents + 1, (batch, agents), generator=generator)
+    stays = torch.rand(batch, agents, generator=generator) < stay
+    return torch.where(stays, 1 + torch.arange(agents), actions)

@@ -145,7 +145,7 @@ def test_policies_that_do_not_fit_are_refused_readably() -> None:
 
     environment = make_env(needs=frozenset({"cls_attention"}))
     environment.reset(seed=0)
-    with pytest.raises(ValueError, match=r"EViT also decides merge_into, weight; play .* vitprune_env\.play"):
+    with pytest.raises(ValueError, match=r"EViT cannot play .* merges 5 tokens; use vitprune_env\.play"):
         environment.actions_from(EViT(0.6))
     with pytest.raises(DecisionError, match="keep: expected shape"):
         environment.actions_from(Shapeless())

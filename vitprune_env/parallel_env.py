@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,13 @@ from pettingzoo.utils import AECEnv, ParallelEnv, wrappers
 from pettingzoo.utils.conversions import aec_wrapper_fn
 from torch import Tensor, nn
 
+from vitprune_env.action_space import Action, ask, make_actions, read_actions
 from vitprune_env.backbone import Backbone
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import Policy
-from vitprune_env.reduction import check_decision
 from vitprune_env.render import RENDER_MODES, Scene, Viewer, to_rgb
 from vitprune_env.reward import RewardFn
-from vitprune_env.rollout import check_fit
 from vitprune_env.types import Decision, Observation, Outcome, Site
 from vitprune_env.zoo import load_backbone
 
@@ -28,24 +28,23 @@ ENV_ID = "vitprune/TokenPruning-v0"
 PRUNE_MODES = ("noop", "terminate")
 BUILT_IN_IMAGES = 4096  # scenes of the built-in task that episodes are drawn from
 
-Action = int | np.int64
 Features = dict[str, np.ndarray]
 Infos = dict[str, dict[str, Any]]
 StepResult = tuple[Features, dict[str, float], dict[str, bool], dict[str, bool], Infos]
 
 
 class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
-    """Every patch token of an image decides at every pruning site whether it stays: 0 = prune, 1 = keep.
+    """Every patch token of an image decides at every pruning site whether it stays.
 
     | | |
     |---|---|
     | Agents | `token_0` to `token_{N-1}`, one per patch, row by row |
     | Observation | `Box(D,)` float32: the token's feature at the site; zeros once it is pruned or the game is over |
-    | Action | `Discrete(2)`: 0 = prune, 1 = keep |
+    | Action | `Discrete(2)`: 0 = prune, 1 = keep; with `action_space="merge"` `Discrete(N + 1)`, see `MergeActions` |
     | Reward | the game's `RewardFn`; its part that depends on the predicted class is paid in the last step |
     | Termination | see the modes below; nothing is ever truncated |
     | State | `Box((P + N) * (D + 1),)` float32: prefix tokens, then all patch tokens; after each its alive flag |
-    | Info | `{"alive": bool}` for every agent, at reset and after each step |
+    | Info | `{"alive": bool}` for every agent, at reset and after each step; with merging also `"action_mask"` |
 
     `on_prune="noop"`: pruned agents stay listed to the end, observe zeros, and their answers are ignored. All terminate
     together at the last site, where everything deferred is paid. This is the game of `TokenGame`.
@@ -73,15 +72,21 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             has a method `to_rgb(images)`, rendering uses it.
         on_prune: `"noop"` or `"terminate"`.
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
 
     Raises:
-        ValueError: for an unknown mode or an empty dataset.
+        ValueError: for an unknown mode or action space, or an empty dataset.
     """
 
     metadata = {"name": "token_pruning_v0", "render_modes": RENDER_MODES, "is_parallelizable": True, "render_fps": 1}
 
     def __init__(
-        self, game: TokenGame, dataset: ImageDataset, on_prune: str = "noop", render_mode: str | None = None
+        self,
+        game: TokenGame,
+        dataset: ImageDataset,
+        on_prune: str = "noop",
+        render_mode: str | None = None,
+        action_space: str = "keep",
     ) -> None:
         if on_prune not in PRUNE_MODES:
             raise ValueError(f"on_prune: expected one of {PRUNE_MODES}, got {on_prune!r}")
@@ -93,12 +98,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         rows, width = game.backbone.num_prefix + game.num_agents, game.backbone.embed_dim
         # One box for everybody: nobody samples observations, and the bounds of N boxes would add up.
         self.observation_spaces = dict.fromkeys(self.possible_agents, Box(-np.inf, np.inf, (width,), np.float32))
-        self.action_spaces = {agent: Discrete(2) for agent in self.possible_agents}
+        self.actions = make_actions(action_space, game.num_agents)
+        self.action_spaces = {agent: Discrete(self.actions.count) for agent in self.possible_agents}
         self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
         self.np_random = np.random.default_rng()
         self._viewer = Viewer(render_mode, self.metadata["name"])
         self._slots = np.arange(0)  # patch numbers of `agents`
         self._alive = torch.zeros(1, game.num_agents, dtype=torch.bool)
+        self._order: Tensor | None = None  # [1, N], how the policy last asked wants to see the tokens next
         self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
 
     def observation_space(self, agent: str) -> Space[np.ndarray]:
@@ -106,7 +113,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         return self.observation_spaces[agent]
 
     def action_space(self, agent: str) -> Space[Action]:
-        """0 = prune, 1 = keep."""
+        """0 = prune, 1 = keep; or 0 = drop, 1 + j = go into token j."""
         return self.action_spaces[agent]
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Features, Infos]:
@@ -129,10 +136,10 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         self._images, self._labels = (part.to(device) for part in fetch(self.dataset, [index]))
         obs = self.game.reset(self._images, self._labels)
         self.agents, self._slots, self._alive = self.possible_agents[:], np.arange(self.game.num_agents), obs.alive
+        self._order = None
         if self.render_mode == "human":
             self.render()
-        infos = {agent: {"alive": True} for agent in self.agents}
-        return dict(zip(self.agents, _rows(obs.dense()), strict=True)), infos
+        return dict(zip(self.agents, _rows(obs.dense()), strict=True)), self._infos(self.agents, self._slots)
 
     def step(self, actions: Mapping[str, Action]) -> StepResult:
         """Let all agents decide and run the network up to the next site, or to the end.
@@ -149,11 +156,12 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         if not self.agents:
             return {}, {}, {}, {}, {}
         acted, slots = self.agents, self._slots
-        keep = torch.zeros_like(self._alive, device="cpu")
-        keep[0, slots] = torch.from_numpy(self._choices(actions))
-        obs, reward, _, _, info = self.game.step(Decision(keep=keep.to(self._alive.device) & self._alive))
+        choices = torch.zeros(self._alive.shape, dtype=torch.int64)
+        choices[0, slots] = torch.tensor(read_actions(actions, self.agents, self.actions))
+        decision = self.actions.decision(choices.to(self._alive.device), self.game.observation())
+        obs, reward, _, _, info = self.game.step(replace(decision, order=self._order))
         assert reward is not None  # every game has a label
-        left, self._alive = self._alive & ~info["alive"], info["alive"]
+        left, self._alive, self._order = self._alive & ~info["alive"], info["alive"], None
         alive = self._alive[0].cpu().numpy()[slots]
         done = np.full_like(alive, obs is None)
         if obs is not None and self.on_prune == "terminate":
@@ -170,7 +178,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             dict(zip(acted, reward[0].cpu().numpy()[slots].tolist(), strict=True)),
             dict(zip(acted, done.tolist(), strict=True)),
             dict.fromkeys(acted, False),
-            {agent: {"alive": flag} for agent, flag in zip(acted, alive.tolist(), strict=True)},
+            self._infos(acted, slots),
         )
 
     def state(self) -> np.ndarray:
@@ -195,25 +203,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     def actions_from(self, policy: Policy) -> dict[str, int]:
         """What a policy would do now, as an action dict; empty when the episode is over.
 
-        The policy's own cost does not travel with the actions: `outcome().macs` leaves it out.
+        The policy's own cost does not travel with the actions: `outcome().macs` leaves it out. The order in which it
+        wants to see the tokens next (ToMe) does, with the next step.
 
         Raises:
-            ValueError: if the game lacks the evidence that the policy needs, or the policy merges or reorders tokens.
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
         """
-        check_fit(self.game, policy)
-        obs = self.observation()
-        if obs.step == 0:
-            policy.reset(obs.batch_size, obs.num_agents)
-        decision = policy.decide(obs)
-        extra = [name for name in ("merge_into", "weight", "order") if getattr(decision, name) is not None]
-        if extra:
-            raise ValueError(
-                f"policy: actions 0 and 1 can only say keep or prune, but {type(policy).__name__} also decides "
-                f"{', '.join(extra)}; play policies that merge with vitprune_env.play"
-            )
-        check_decision(decision, obs.alive)
-        keep = decision.keep[0].long().cpu().numpy()
-        return dict(zip(self.agents, keep[self._slots].tolist(), strict=True))
+        choices, self._order = ask(policy, self.game, self.actions)
+        return dict(zip(self.agents, choices[0].cpu().numpy()[self._slots].tolist(), strict=True))
 
     def outcome(self) -> Outcome:
         """How the episode ended (logits, MACs, tokens kept), with B = 1; a `RuntimeError` before the end."""
@@ -230,15 +227,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """Close the window of mode human."""
         self._viewer.close()
 
-    def _choices(self, actions: Mapping[str, Action]) -> np.ndarray:
-        """The actions in the order of `agents`, `[n]` bool."""
-        for agent in actions.keys() ^ set(self.agents):
-            problem = "is missing" if agent in self.agents else "is not in the game, or not any more"
-            raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
-        for agent, action in actions.items():
-            if action not in (0, 1):
-                raise ValueError(f"actions: expected 0 (prune) or 1 (keep), got {action!r} for {agent}")
-        return np.fromiter(map(actions.__getitem__, self.agents), bool, len(self.agents))
+    def _infos(self, agents: Sequence[str], slots: np.ndarray) -> Infos:
+        """Who is alive, and which actions make sense."""
+        alive = self._alive[0].cpu().numpy()[slots].tolist()
+        infos: Infos = {agent: {"alive": flag} for agent, flag in zip(agents, alive, strict=True)}
+        if (mask := self.actions.mask(self._alive)) is not None:
+            for info, row in zip(infos.values(), mask[0].to(torch.int8).cpu().numpy()[slots], strict=True):
+                info["action_mask"] = row
+        return infos
 
     def _settled(self, reward: Tensor, left: Tensor) -> Tensor:
         """Pay those who leave now for all their steps, as if nobody left after them."""
@@ -257,6 +253,8 @@ def parallel_env(
     render_mode: str | None = None,
     needs: frozenset[str] = frozenset(),
     device: str | torch.device | None = None,
+    action_space: str = "keep",
+    attention_bias: str | None = None,
 ) -> TokenPruningEnv:
     """Make the environment; without arguments, with the built-in backbone and task.
 
@@ -269,11 +267,13 @@ def parallel_env(
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
         needs: evidence to compute at each site, for policies played through `actions_from`.
         device: where to move the backbone; None: it stays where it is.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
-    game = TokenGame(network if device is None else network.to(device), sites, reward, frozenset(needs))
+    game = TokenGame(network if device is None else network.to(device), sites, reward, needs, attention_bias)
     images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
-    return TokenPruningEnv(game, images, on_prune, render_mode)
+    return TokenPruningEnv(game, images, on_prune, render_mode, action_space)
 
 
 raw_env = aec_wrapper_fn(parallel_env)  # turn by turn; takes the arguments of parallel_env

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, MultiBinary
+from gymnasium.spaces import Box, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from vitprune_env.action_space import ask, make_actions
 from vitprune_env.data import ImageDataset, fetch
 from vitprune_env.game import TokenGame
-from vitprune_env.types import Decision, Observation, Outcome
+from vitprune_env.policy import Policy
+from vitprune_env.types import Observation, Outcome
 
 DEFAULT_NUM_ENVS = 32  # images of a batch drawn from a map-style dataset
 
@@ -23,7 +26,7 @@ VectorStep = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
 
 
 class TokenVectorEnv:
-    """B games at once, one image each; every patch token of every image is an agent, 0 = prune, 1 = keep.
+    """B games at once, one image each; every patch token of every image is an agent.
 
     Names follow Gymnasium's `VectorEnv`; the contract differs in that each of the `num_envs` games has N agents, so
     rewards, terminations and truncations are `[B, N]`. The game is that of `parallel_env(on_prune="noop")`.
@@ -31,10 +34,12 @@ class TokenVectorEnv:
     | | |
     |---|---|
     | Observation | `[B, N, D]` the tokens' features at the site; zeros for the pruned, and once the game is over |
-    | Action | `[B, N]` bool or int: 0 = prune, 1 = keep; ignored for pruned tokens |
+    | Action | `[B, N]` bool or int: 0 = prune, 1 = keep; ignored for pruned tokens. With `action_space="merge"` int: \
+      0 = drop, 1 + j = go into token j (`vitprune_env.action_space.MergeActions`) |
     | Reward | `[B, N]`, the game's `RewardFn`; everything that depends on the predicted class in the last step |
     | Termination | `[B, N]`, all at once after T steps; nothing is ever truncated |
-    | Info | `alive` `[B, N]`; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]` |
+    | Info | `alive` `[B, N]`; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]`; \
+      with `action_space="merge"` always `action_mask` `[B, N, N + 1]` |
 
     All games last T steps, so nothing resets by itself (`AutoresetMode.DISABLED`): `reset()` draws the next batch.
 
@@ -53,9 +58,10 @@ class TokenVectorEnv:
             random order, epoch by epoch; batches are taken as they come and cut to `num_envs`, and nothing is skipped.
         num_envs: B; None: the size of the first batch of an iterable, 32 for a dataset.
         seed: of the environment's own random stream; None: unpredictable. The global one is left alone.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
 
     Raises:
-        ValueError: for an empty dataset or `num_envs` below 1.
+        ValueError: for an empty dataset, `num_envs` below 1 or an unknown action space.
     """
 
     metadata = {"name": "token_pruning_v0", "autoreset_mode": AutoresetMode.DISABLED, "render_modes": ()}
@@ -67,6 +73,7 @@ class TokenVectorEnv:
         data: ImageDataset | Iterable[tuple[Tensor, Tensor]],
         num_envs: int | None = None,
         seed: int | None = None,
+        action_space: str = "keep",
     ) -> None:
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
@@ -77,9 +84,10 @@ class TokenVectorEnv:
         if seed is not None:
             self._source.restart(self.np_random)
         self.num_envs = num_envs or self._source.natural_size(self.np_random)
-        self._alive = torch.zeros(self.num_envs, game.num_agents, dtype=torch.bool)
+        self.actions = make_actions(action_space, game.num_agents)
+        self._order: Tensor | None = None  # [B, N], how the policy last asked wants to see the tokens next
         self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
-        self.single_action_space = MultiBinary(game.num_agents)
+        self.single_action_space = self.actions.joint_space()
 
     @cached_property
     def observation_space(self) -> Box:
@@ -87,9 +95,9 @@ class TokenVectorEnv:
         return Box(-np.inf, np.inf, (self.num_envs, *self.single_observation_space.shape), np.float32)
 
     @cached_property
-    def action_space(self) -> MultiBinary:
+    def action_space(self) -> MultiBinary | MultiDiscrete:
         """The actions of all games, `[B, N]`."""
-        return MultiBinary([self.num_envs, self.game.num_agents])
+        return self.actions.joint_space(self.num_envs)
 
     @property
     def num_steps(self) -> int:
@@ -116,14 +124,14 @@ class TokenVectorEnv:
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
         device = next(self.game.backbone.parameters()).device
         obs = self.game.reset(images.to(device), labels.to(device))
-        self._alive = obs.alive
-        return obs.dense(), {"alive": obs.alive}
+        self._order = None
+        return obs.dense(), self._infos(obs.alive)
 
     def step(self, actions: Tensor | np.ndarray) -> VectorStep:
         """Let all agents of all games decide.
 
         Args:
-            actions: `[B, N]` bool or integer, 0 = prune, 1 = keep; those of pruned tokens are ignored.
+            actions: `[B, N]` bool or integer, see `action_space`; those of pruned tokens are ignored.
 
         Returns:
             Observations `[B, N, D]`, rewards `[B, N]`, terminations `[B, N]`, truncations `[B, N]` and infos.
@@ -132,21 +140,32 @@ class TokenVectorEnv:
             ValueError: for actions of another shape, dtype or value.
             RuntimeError: when the games are over, or none has begun.
         """
-        keep = self._checked(torch.as_tensor(actions)).to(self._alive.device) & self._alive
-        obs, rewards, _, truncations, info = self.game.step(Decision(keep=keep))
+        before = self.game.observation()
+        choices = self._checked(torch.as_tensor(actions)).to(before.alive.device)
+        decision = replace(self.actions.decision(choices, before), order=self._order)
+        obs, rewards, _, truncations, info = self.game.step(decision)
         assert rewards is not None  # every game has labels
-        self._alive = info["alive"]
-        infos: dict[str, Any] = {"alive": self._alive}
+        self._order = None
+        infos = self._infos(info["alive"])
         if obs is not None:
             return obs.dense(), rewards, torch.zeros_like(truncations), truncations, infos
         outcome = self.game.outcome()
         infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
-        zeros = rewards.new_zeros(*self._alive.shape, self.game.backbone.embed_dim)
+        zeros = rewards.new_zeros(*rewards.shape, self.game.backbone.embed_dim)
         return zeros, rewards, torch.ones_like(truncations), truncations, infos
 
     def observation(self) -> Observation:
         """The game's own observation, packed: what a `Policy` decides on."""
         return self.game.observation()
+
+    def actions_from(self, policy: Policy) -> Tensor:
+        """What a policy would do now, as actions `[B, N]`; as in the PettingZoo environment.
+
+        Raises:
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+        """
+        choices, self._order = ask(policy, self.game, self.actions)
+        return choices
 
     def outcome(self) -> Outcome:
         """How the games ended; a `RuntimeError` before the end."""
@@ -161,16 +180,24 @@ class TokenVectorEnv:
             raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
         return fetch(self._source.dataset, indices)
 
+    def _infos(self, alive: Tensor) -> dict[str, Any]:
+        """Who is alive, and which actions make sense."""
+        mask = self.actions.mask(alive)
+        return {"alive": alive} if mask is None else {"alive": alive, "action_mask": mask}
+
     def _checked(self, actions: Tensor) -> Tensor:
-        """Actions as bool, if they are what they should be."""
+        """Actions as int64, if they are what they should be."""
         shape = (self.num_envs, self.game.num_agents)
-        if tuple(actions.shape) != shape or actions.is_floating_point() or actions.is_complex():
+        is_whole = not (actions.is_floating_point() or actions.is_complex())
+        is_flag = actions.dtype == torch.bool
+        if tuple(actions.shape) != shape or not is_whole or (is_flag and self.actions.count > 2):
+            kind = "bool or integers" if self.actions.count == 2 else "integers"
             got = f"{actions.dtype} of shape {tuple(actions.shape)}"
-            raise ValueError(f"actions: expected bool or integers of shape [B, N] = {shape}, got {got}")
-        chosen = actions.bool()
-        if self.game.check and not torch.equal(chosen.to(actions.dtype), actions):
-            got = f"{int(actions.min())} to {int(actions.max())}"
-            raise ValueError(f"actions: expected 0 (prune) or 1 (keep), got {got}")
+            raise ValueError(f"actions: expected {kind} of shape [B, N] = {shape}, got {got}")
+        chosen = actions.long()
+        if self.game.check and ((chosen < 0) | (chosen >= self.actions.count)).any():
+            got = f"{int(chosen.min())} to {int(chosen.max())}"
+            raise ValueError(f"actions: expected {self.actions.meaning}, got {got}")
         return chosen
 
 
