@@ -45,7 +45,10 @@ class Method:
         knob: what sets its budget.
         sites: where it acts when methods are compared on one network; where it was published is
             `Policy.default_sites`.
-        fit: trains what is to be trained of it; None: nothing is.
+        fit: trains what is to be trained of it, `(backbone, dataset, target_gmacs, *, sites, seed, output, resume,
+            quick) -> policy`; the policy's `at(value)` is the same one at another setting of `fitted_knob`. None:
+            nothing is trained.
+        fitted_knob: what sets the budget once it is trained.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Method:
     knob: Knob = KEEP_RATE
     sites: Callable[[Backbone], Sites] = backbone_sites
     fit: Callable[..., Policy] | None = None
+    fitted_knob: Knob = KEEP_RATE
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:

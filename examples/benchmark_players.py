@@ -1,0 +1,180 @@
+"""Who takes part in the benchmark, and how each is brought to a budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from vitprune_env import Backbone, KeepAll, Policy, TokenGame
+from vitprune_env.agents import TokenActor, TokenPolicy, calibrate_threshold, load_policy
+from vitprune_env.baselines import Method, available, calibrate, describe
+from vitprune_env.data import ImageDataset
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+Group = Literal["control", "baseline", "learned"]
+CONTROLS = ("random",)  # baselines that stay in every table
+CALIBRATION_TOLERANCE = 0.002  # how far above the budget the search may stop
+
+
+@dataclass(frozen=True)
+class Task:
+    """What everybody is compared on."""
+
+    backbone: Backbone
+    training: ImageDataset  # to fit on
+    tune: Batches  # to calibrate on
+    test: Batches  # to report on
+    seed: int
+    seeds: int  # runs of what is random
+    published_sites: bool
+    output: Path
+    resume: bool
+    quick: bool
+
+    @property
+    def dense_gmacs(self) -> float:
+        """GMACs of the unpruned network."""
+        return TokenGame(self.backbone).cost.dense() / 1e9
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A line of the table: from a budget in GMACs to the policies that play for it, one per seed."""
+
+    name: str
+    group: Group
+    policies: Callable[[Task, float], list[Policy]]
+    method: Method | None = None
+    origin: str = ""  # tells checkpoints with the same name apart
+
+    def sites(self, task: Task, policy: Policy) -> list[str]:
+        """Where it acts in this comparison."""
+        own = policy.default_sites(task.backbone.depth)
+        if self.method is not None and not task.published_sites:
+            own = self.method.sites(task.backbone)
+        return [site.label for site in TokenGame(task.backbone, own).sites]
+
+
+def _dense(task: Task, budget: float) -> list[Policy]:  # noqa: ARG001, it costs what it costs
+    return [KeepAll()]
+
+
+DENSE = Contestant("dense", "control", _dense)
+
+
+def contestants(methods: Sequence[str], checkpoints: Sequence[str]) -> list[Contestant]:
+    """Controls first, then baselines, then checkpoints.
+
+    Args:
+        methods: names of baselines; none: all of them.
+        checkpoints: paths, each with a label of its own if it reads `label=path`.
+
+    Raises:
+        UnknownNameError: for the name of no baseline.
+        CheckpointError: for a checkpoint that cannot be read.
+    """
+    names = dict.fromkeys([*CONTROLS, *(methods or available())])
+    found = [entry for name in names for entry in _of_method(describe(name))]
+    found.sort(key=lambda entry: entry.group != "control")
+    return [*found[:1], UNTRAINED, *found[1:], *_of_checkpoints(checkpoints)]
+
+
+def _of_method(method: Method) -> Iterable[Contestant]:
+    if method.fit is None:
+        yield Contestant(
+            method.name,
+            "control" if method.name in CONTROLS else "baseline",
+            lambda task, budget: _calibrated(method, task, budget),
+            method,
+        )
+        return
+    yield Contestant(method.name, "baseline", lambda task, budget: _fitted(method, task, budget), method)
+    name = f"{method.name} (unfitted)"
+    yield Contestant(name, "control", lambda task, budget: _calibrated(method, task, budget), method)
+
+
+def _where(method: Method, task: Task) -> Any:
+    return None if task.published_sites else method.sites(task.backbone)
+
+
+def _calibrated(method: Method, task: Task, budget: float) -> list[Policy]:
+    """A method as it is, once per seed if it has one."""
+    where = _where(method, task)
+
+    def one(**seed: int) -> Policy:
+        extra: dict[str, Any] = {"tolerance": CALIBRATION_TOLERANCE, **seed}
+        return calibrate(method.name, budget, task.backbone, task.tune, where, **extra)
+
+    return [one(seed=task.seed + index) for index in range(task.seeds)] if method.is_random else [one()]
+
+
+def _fitted(method: Method, task: Task, budget: float) -> list[Policy]:
+    """A method trained for the budget, then brought to it exactly."""
+    assert method.fit is not None
+    where = _where(method, task)
+    folder = task.output / "fits" / f"{method.name}-{budget / task.dense_gmacs:.3g}"
+    policy: Any = method.fit(
+        task.backbone,
+        task.training,
+        budget,
+        sites=where,
+        seed=task.seed,
+        output=folder,
+        resume=task.resume,
+        quick=task.quick,
+    )
+    return [calibrate(policy.at, budget, task.backbone, task.tune, where, knob=method.fitted_knob)]
+
+
+def _untrained(task: Task, budget: float) -> list[Policy]:
+    """Actors with fresh weights: what the shape of the learned policy achieves without learning."""
+    return [
+        _with_threshold(TokenPolicy(TokenActor(task.backbone.embed_dim, generator=generator)), task, budget)
+        for generator in (torch.Generator().manual_seed(task.seed + index) for index in range(task.seeds))
+    ]
+
+
+UNTRAINED = Contestant("untrained actor", "control", _untrained)
+
+
+def _of_checkpoints(paths: Sequence[str]) -> list[Contestant]:
+    """One contestant per label; at each budget it sends those of its policies that were trained for the nearest."""
+    groups: dict[str, list[Path]] = {}
+    for text in paths:
+        label, _, path = text.rpartition("=")
+        folder = Path(path)
+        groups.setdefault(label or "MAPPO", []).append(folder / "policy.safetensors" if folder.is_dir() else folder)
+    found = []
+    for label, files in groups.items():
+        policies = [cast(TokenPolicy, load_policy(file)) for file in files]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+        found.append(Contestant(label, "learned", _Nearest(policies), origin=digest))
+    return found
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    """Trained policies, of which those play whose own budget is the nearest to the asked one."""
+
+    policies: Sequence[TokenPolicy]
+
+    def __call__(self, task: Task, budget: float) -> list[Policy]:
+        def distance(policy: TokenPolicy) -> float:
+            return abs(float(policy.info.get("target_macs") or 0) / 1e9 - budget)
+
+        least = min(map(distance, self.policies))
+        chosen = [policy for policy in self.policies if distance(policy) <= least + 1e-3 * budget]
+        return [_with_threshold(policy, task, budget) for policy in chosen]
+
+
+def _with_threshold(policy: TokenPolicy, task: Task, budget: float) -> Policy:
+    policy = policy.to(task.tune[0][0].device)
+    game = TokenGame.for_policy(task.backbone, policy)
+    prepared = [game.prepare(images) for images, _ in task.tune]
+    return calibrate_threshold(game, policy, prepared, budget * 1e9)
