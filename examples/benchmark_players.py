@@ -104,14 +104,13 @@ def _where(method: Method, task: Task) -> Any:
 
 
 def _calibrated(method: Method, task: Task, budget: float) -> list[Policy]:
-    """A method as it is, once per seed if it has one."""
-    where = _where(method, task)
-
-    def one(**seed: int) -> Policy:
-        extra: dict[str, Any] = {"tolerance": CALIBRATION_TOLERANCE, **seed}
-        return calibrate(method.name, budget, task.backbone, task.tune, where, **extra)
-
-    return [one(seed=task.seed + index) for index in range(task.seeds)] if method.is_random else [one()]
+    """A method as it is, once per seed if it has one; what it costs does not depend on that."""
+    options: dict[str, Any] = {"sites": _where(method, task), "tolerance": CALIBRATION_TOLERANCE}
+    policy = calibrate(method.name, budget, task.backbone, task.tune, **options)
+    if not method.is_random:
+        return [policy]
+    setting = {method.knob.name: getattr(policy, method.knob.name)}
+    return [method(**setting, seed=task.seed + index) for index in range(task.seeds)]
 
 
 def _fitted(method: Method, task: Task, budget: float) -> list[Policy]:
