@@ -125,7 +125,7 @@ def attend_packed(
         y = packed(q, k, v, rows, key_bias, dropout_rate(attn))
     else:
         (q_b,), (k_b,), (v_b,) = rows.split(q), rows.split(k), rows.split(v)
-        y = _soft_masked(q_b, k_b, v_b, key_factor, attn.scale).transpose(1, 2).reshape(x.shape[0], -1)
+        y = soft_attend(q_b, k_b, v_b, key_factor, attn.scale).transpose(1, 2).reshape(x.shape[0], -1)
     return project_out(attn, x, y), evidence_of(needs, q, k, v, rows, key_bias, attn.scale)
 
 
@@ -176,14 +176,61 @@ def bias_views(key_bias: Tensor | None, rows: Rows) -> list[Tensor] | list[None]
     return [part.view(images, 1, 1, length) for (images, length), part in zip(rows.groups, parts, strict=True)]
 
 
-def _soft_masked(q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: float) -> Tensor:
-    """Attention with softmax numerators multiplied by `key_factor` `[B, n]`; finite gradients also where it is 0."""
-    factor = key_factor[:, None, None, :].to(q)
+def soft_weights(q: Tensor, k: Tensor, key_factor: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
+    """Softmax over keys, its numerators multiplied by factors; finite gradients also where a factor is 0.
+
+    Args:
+        q: `[B, heads, n, head dim]`.
+        k: keys, likewise.
+        key_factor: `[B, n]`, or `[B, n, n]` for other factors per query (rows) and key (columns).
+        scale: of the logits.
+        key_bias: `[B, n]` added to every query's logit of that key.
+
+    Returns:
+        `[B, heads, n, n]`.
+    """
+    factor = (key_factor[:, None, None] if key_factor.dim() == 2 else key_factor[:, None]).to(q)
     logits = (q * scale) @ k.transpose(-2, -1)
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None].to(q)
     top = logits.masked_fill(factor == 0, float("-inf")).amax(dim=-1, keepdim=True).detach()
     # A removed key may exceed the largest remaining one by any amount: clamp, lest inf * 0 become NaN.
     weights = (logits - top).clamp(max=30.0).exp() * factor
-    return (weights / weights.sum(dim=-1, keepdim=True)) @ v
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def soft_attend(
+    q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: float, see_themselves: bool = False
+) -> Tensor:
+    """What `soft_weights(q, k, key_factor, scale) @ v` is, in half the time: the factors ride on the values.
+
+    Args:
+        q: `[B, heads, n, head dim]`.
+        k: keys, likewise.
+        v: values, likewise.
+        key_factor: `[B, n]`.
+        scale: of the logits.
+        see_themselves: whether every row sees itself with a factor of 1.
+
+    Returns:
+        `[B, heads, n, head dim]`.
+    """
+    factor = key_factor[:, None, :, None].to(v)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    weights = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+    mixed = weights @ (values * factor)
+    if see_themselves:
+        mixed = mixed + weights.diagonal(dim1=-2, dim2=-1)[..., None] * (values * (1 - factor))
+    total = mixed[..., -1:]
+    if (total < torch.finfo(total.dtype).tiny ** 0.5).any():  # removed keys exceed all others by far: lost in rounding
+        seen = per_pair(key_factor) if see_themselves else key_factor
+        return soft_weights(q, k, seen, scale) @ v
+    return mixed[..., :-1] / total
+
+
+def per_pair(key_factor: Tensor) -> Tensor:
+    """Factors of keys `[B, n]` as factors per query and key `[B, n, n]`, 1 where a row meets itself."""
+    return torch.maximum(key_factor[:, None], torch.eye(key_factor.shape[1]).to(key_factor))
 
 
 def _cls_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitprune_env.attention import Rows, attend_packed
+from vitprune_env.attention import Rows
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
-from vitprune_env.execution import PLAIN, Execution, add_branch, drop_factor, feed_forward
+from vitprune_env.execution import PLAIN, Execution, drop_factor
+from vitprune_env.soft import classify_soft, run_soft, start_soft
 from vitprune_env.tokens import TokenState, segment_mean, start_state
 from vitprune_env.types import EVIDENCE, Observation, Site, parse_sites
 
@@ -209,21 +210,10 @@ class Backbone(nn.Module):
         if tuple(key_weights.shape[1:]) != expected or len(key_weights) not in (self.depth, self.depth + 1):
             raise ValueError(f"key_weights: expected [{self.depth}, B, N] with B, N = {expected}, "
                              f"got {list(key_weights.shape)}")  # fmt: skip
-        state = self.embed(images)
-        rows, x = Rows(state.groups), state.x
-        ones = key_weights.new_ones(len(images), self.num_prefix)
+        state = start_soft(self, images)
         for number, weights in enumerate(key_weights[: self.depth], start=1):
-            factors = torch.cat([ones, weights], dim=1)
-            block = self.block(number)
-            y, _ = attend_packed(cast(Attention, block.attn), block.norm1(x), rows, key_factor=factors)
-            x = add_branch(x, block.ls1(y), drop_factor(block.drop_path1, x, rows))
-            x = feed_forward(block, x, drop_factor(block.drop_path2, x, rows))
-        tokens = x.view(len(images), -1, self.embed_dim)
-        if not self.reads_patches:
-            return self.model.forward_head(self.model.norm(tokens[:, : self.num_prefix])), tokens
-        normed, weights = self.model.norm(tokens), key_weights[-1][..., None]
-        mean = (normed[:, self.num_prefix :] * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        return self.model.forward_head(torch.cat([normed[:, : self.num_prefix], mean], dim=1)), tokens
+            state, _ = run_soft(self, state, 2 * number, weights)
+        return classify_soft(self, state, key_weights[-1]), state.x
 
 
 def check_needs(needs: frozenset[str], backbone: Backbone) -> None:

@@ -156,7 +156,7 @@ class TokenGame:
         if self._state is None or len(self._steps) == self.num_steps:
             raise RuntimeError("step: no game is being played; call reset(images, labels) first")
         if self.check:
-            check_decision(decision, self._state.alive)
+            check_decision(decision, self._state.alive, self.backbone.embed_dim)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             step = self._apply(decision)
             is_last = len(self._steps) == self.num_steps

@@ -12,8 +12,8 @@ from vitprune_env.tokens import TokenState, arrange
 from vitprune_env.types import Decision
 
 
-def check_decision(decision: Decision, alive: Tensor) -> None:
-    """Refuse a decision that does not fit the tokens `alive` `[B, N]`.
+def check_decision(decision: Decision, alive: Tensor, embed_dim: int | None = None) -> None:
+    """Refuse a decision that does not fit the tokens `alive` `[B, N]` of width `embed_dim` (None: not looked at).
 
     Raises:
         DecisionError: for a wrong shape, dtype or device, a dead token that is kept, or a merge target that does not
@@ -32,6 +32,8 @@ def check_decision(decision: Decision, alive: Tensor) -> None:
     if decision.merge_into is not None:
         _check_tensor("merge_into", decision.merge_into, alive, (torch.int64,))
         _check_targets(decision.merge_into, alive)
+    if decision.features is not None:
+        _check_features(decision.features, alive, embed_dim)
     if decision.count is not None and (survivors(decision, alive).sum(dim=1) != decision.count).any():
         raise DecisionError(f"count: expected tokens that stay in every image, got {decision.count}, which is not so")
     if decision.macs is not None and decision.macs.shape != alive.shape[:1]:
@@ -47,6 +49,16 @@ def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.d
         raise DecisionError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if value.device != alive.device:
         raise DecisionError(f"{name}: expected a tensor on {alive.device}, got one on {value.device}")
+
+
+def _check_features(features: Tensor, alive: Tensor, embed_dim: int | None) -> None:
+    rows = int(alive.sum())
+    wanted = f"a floating-point tensor [{rows}, {'D' if embed_dim is None else embed_dim}] on {alive.device}"
+    if not isinstance(features, Tensor) or not features.is_floating_point() or features.device != alive.device:
+        got = f"{features.dtype} on {features.device}" if isinstance(features, Tensor) else type(features).__name__
+        raise DecisionError(f"features: expected {wanted}, got {got}")
+    if features.dim() != 2 or len(features) != rows or features.shape[1] != (embed_dim or features.shape[1]):
+        raise DecisionError(f"features: expected {wanted}, one row per alive token, got {list(features.shape)}")
 
 
 def _check_targets(merge_into: Tensor, alive: Tensor) -> None:
@@ -105,7 +117,7 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
         kept = rescue_empty(chosen, state)
     rank = state.rank if decision.order is None else decision.order
     groups, layout = _arrangement(state, decision, kept)
-    only_drops = decision.merge_into is None and decision.weight is None
+    only_drops = decision.merge_into is None and decision.weight is None and decision.features is None
     if only_drops and _total(groups) == _total(state.groups):  # nobody left
         return state if rank is state.rank else replace(state, rank=rank)
     new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)
@@ -116,7 +128,8 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
     target = _targets(decision, state.alive, chosen, kept)
     # A rescued token stays as it is: alone, its weight 1.
     weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
-    merged, size = _merge(state, target, new, weight)
+    values = state.tokens if decision.features is None else decision.features.to(state.x)
+    merged, size = _merge(values, state, target, new, weight)
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
     rows = state.x.shape[0] + torch.arange(merged.shape[0], device=merged.device)
     return _pack(state, new, torch.cat([state.x, merged]), rows, size, source)
@@ -135,14 +148,15 @@ def _targets(decision: Decision, alive: Tensor, chosen: Tensor, kept: Tensor) ->
     return torch.where(kept, itself, torch.where(_gather(chosen, target), target, -1))
 
 
-def _merge(state: TokenState, target: Tensor, new: TokenState, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the groups: features `[sum n'_i, D]` in token order and sizes `[B, N]`."""
+def _merge(
+    values: Tensor, state: TokenState, target: Tensor, new: TokenState, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the groups of `values` `[sum n_i, D]`: features `[sum n'_i, D]` and sizes `[B, N]`."""
     kept, total = new.alive, new.image.shape[0]
     new_row = (kept.flatten().cumsum(0) - 1).view(kept.shape)
     to = target[state.image, state.token]
     # Who goes nowhere adds up in a row behind all others: leaving them out would ask the device how many they are.
     destination = torch.where(to >= 0, new_row[state.image, to.clamp(min=0)], total)
-    values = state.tokens
     if weight is not None:
         values = values * weight[state.image, state.token].to(values)[:, None]
     x = values.new_zeros(total + 1, values.shape[1]).index_add(0, destination, values)[:total]

@@ -146,6 +146,7 @@ class Decision:
     order: Tensor | None = None  # [B, N], sorts the tokens that stay into their new sequence; None: as before
     macs: Tensor | None = None  # [B] float, MACs that taking this decision cost; None: nothing
     count: int | None = None  # tokens that stay in every image, where known beforehand; makes a policy exportable
+    features: Tensor | None = None  # [sum n_i, D], what the alive tokens are before they merge; None: as they are
 
 
 @dataclass(frozen=True)

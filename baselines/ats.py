@@ -1,0 +1,76 @@
+"""ATS, adaptive token sampling (Fayyaz et al., 2022): as many tokens as the distribution of scores asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..policy import BasePolicy
+from ..types import Decision, Observation, Site
+from .decouple import check_numbers, number_at
+from .topk import attention_sites
+
+
+@dataclass
+class ATS(BasePolicy):
+    """Sample tokens by inverse transform of the cumulated scores; the fewer tokens matter, the fewer stay.
+
+    The score of a token is its class attention times the norm of its value vector over all heads (Eq. 2). Scores are
+    sorted from the smallest, cumulated, and scaled to 0..1; heights spread evenly from the smallest positive value to
+    1 each take the token whose cumulated score is nearest (section 3.3), and several may take the same one.
+
+    The published code prunes the rows of the attention matrix, which is a drop between attention and MLP: keys and
+    values of the block are complete. It pads images to the longest of the batch, and a padded image loses the scaling
+    of its scores; here, as there with one image at a time, images do not see each other. It fails when there are fewer
+    heights than tokens; here heights are placed on the cumulated scores however many there are.
+
+    Args:
+        samples: heights, one number or one per site, at least 1: the most tokens that can stay. None: as many as the
+            network has patches, as published. A single height is 1, the token that matters most.
+    """
+
+    samples: int | Sequence[int] | None = None
+    needs = frozenset({"cls_attention", "value_norms"})
+
+    def __post_init__(self) -> None:
+        check_numbers("samples", self.samples, least=1)
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Every block from the fourth of 12 on, between attention and MLP."""
+        first = Site.parse(attention_sites(depth)[0]).block
+        return [f"{block}.attn" for block in range(first, depth + 1)]
+
+    def decide(self, obs: Observation) -> Decision:
+        """Keep every token that some height takes."""
+        samples = number_at("samples", self.samples, obs)
+        scores = obs.scatter(obs.evidence["cls_attention"] * obs.evidence["value_norms"])
+        return Decision(keep=sample_tokens(scores, obs.alive, obs.num_agents if samples is None else samples))
+
+
+def sample_tokens(scores: Tensor, alive: Tensor, samples: int) -> Tensor:
+    """Tokens that evenly spaced heights take from the cumulated scores.
+
+    Args:
+        scores: `[B, N]`, not negative.
+        alive: `[B, N]` bool, who can be taken.
+        samples: heights.
+
+    Returns:
+        `[B, N]` bool.
+    """
+    ascending, token = scores.masked_fill(~alive, -1).sort(dim=1)  # the dead come first
+    cumulated = ascending.clamp(min=0).cumsum(dim=1)
+    dead = (~alive).sum(dim=1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    lowest, total = cumulated.gather(1, dead), cumulated[:, -1:]
+    cdf = (cumulated - lowest) / (total - lowest)
+    # The largest score ends at 1 by definition, also where it is the only one and there is nothing to divide by.
+    cdf = torch.cat([cdf[:, :-1].nan_to_num(0), torch.ones_like(total)], dim=1)
+    start = cdf.masked_fill(cdf <= 0, 1).amin(dim=1, keepdim=True)
+    heights = start + torch.linspace(1, 0, samples, device=scores.device) * (1 - start)
+    above = torch.searchsorted(cdf, heights).clamp(max=scores.shape[1] - 1)
+    below = (above - 1).clamp(min=0)
+    nearest = torch.where(heights - cdf.gather(1, below) <= cdf.gather(1, above) - heights, below, above)
+    return torch.zeros_like(alive).scatter(1, token.gather(1, nearest), True) & alive
