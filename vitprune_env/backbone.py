@@ -173,6 +173,7 @@ class Backbone(nn.Module):
             depth=self.depth,
             evidence=evidence,
             count=state.count,
+            num_prefix=self.num_prefix,
         )
 
     def cls(self, state: TokenState) -> Tensor:

@@ -100,6 +100,7 @@ class Observation:
     depth: int  # blocks of the network
     evidence: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [sum n_i, ...], only what was asked for
     count: int | None = None  # alive tokens of every image where all have equally many; known without asking the device
+    num_prefix: int = 1  # P, prefix tokens that stand in front of the sequence which `order` ranks
 
     @property
     def batch_size(self) -> int:

@@ -1,0 +1,75 @@
+"""ToMe (Bolya et al., 2023): merge similar tokens, a fixed number per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from ..policy import BasePolicy
+from ..types import Decision, Observation, Site
+from .matching import match, merge, per_site
+
+
+@dataclass
+class ToMe(BasePolicy):
+    """Merge the r most similar pairs of tokens in every block.
+
+    Section 3 of the paper: the tokens are split into two halves by turns (see `Matching`), each token of the first one
+    finds its best partner in the other by the cosine similarity of their keys (mean over heads), and the r best pairs
+    merge into means weighted by size. r is silently cut to half the tokens there are. Of pairs that are exactly
+    equally similar the one with the lower patch number merges; the authors' code leaves that open.
+
+    Args:
+        r: pairs to merge, the same at every site or one number per site.
+        proportional_attention: whether a merged token counts as often as its size in later attention (section 3.3);
+            the authors switch it off for models pretrained by masked autoencoding (MAE).
+        inflect: tilts the schedule of a single r linearly, from `r * (1 - inflect)` at the first site to
+            `r * (1 + inflect)` at the last, each rounded down: -1 decreases to nothing, 0 is constant.
+    """
+
+    r: int | Sequence[int]
+    proportional_attention: bool = True
+    inflect: float = 0.0
+    needs = frozenset({"keys"})
+
+    def __post_init__(self) -> None:
+        numbers = tuple(self.r) if isinstance(self.r, Iterable) else (self.r,)
+        if not all(isinstance(number, Integral) and int(number) >= 0 for number in numbers):
+            raise ValueError(f"r: expected whole numbers, 0 or more, got {self.r!r}")
+        numbers = tuple(map(int, numbers))
+        self.r = numbers if isinstance(self.r, Iterable) else numbers[0]
+        if not -1 <= self.inflect <= 1:
+            raise ValueError(f"inflect: expected -1 to 1, got {self.inflect!r}")
+        if self.inflect and isinstance(self.r, tuple):
+            raise ValueError(f"inflect: expected 0 with one r per site, got {self.inflect!r}")
+        self.attention_bias = "log_size" if self.proportional_attention else None
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Inside every block, between attention and MLP."""
+        return every_block(depth)
+
+    def decide(self, obs: Observation) -> Decision:
+        """Merge the best pairs."""
+        wanted = self._wanted(obs)
+        if not wanted:
+            return Decision(keep=obs.alive, count=obs.count)
+        matching = match(obs)
+        ranks = matching.score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        merges = (ranks < (obs.num_alive // 2).clamp(max=wanted)[:, None]) & matching.sends
+        merge_into, weight, order = merge(obs, matching, merges)
+        count = None if obs.count is None else obs.count - min(wanted, obs.count // 2)
+        return Decision(obs.alive & ~merges, merge_into, weight, order, matching.macs, count)
+
+    def _wanted(self, obs: Observation) -> int:
+        """Pairs to merge here."""
+        if isinstance(self.r, int):
+            first = int(self.r * (1 - self.inflect))
+            slope = 2 * (self.r - first) / max(1, obs.num_steps - 1)
+            return int(first + slope * obs.step)
+        return int(per_site("r", self.r, obs))
+
+
+def every_block(depth: int) -> Sequence[str]:
+    """Inside every block, between attention and MLP."""
+    return [f"{block}.attn" for block in range(1, depth + 1)]
