@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitprune_env.attention import Rows, attend_packed
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
 from vitprune_env.execution import PLAIN, Execution, add_branch, drop_factor, feed_forward
+from vitprune_env.parking import recall
 from vitprune_env.tokens import TokenState, segment_mean, start_state
 from vitprune_env.types import EVIDENCE, Observation, Site, parse_sites
 
@@ -172,6 +173,7 @@ class Backbone(nn.Module):
             depth=self.depth,
             evidence=evidence,
             count=state.count,
+            parked=state.waiting,
         )
 
     def cls(self, state: TokenState) -> Tensor:
@@ -181,7 +183,8 @@ class Backbone(nn.Module):
         return segment_mean(state.tokens, state.image, state.batch_size)
 
     def classify(self, state: TokenState) -> Tensor:
-        """Logits `[B, classes]` from the tokens that leave the last block."""
+        """Logits `[B, classes]` from the tokens that leave the last block and those that wait."""
+        state = recall(state) if self.reads_patches else state
         prefix = self.model.norm(state.prefix)
         if not self.reads_patches:
             return self.model.forward_head(prefix)
