@@ -6,6 +6,7 @@ from .diversity import diversity_score
 from .dpc_knn import DPCKNN
 from .dpc_merge import DPCMerge
 from .evit import EViT
+from .evo_vit import EvoViT, read_from_patches
 from .knobs import Knob
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
@@ -17,6 +18,7 @@ __all__ = [
     "DPCKNN",
     "DPCMerge",
     "EViT",
+    "EvoViT",
     "Knob",
     "Method",
     "RandomDrop",
@@ -27,4 +29,5 @@ __all__ = [
     "describe",
     "diversity_score",
     "make",
+    "read_from_patches",
 ]

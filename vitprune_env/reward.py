@@ -65,12 +65,12 @@ class PaperReward:
         return self.outcome(logits, labels)
 
     def immediate(self, step: Step) -> Tensor:
-        """`keep_cost * r1`: -1 for a kept token, `[B, N]`."""
-        return -self.keep_cost * step.kept.float()
+        """`keep_cost * r1`: -1 for a kept token, `[B, N]`; who waits costs nothing."""
+        return -self.keep_cost * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """`outcome_bonus * r2`: gamma * N / n_l for each kept token, `[T, B, N]`."""
-        kept = torch.stack([step.kept for step in steps]).to(score)
+        kept = torch.stack([step.carried for step in steps]).to(score)
         per_token = score[:, None] * kept.shape[2] / kept.sum(dim=2, keepdim=True).clamp(min=1)
         return self.outcome_bonus * kept * per_token
 
@@ -93,7 +93,7 @@ class SharedOutcome:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
-        return -self.price * step.share * step.kept.float()
+        return -self.price * step.share * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """The outcome in the last step that each agent acted in, `[T, B, N]`."""
