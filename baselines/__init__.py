@@ -5,29 +5,41 @@ from .calibrate import calibrate
 from .diversity import diversity_score
 from .dpc_knn import DPCKNN
 from .dpc_merge import DPCMerge
+from .dynamicvit import DynamicViT
+from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
 from .evo_vit import EvoViT, read_from_patches
 from .knobs import Knob
+from .ltmp import LTMP
+from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
+from .tome import ToMe
 from .topk import TopK
 from .tri_level import TriLevel
 
 __all__ = [
     "ATS",
     "DPCKNN",
+    "LTMP",
     "DPCMerge",
+    "DynamicViT",
+    "DynamicViTConfig",
     "EViT",
     "EvoViT",
+    "KMeansMerge",
     "Knob",
     "Method",
+    "PoolMerge",
     "RandomDrop",
+    "ToMe",
     "TopK",
     "TriLevel",
     "available",
     "calibrate",
     "describe",
     "diversity_score",
+    "fit_dynamicvit",
     "make",
     "read_from_patches",
 ]

@@ -38,7 +38,8 @@ class Args(CommonArgs):
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/benchmark")
     """Folder for results; made if it does not exist."""
     methods: tuple[str, ...] = ()
-    """Baselines to compare; none: all. The controls take part in any case."""
+    """Baselines to compare; none: all. The controls take part in any case. Parameters may follow a name, as in
+    dpc:strategy=cluster or evit:fuse=False."""
     budgets: tuple[float, ...] = (0.25, 0.35, 0.5)
     """Mean GMACs per image as shares of the dense model's, policy included."""
     checkpoints: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,61 +73,73 @@ def contestants(methods: Sequence[str], checkpoints: Sequence[str]) -> list[Cont
     """Controls first, then baselines, then checkpoints.
 
     Args:
-        methods: names of baselines; none: all of them.
+        methods: names of baselines, with parameters if they read `name:parameter=value,...`; none: all of them.
         checkpoints: paths, each with a label of its own if it reads `label=path`.
 
     Raises:
         UnknownNameError: for the name of no baseline.
+        ParameterError: for a parameter that the baseline does not have.
         CheckpointError: for a checkpoint that cannot be read.
     """
     names = dict.fromkeys([*CONTROLS, *(methods or available())])
-    found = [entry for name in names for entry in _of_method(describe(name))]
+    found = [entry for name in names for entry in _of_method(name)]
     found.sort(key=lambda entry: entry.group != "control")
     return [*found[:1], UNTRAINED, *found[1:], *_of_checkpoints(checkpoints)]
 
 
-def _of_method(method: Method) -> Iterable[Contestant]:
+def _of_method(text: str) -> Iterable[Contestant]:
+    name, _, rest = text.partition(":")
+    method = describe(name)
+    parameters = {key: _value(value) for key, _, value in (part.partition("=") for part in rest.split(",") if part)}
+    method.check(parameters)
+
+    def calibrated(task: Task, budget: float) -> list[Policy]:
+        return _calibrated(method, task, budget, parameters)
+
     if method.fit is None:
-        yield Contestant(
-            method.name,
-            "control" if method.name in CONTROLS else "baseline",
-            lambda task, budget: _calibrated(method, task, budget),
-            method,
-        )
+        yield Contestant(text, "control" if text in CONTROLS else "baseline", calibrated, method)
         return
-    yield Contestant(method.name, "baseline", lambda task, budget: _fitted(method, task, budget), method)
-    name = f"{method.name} (unfitted)"
-    yield Contestant(name, "control", lambda task, budget: _calibrated(method, task, budget), method)
+    if not parameters:
+        yield Contestant(text, "baseline", lambda task, budget: _fitted(method, task, budget), method)
+    yield Contestant(f"{text} (unfitted)", "control", calibrated, method)
+
+
+def _value(text: str) -> Any:
+    """A parameter's value: JSON if it is that, else a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _where(method: Method, task: Task) -> Any:
     return None if task.published_sites else method.sites(task.backbone)
 
 
-def _calibrated(method: Method, task: Task, budget: float) -> list[Policy]:
+def _calibrated(method: Method, task: Task, budget: float, parameters: dict[str, Any]) -> list[Policy]:
     """A method as it is, once per seed if it has one; what it costs does not depend on that."""
-    options: dict[str, Any] = {"sites": _where(method, task), "tolerance": CALIBRATION_TOLERANCE}
+    options: dict[str, Any] = {"sites": _where(method, task), "tolerance": CALIBRATION_TOLERANCE, **parameters}
     policy = calibrate(method.name, budget, task.backbone, task.tune, **options)
     if not method.is_random:
         return [policy]
-    setting = {method.knob.name: getattr(policy, method.knob.name)}
-    return [method(**setting, seed=task.seed + index) for index in range(task.seeds)]
+    setting = {**parameters, method.knob.name: getattr(policy, method.knob.name)}
+    return [method(**{**setting, "seed": task.seed + index}) for index in range(task.seeds)]
 
 
 def _fitted(method: Method, task: Task, budget: float) -> list[Policy]:
     """A method trained for the budget, then brought to it exactly."""
     assert method.fit is not None
-    where = _where(method, task)
-    folder = task.output / "fits" / f"{method.name}-{budget / task.dense_gmacs:.3g}"
+    assert method.fit_config is not None
+    where, config = _where(method, task), method.fit_config()
     policy: Any = method.fit(
         task.backbone,
         task.training,
         budget,
         sites=where,
         seed=task.seed,
-        output=folder,
+        output=task.output / "fits" / f"{method.name}-{budget / task.dense_gmacs:.3g}",
         resume=task.resume,
-        quick=task.quick,
+        config=config.quick() if task.quick else config,
     )
     return [calibrate(policy.at, budget, task.backbone, task.tune, where, knob=method.fitted_knob)]
 
