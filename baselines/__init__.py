@@ -2,11 +2,16 @@
 
 from .ats import ATS
 from .calibrate import calibrate
+from .diversity import diversity_score
 from .dpc_knn import DPCKNN
 from .dpc_merge import DPCMerge
+from .dynamicvit import DynamicViT
+from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
+from .evo_vit import EvoViT, read_from_patches
 from .knobs import Knob
 from .ltmp import LTMP
+from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
 from .tome import ToMe
@@ -18,9 +23,14 @@ __all__ = [
     "DPCKNN",
     "LTMP",
     "DPCMerge",
+    "DynamicViT",
+    "DynamicViTConfig",
     "EViT",
+    "EvoViT",
+    "KMeansMerge",
     "Knob",
     "Method",
+    "PoolMerge",
     "RandomDrop",
     "ToMe",
     "TopK",
@@ -28,5 +38,8 @@ __all__ = [
     "available",
     "calibrate",
     "describe",
+    "diversity_score",
+    "fit_dynamicvit",
     "make",
+    "read_from_patches",
 ]

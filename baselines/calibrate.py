@@ -17,7 +17,6 @@ from ..rollout import evaluate
 from ..tokens import TokenState
 from ..types import Site, parse_sites
 from .knobs import Knob, Setting
-from .registry import describe, knob_of
 
 P = TypeVar("P", bound=Policy)
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -88,6 +87,8 @@ def _builder(
     policy_factory: str | Callable[..., P], knob: Knob | None, parameters: dict[str, Any]
 ) -> tuple[Callable[[Setting], P], Knob]:
     """What makes the policy from a setting of the knob, and the knob."""
+    from .registry import describe, knob_of  # deferred: the registry knows the fits, which calibrate
+
     if not isinstance(policy_factory, str):
         return (lambda value: policy_factory(value, **parameters)), knob or knob_of(policy_factory)
     method = describe(policy_factory)

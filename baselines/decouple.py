@@ -23,6 +23,7 @@ class Merged:
 
     target: Tensor  # [B, M] int64, place in the list of the token that each one merges into
     importance: Tensor | None = None  # [B, M], weights of the mean before they are normalised; None: class attention
+    features: Tensor | None = None  # [B, M, D], what the tokens are before they merge; None: as they are
     macs: Tensor | float = 0.0  # [B] float64, what it cost
 
 
@@ -106,6 +107,7 @@ class DecoupleAndMerge(BasePolicy):
         attentive = keep_top(obs, obs.evidence["cls_attention"], attentives)
         itself = torch.arange(obs.num_agents, device=obs.alive.device)
         merge_into, importance = torch.where(attentive, itself, -1), attention
+        features = None
         macs = torch.zeros(obs.batch_size, dtype=torch.float64, device=obs.alive.device)
 
         inattentive = obs.alive & ~attentive & (clusters > 0)[:, None]
@@ -115,6 +117,8 @@ class DecoupleAndMerge(BasePolicy):
             merge_into = lists.scatter(lists.token.gather(1, merged.target), merge_into)
             if merged.importance is not None:
                 importance = lists.scatter(merged.importance, importance)
+            if merged.features is not None:
+                features = lists.rows(merged.features, obs)
             macs = macs + merged.macs
         lists = TokenLists.of(obs, attentive & (pairs > 0)[:, None], plan.compared if plan else None)
         if lists.width:
@@ -128,6 +132,7 @@ class DecoupleAndMerge(BasePolicy):
             weight=mean_weights(merge_into, importance),
             macs=macs,
             count=plan.remaining if plan else None,
+            features=features,
         )
 
     def _plans(self, obs: Observation, plan: Plan | None) -> tuple[Tensor, ...]:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ..data import ImageDataset, fetch
 from ..errors import CheckpointError, NumericalError
 from ..storage import PathLike, load_state, save_state
-from .fit_task import FitTask, ModuleTask, PreparedTokens, Row, frozen
+from .fit_data import PreparedTokens
+from .fit_task import FitTask, ModuleTask, Row, frozen
 
 __all__ = ["FitConfig", "FitResult", "FitTask", "ModuleTask", "PreparedTokens", "fit", "frozen"]
 

@@ -1,4 +1,4 @@
-"""What a baseline brings to be fitted (`FitTask`), and images whose first blocks are computed only once."""
+"""What a baseline brings to be fitted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone
-from ..data import ImageDataset, fetch
-from ..soft import SoftState, run_soft, start_soft
-
-CHUNK = 256  # images that are prepared together
 Row = dict[str, float]
 
 
@@ -96,55 +91,3 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             part.training = training
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
-
-
-class PreparedTokens:
-    """A data set whose inputs are the tokens after the first half-blocks, `[P + N, D]` instead of `[C, H, W]`.
-
-    What lies before the first site no fit changes (unless it trains the backbone): computed once and kept in memory.
-
-    Args:
-        backbone: the network.
-        dataset: labelled images.
-        half: half-blocks to run.
-        images: the first so many images; None: all.
-        device: where to compute; the tokens are kept on the CPU.
-
-    Raises:
-        ValueError: for an empty dataset.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        dataset: ImageDataset,
-        half: int,
-        images: int | None = None,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        size = len(dataset) if images is None else min(images, len(dataset))
-        if size < 1:
-            raise ValueError("dataset: expected at least one image, got an empty dataset")
-        self.half, self.num_prefix = half, backbone.num_prefix
-        tokens, labels = [], []
-        with torch.no_grad(), frozen(backbone):
-            for start in range(0, size, CHUNK):
-                inputs, targets = fetch(dataset, range(start, min(start + CHUNK, size)))
-                tokens.append(run_soft(backbone, start_soft(backbone, inputs.to(device)), half)[0].x.cpu())
-                labels.append(targets)
-        self.tokens, self.labels = torch.cat(tokens), torch.cat(labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.tokens[index], int(self.labels[index])
-
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[B, P + N, D]` and labels `[B]` int64."""
-        rows = torch.as_tensor(indices)
-        return self.tokens[rows], self.labels[rows]
-
-    def state(self, inputs: Tensor) -> SoftState:
-        """A batch's tokens as what `run_soft` goes on from."""
-        return SoftState(inputs, self.num_prefix, self.half)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,20 @@ from ..backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
 from ..policy import Policy
 from ..types import Site
+from .ats import ATS
+from .dpc_knn import DPCKNN
+from .dpc_merge import DPCMerge
+from .dynamicvit import DynamicViT
+from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
+from .evo_vit import EvoViT
 from .knobs import Knob
+from .ltmp import LTMP
+from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
+from .tome import ToMe
 from .topk import TopK
+from .tri_level import TriLevel
 
 Sites = Sequence[int | str | Site]
 
@@ -45,7 +55,10 @@ class Method:
         knob: what sets its budget.
         sites: where it acts when methods are compared on one network; where it was published is
             `Policy.default_sites`.
-        fit: trains what is to be trained of it; None: nothing is.
+        fit: trains what is to be trained of it, `(backbone, dataset, target_gmacs, *, sites, seed, output, resume,
+            progress, config) -> policy`; None: nothing is.
+        fit_config: makes the default of that `config`; its `quick()` is a fit that takes seconds.
+        fitted_knob: what the `at(value)` of a trained policy turns, which gives the same one at another budget.
     """
 
     name: str
@@ -55,6 +68,8 @@ class Method:
     knob: Knob = KEEP_RATE
     sites: Callable[[Backbone], Sites] = backbone_sites
     fit: Callable[..., Policy] | None = None
+    fit_config: Callable[[], Any] | None = None
+    fitted_knob: Knob = KEEP_RATE
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -66,12 +81,11 @@ class Method:
         """Whether it draws its decisions, from a `seed` of its own."""
         return "seed" in self.parameters
 
-    def __call__(self, **parameters: Any) -> Policy:
-        """Make the policy.
+    def check(self, parameters: Iterable[str]) -> None:
+        """Refuse names of parameters that the method does not have.
 
         Raises:
-            ParameterError: for a parameter that the method does not have, or one that is missing.
-            ValueError: for a value out of range.
+            ParameterError: with the known ones, and the nearest.
         """
         known = self.parameters
         for name in parameters:
@@ -79,9 +93,18 @@ class Method:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ParameterError(f"{name}: no parameter of {self.name!r}, which has {', '.join(known)}{hint}")
-        for name, parameter in known.items():
+
+    def __call__(self, **parameters: Any) -> Policy:
+        """Make the policy.
+
+        Raises:
+            ParameterError: for a parameter that the method does not have, or one that is missing.
+            ValueError: for a value out of range.
+        """
+        self.check(parameters)
+        for name, parameter in self.parameters.items():
             if parameter.default is parameter.empty and name not in parameters:
-                raise ParameterError(f"{name}: {self.name!r} needs this parameter; it has {', '.join(known)}")
+                raise ParameterError(f"{name}: {self.name!r} needs it; its parameters are {', '.join(self.parameters)}")
         return self.make(**parameters)
 
 
@@ -89,6 +112,49 @@ METHODS: tuple[Method, ...] = (
     Method("random", RandomDrop, "keeps a share of the tokens, drawn uniformly: the control", "-"),
     Method("topk", TopK, "keeps a share of the original tokens, by class attention", "Haurum et al., 2023"),
     Method("evit", EViT, "keeps a share of the tokens, by class attention, and fuses the rest", "Liang et al., 2022"),
+    Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2023"),
+    Method(
+        "dpc",
+        DPCMerge,
+        "clusters the inattentive tokens by density peaks, merges attentive ones in pairs",
+        "Long et al., 2023",
+    ),
+    Method("dpc_pool", PoolMerge, "the same with pooling in place of the clusters", "Long et al., 2023, Table 4"),
+    Method("dpc_kmeans", KMeansMerge, "the same with k-means in place of density peaks", "Long et al., 2023, Table 4"),
+    Method("dpcknn", DPCKNN, "clusters all tokens by density peaks, keeps the means", "Haurum et al., 2023"),
+    Method(
+        "tome",
+        ToMe,
+        "merges the r most similar pairs in every block",
+        "Bolya et al., 2023",
+        Knob("r", 0, None, rising=False, kind="schedule"),
+        every_block,
+    ),
+    Method(
+        "ltmp",
+        LTMP,
+        "merges above a similarity, prunes below an importance, in every block; thresholds are trained",
+        "Bonnaerens & Dambre, 2023",
+        Knob("prune_thresholds", 0, 1, rising=False),
+        every_block,
+    ),
+    Method(
+        "ats",
+        ATS,
+        "samples tokens in every block from the distribution of their scores",
+        "Fayyaz et al., 2022",
+        Knob("samples", 1, None, kind="schedule"),
+        every_block,
+    ),
+    Method("evo_vit", EvoViT, "carries on with a share of the tokens, the others wait", "Xu et al., 2022"),
+    Method(
+        "dynamicvit",
+        DynamicViT,
+        "keeps a share of the tokens, by a predictor trained with Gumbel noise",
+        "Rao et al., 2021",
+        fit=fit_dynamicvit,
+        fit_config=DynamicViTConfig,
+    ),
 )
 
 

@@ -16,7 +16,7 @@ class TokenLists:
 
     token: Tensor  # [B, M] int64, patch numbers; N where a list is shorter
     valid: Tensor  # [B, M] bool, False where a list is shorter
-    features: Tensor  # [B, M, D], zeros where a list is shorter; no gradient
+    features: Tensor  # [B, M, D], zeros where a list is shorter
     num_tokens: int  # N
     is_uniform: bool  # whether all lists are M long, known without asking the device
 
@@ -36,7 +36,7 @@ class TokenLists:
         valid = token < num_tokens
         row = obs.offsets[:-1, None] + obs.alive.cumsum(dim=1) - 1
         row = row.gather(1, token.clamp(max=num_tokens - 1)).clamp(min=0)
-        features = obs.tokens.detach()[row].masked_fill(~valid[..., None], 0)
+        features = obs.tokens[row].masked_fill(~valid[..., None], 0)
         return cls(token, valid, features, num_tokens, count is not None)
 
     @property
@@ -57,6 +57,11 @@ class TokenLists:
         """Write one value per listed token `[B, M]` into a copy of `[B, N]`."""
         padded = torch.cat([into, into[:, :1]], dim=1)  # lists that are shorter write into the extra column
         return padded.scatter(1, self.token, values)[:, :-1]
+
+    def rows(self, values: Tensor, obs: Observation) -> Tensor:
+        """The alive tokens as packed rows `[sum n_i, D]`, those that are listed replaced by `values` `[B, M, D]`."""
+        dense = torch.cat([obs.dense(), values.new_zeros(obs.batch_size, 1, values.shape[2])], dim=1)
+        return obs.gather(dense.scatter(1, self.token[..., None].expand_as(values), values.to(dense)))
 
     def inner_products(self, features: Tensor) -> Tensor:
         """Products of all pairs of `features` `[B, M, D]`, `[B, M, M]`.
@@ -80,15 +85,16 @@ class TokenLists:
     def squared_distances(self) -> Tensor:
         """Squared Euclidean distances of all pairs, `[B, M, M]`; infinite where a list is shorter."""
         # Distances do not mind a shift, and the products of centred features lose fewer digits.
-        mean = self.features.sum(dim=1, keepdim=True) / self.length.clamp(min=1)[:, None, None]
-        products = self.inner_products((self.features - mean).masked_fill(~self.valid[..., None], 0))
+        features = self.features.detach()
+        mean = features.sum(dim=1, keepdim=True) / self.length.clamp(min=1)[:, None, None]
+        products = self.inner_products((features - mean).masked_fill(~self.valid[..., None], 0))
         squares = products.diagonal(dim1=1, dim2=2)
         distances = (squares[:, :, None] + squares[:, None, :] - 2 * products).clamp(min=0)
         return distances.masked_fill(~(self.valid[:, :, None] & self.valid[:, None, :]), float("inf"))
 
     def cosines(self) -> Tensor:
         """Cosine similarities of all pairs, `[B, M, M]`; of no meaning where a list is shorter."""
-        return self.inner_products(torch.nn.functional.normalize(self.features, dim=2))
+        return self.inner_products(torch.nn.functional.normalize(self.features.detach(), dim=2))
 
 
 def mean_weights(merge_into: Tensor, importance: Tensor) -> Tensor:

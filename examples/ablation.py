@@ -226,8 +226,8 @@ def table(rows: Sequence[dict[str, Any]], args: Args) -> str:
         gap = "" if same else f"{100 * row['difference']:+.2f} ± {100 * row['difference_ci']:.2f}"
         accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['accuracy_ci']:.2f}"
         lines.append(
-            f"| {100 * row['budget']:g} | {row['variant']} | {accuracy} | {gap} "
-            f"| {100 * row['share']:.1f} | {100 * row['worst_budget_error']:+.1f} | {100 * row['dense_accuracy']:.2f} | {row['seconds']:.0f} |"
+            f"| {100 * row['budget']:g} | {row['variant']} | {accuracy} | {gap} | {100 * row['share']:.1f} "
+            f"| {100 * row['worst_budget_error']:+.1f} | {100 * row['dense_accuracy']:.2f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -126,20 +126,24 @@ def measure_speedup(backbone: Backbone, policy: Policy, images: Tensor, pairs: i
     Both run in turn in one process; the answer is the median over the pairs.
     """
     game = TokenGame.for_policy(backbone, policy, sites=backbone.default_sites, check=False)
+    times = race(lambda: backbone(images), lambda: play(game, policy, images), images.device, pairs)
+    return statistics.median(dense / pruned for dense, pruned in times)
+
+
+def race(
+    first: Callable[[], object], second: Callable[[], object], device: torch.device, pairs: int
+) -> list[tuple[float, float]]:
+    """Seconds of two functions that run in turn, after two pairs to warm up."""
 
     def seconds(run: Callable[[], object]) -> float:
-        _synchronise(images.device)
+        _synchronise(device)
         start = time.perf_counter()
         run()
-        _synchronise(images.device)
+        _synchronise(device)
         return time.perf_counter() - start
 
-    ratios = []
-    for warm_up in [True] * 2 + [False] * pairs:
-        ratio = seconds(lambda: backbone(images)) / seconds(lambda: play(game, policy, images))
-        if not warm_up:
-            ratios.append(ratio)
-    return statistics.median(ratios)
+    times = [(seconds(first), seconds(second)) for _ in range(2 + pairs)]
+    return times[2:]
 
 
 def _synchronise(device: torch.device) -> None:

@@ -184,7 +184,7 @@ def naive_pass(
     model, prefix = cast(Any, backbone.model), backbone.num_prefix
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
     front, rows = x[:prefix], {token: x[prefix + token] for token in range(backbone.num_patches)}
-    members = {token: {token} for token in rows}
+    members, waiting = {token: {token} for token in rows}, {}
     at = {site.half: decision for site, decision in zip(parse_sites(sites, backbone.depth), decisions, strict=True)}
     for half in range(2 * backbone.depth):
         block, order = model.blocks[half // 2], sorted(rows)
@@ -197,7 +197,10 @@ def naive_pass(
             x = x + block.ls1(block.attn(block.norm1(x), attn_mask=bias))
         front, rows = x[0, :prefix], {token: x[0, prefix + i] for i, token in enumerate(order)}
         if half + 1 in at:
-            rows, members = _naive_reduce(rows, members, at[half + 1], row)
+            rows, members = _naive_reduce(rows | waiting, members, at[half + 1], row)
+            park = at[half + 1].park
+            waiting = {token: rows.pop(token) for token in list(rows) if park is not None and park[row, token]}
+    rows |= waiting
     pooled = model.norm(torch.stack([*front, *(rows[token] for token in sorted(rows))])[None])
     return NaiveImage(model.forward_head(pooled)[0], sorted(rows), members)
 

@@ -109,6 +109,9 @@ def test_factors_on_the_values_are_factors_on_the_weights(spread: float) -> None
 
     expected = plain(q, k, v)
     torch.testing.assert_close(soft_attend(q, k, v, factor, spread), expected, atol=1e-5, rtol=1e-4)
+    pairs = torch.maximum(factor[:, None], torch.eye(6))
+    seeing = ((q * spread) @ k.mT + pairs.log()[:, None]).softmax(dim=-1) @ v
+    torch.testing.assert_close(soft_attend(q, k, v, factor, spread, True), seeing, atol=1e-5, rtol=1e-4)
     if spread == 1:
         torch.testing.assert_close(soft_weights(q, k, factor, spread) @ v, expected, atol=1e-5, rtol=1e-4)
 

@@ -199,7 +199,9 @@ def soft_weights(q: Tensor, k: Tensor, key_factor: Tensor, scale: float, key_bia
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def soft_attend(q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: float) -> Tensor:
+def soft_attend(
+    q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: float, see_themselves: bool = False
+) -> Tensor:
     """What `soft_weights(q, k, key_factor, scale) @ v` is, in half the time: the factors ride on the values.
 
     Args:
@@ -208,17 +210,27 @@ def soft_attend(q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: floa
         v: values, likewise.
         key_factor: `[B, n]`.
         scale: of the logits.
+        see_themselves: whether every row sees itself with a factor of 1.
 
     Returns:
         `[B, heads, n, head dim]`.
     """
     factor = key_factor[:, None, :, None].to(v)
-    values = torch.cat([v * factor, factor.expand(*v.shape[:3], 1)], dim=-1)
-    mixed = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ values
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    weights = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+    mixed = weights @ (values * factor)
+    if see_themselves:
+        mixed = mixed + weights.diagonal(dim1=-2, dim2=-1)[..., None] * (values * (1 - factor))
     total = mixed[..., -1:]
     if (total < torch.finfo(total.dtype).tiny ** 0.5).any():  # removed keys exceed all others by far: lost in rounding
-        return soft_weights(q, k, key_factor, scale) @ v
+        seen = per_pair(key_factor) if see_themselves else key_factor
+        return soft_weights(q, k, seen, scale) @ v
     return mixed[..., :-1] / total
+
+
+def per_pair(key_factor: Tensor) -> Tensor:
+    """Factors of keys `[B, n]` as factors per query and key `[B, n, n]`, 1 where a row meets itself."""
+    return torch.maximum(key_factor[:, None], torch.eye(key_factor.shape[1]).to(key_factor))
 
 
 def _cls_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitprune_env.attention import Rows
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
 from vitprune_env.execution import PLAIN, Execution, drop_factor
+from vitprune_env.parking import recall
 from vitprune_env.soft import classify_soft, run_soft, start_soft
 from vitprune_env.tokens import TokenState, segment_mean, start_state
 from vitprune_env.types import EVIDENCE, Observation, Site, parse_sites
@@ -174,6 +175,7 @@ class Backbone(nn.Module):
             evidence=evidence,
             count=state.count,
             num_prefix=self.num_prefix,
+            parked=state.waiting,
         )
 
     def cls(self, state: TokenState) -> Tensor:
@@ -183,7 +185,8 @@ class Backbone(nn.Module):
         return segment_mean(state.tokens, state.image, state.batch_size)
 
     def classify(self, state: TokenState) -> Tensor:
-        """Logits `[B, classes]` from the tokens that leave the last block."""
+        """Logits `[B, classes]` from the tokens that leave the last block and those that wait."""
+        state = recall(state) if self.reads_patches else state
         prefix = self.model.norm(state.prefix)
         if not self.reads_patches:
             return self.model.forward_head(prefix)

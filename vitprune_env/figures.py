@@ -1,14 +1,14 @@
-"""Figures for reports: what is left of some images after each site, and how learning went."""
+"""Figures for reports: what is left of some images after each site, how learning went, how methods compare."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from vitprune_env.render import Scene, draw_row, panel_size, to_rgb
+from vitprune_env.render import Scene, draw_row, panel_size, tint, to_rgb
 from vitprune_env.types import Site
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
+MARKERS = "osD^vP*X<>pd"
 MAX_IMAGES = 8  # images of a figure that stay readable on a page
 
 
@@ -120,3 +121,113 @@ def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> No
     label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
     axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
     axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
+
+
+class Point(NamedTuple):
+    """A method at one budget."""
+
+    share: float  # GMACs as a share of the dense model's
+    accuracy: float  # 0 to 1
+    low: float  # of the accuracy's interval
+    high: float
+
+
+def pareto_figure(
+    lines: Mapping[str, Sequence[Point]],
+    reference: tuple[str, float] | None = None,
+    muted: Container[str] = (),
+    title: str = "",
+) -> Figure:
+    """Accuracy over cost, one line per method, named at the side in the order of their last points.
+
+    Args:
+        lines: points of each method, in any order.
+        reference: name and accuracy to compare with, drawn as a horizontal line.
+        muted: methods to draw in grey, such as controls.
+        title: of the figure.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not any(lines.values()):
+        raise ValueError("lines: expected points of at least one method, got none")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    coloured = [name for name in lines if name not in muted]
+    palette = colormaps["tab10" if len(coloured) <= colormaps["tab10"].N else "tab20"]
+    colours = {name: palette(index % palette.N) for index, name in enumerate(coloured)}
+    for index, (name, points) in enumerate(lines.items()):
+        share, accuracy, low, high = np.array(sorted(points)).T
+        style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+        style |= {"color": colours[name]} if name in colours else {"color": "0.6", "linestyle": "--"}
+        axes.errorbar(share, accuracy, np.stack([accuracy - low, high - accuracy]), capsize=2, label=name, **style)
+    if reference is not None:
+        axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
+    axes.set(xlabel="GMACs, share of dense, policy included", ylabel="accuracy, with 95 % intervals", title=title)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    handles, names = axes.get_legend_handles_labels()
+    best = {name: max(point.accuracy for point in points) for name, points in lines.items()}
+    order = sorted(range(len(names)), key=lambda index: -best.get(names[index], 2.0))
+    legend: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": "small"}
+    figure.legend([handles[index] for index in order], [names[index] for index in order], **legend)
+    return figure
+
+
+def fates_figure(
+    images: Tensor,
+    sources: Mapping[str, Tensor],
+    grid_size: tuple[int, int],
+    labels: Sequence[int] | None = None,
+    predicted: Mapping[str, Sequence[int]] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Figure:
+    """What several methods leave of the same images: the images, then one row per method.
+
+    Pruned patches are white; patches that were merged into one token share a tint.
+
+    Args:
+        images: `[B, C, H, W]`, at most 8 of them.
+        sources: for each method `[B, N]` int64, the token that every patch ended up in, -1 where it was pruned (an
+            `Outcome`'s `source`).
+        grid_size: rows and columns of patches, N in all.
+        labels: true classes, written over the images.
+        predicted: for each method the classes it predicts, written under the panels, wrong ones in red.
+        mean: of the images' normalisation, see `to_rgb`.
+        std: likewise.
+
+    Raises:
+        ValueError: for shapes that do not fit together, no methods or too many images.
+    """
+    if not 1 <= len(images) <= MAX_IMAGES:
+        raise ValueError(f"images: expected 1 to {MAX_IMAGES} images, got {len(images)}")
+    if not sources:
+        raise ValueError("sources: expected at least one method, got none")
+    for name, source in sources.items():
+        if tuple(source.shape) != (expected := (len(images), grid_size[0] * grid_size[1])):
+            raise ValueError(f"sources: expected shape [B, N] = {expected} of {name!r}, got {tuple(source.shape)}")
+    from matplotlib.figure import Figure
+
+    rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
+    figure = Figure(figsize=(len(images) + 1.6, 1.15 * (len(sources) + 1) + 0.2), layout="constrained")
+    table = figure.subplots(len(sources) + 1, len(images), squeeze=False)
+    for panel in table.flat:
+        panel.set(xticks=[], yticks=[])
+    for name, row in zip(("image", *sources), table, strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for column, image in enumerate(rgb):
+        label = None if labels is None else labels[column]
+        table[0, column].imshow(image)
+        table[0, column].set_title("" if label is None else f"class {label}", fontsize="small")
+        for panel, (name, source) in zip(table[1:, column], sources.items(), strict=True):
+            panel.imshow(tint(image, source[column].cpu().numpy(), grid_size))
+            guess = None if predicted is None else predicted[name][column]
+            colour = "black" if label in (None, guess) else "tab:red"
+            panel.set_xlabel("" if guess is None else f"{guess}", fontsize="small", color=colour, labelpad=1)
+    return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from vitprune_env.backbone import Backbone, check_needs
 from vitprune_env.cost import CostModel
+from vitprune_env.credit import attribution
 from vitprune_env.errors import NumericalError
+from vitprune_env.parking import recall
 from vitprune_env.policy import Policy
 from vitprune_env.reduction import check_decision, reduce_tokens
-from vitprune_env.reward import RewardFn, SharedOutcome
-from vitprune_env.tokens import TokenState
+from vitprune_env.reward import CreditRewardFn, RewardFn, SharedOutcome
+from vitprune_env.tokens import TokenState, follow
 from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
 
 
@@ -23,7 +26,7 @@ class TokenGame:
 
     - Observation: the alive tokens' features at the site, packed (`Observation`).
     - Action: a `Decision` for all alive tokens.
-    - Transition: decided tokens leave (or merge), the rest runs through the blocks up to the next site.
+    - Transition: decided tokens leave (or merge, or wait), the rest runs through the blocks up to the next site.
     - Reward: a `RewardFn`; what depends on the class is paid when the game ends.
     - Termination: a token terminates when it is pruned, and at the last site.
 
@@ -126,6 +129,8 @@ class TokenGame:
         self._steps = []
         self._immediate: list[Tensor] = []
         self._extra_macs = torch.zeros(state.batch_size, dtype=torch.float64, device=state.x.device)
+        self._booked = self._extra_macs.clone()
+        self._start = state if isinstance(self.reward, CreditRewardFn) else None
         self._finished = None
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             self._advance(state)
@@ -147,7 +152,7 @@ class TokenGame:
         Returns:
             The next observation (None when the game is over); the reward known now `[B, N]`, in the last step with
             everything deferred (None without labels); terminated and truncated `[B, N]` bool; and a dict with
-            `site`, `alive` `[B, N]` and `n_alive` `[B]`.
+            `site`, `alive` `[B, N]` and `n_alive` `[B]`, and where tokens wait `parked` `[B, N]`.
 
         Raises:
             DecisionError: if the decision does not fit the tokens.
@@ -156,7 +161,7 @@ class TokenGame:
         if self._state is None or len(self._steps) == self.num_steps:
             raise RuntimeError("step: no game is being played; call reset(images, labels) first")
         if self.check:
-            check_decision(decision, self._state.alive)
+            check_decision(decision, self._state.alive, self._state.waiting, self.backbone.embed_dim)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             step = self._apply(decision)
             is_last = len(self._steps) == self.num_steps
@@ -164,7 +169,9 @@ class TokenGame:
             if is_last:
                 reward = self._finish(reward)
             acted_last = step.acted if is_last else step.acted & ~step.kept
-        info = {"site": step.site.label, "alive": step.kept, "n_alive": step.kept.sum(dim=1)}
+        info = {"site": step.site.label, "alive": step.carried, "n_alive": step.carried.sum(dim=1)}
+        if step.parked is not None:
+            info["parked"] = step.parked
         obs = None if is_last else self._observation
         return obs, reward, acted_last, torch.zeros_like(acted_last), info
 
@@ -219,8 +226,8 @@ class TokenGame:
         state, evidence = self.backbone.run(state, site.half, self.needs, self._log_size)
         if evidence_due:
             self._extra_macs += self.cost.evidence(site, self._rows(state), self.needs)
-        else:  # two sites in one block share its attention; what it said of the tokens still there holds
-            evidence = {name: values[self._stayed] for name, values in self._evidence.items()} if self.needs else {}
+        elif self.needs:  # two sites in one block share its attention; what it said of the tokens still there holds
+            evidence = {name: follow(values, self.state, state) for name, values in self._evidence.items()}
         self._state, self._evidence = state, evidence
         self._observation = self.backbone.observe(state, site, len(self._steps), self.num_steps, evidence)
 
@@ -234,22 +241,30 @@ class TokenGame:
         after = reduce_tokens(before, decision, keep_one=self.backbone.needs_patches)
         index = len(self._steps)
         share = (self._bounds[index + 2] - self._bounds[index + 1]) / self._bounds[-1]
-        step = Step(self.sites[index], before.alive, after.alive, share)
-        self._steps.append(step)
-        if self._labels is not None:
-            self._immediate.append(self.reward.immediate(step))
         if decision.macs is not None:
             self._extra_macs += decision.macs
-        self._stayed = after.alive[before.image, before.token]
+        step = Step(self.sites[index], before.present, after.present, share, after.waiting)
+        if self._labels is not None:
+            step = self._with_costs(step, decision, after)
+            self._immediate.append(self.reward.immediate(step))
+        self._steps.append(step)
         if len(self._steps) < self.num_steps:
             self._advance(after)
         else:
             self._state = after
         return step
 
+    def _with_costs(self, step: Step, decision: Decision, after: TokenState) -> Step:
+        """Add what only rewards want to know."""
+        overhead = (self._extra_macs - self._booked) / self.cost.dense()
+        self._booked = self._extra_macs.clone()
+        merged = None if decision.merge_into is None else step.acted & ~step.kept & (after.source >= 0)
+        return replace(step, merged=merged, overhead=overhead.float())
+
     def _finish(self, reward: Tensor | None) -> Tensor | None:
         """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
         state, _ = self.backbone.run(self.state, self._bounds[-1], log_size=self._log_size)
+        state = recall(state)
         logits = self.backbone.classify(state)
         if self.check and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())
@@ -258,10 +273,10 @@ class TokenGame:
             )
         table = None
         if self._labels is not None and reward is not None:
-            deferred = self.reward.deferred(self._steps, self.reward.score(logits.detach(), self._labels))
+            deferred = self._deferred(logits.detach(), self._labels)
             table = torch.stack(self._immediate) + deferred
             reward = reward + deferred.sum(dim=0)
-        n_kept = torch.stack([step.kept.sum(dim=1) for step in self._steps], dim=1)
+        n_kept = torch.stack([step.carried.sum(dim=1) for step in self._steps], dim=1)
         self._finished = Outcome(
             logits=logits,
             correct=None if self._labels is None else logits.argmax(dim=1) == self._labels,
@@ -274,3 +289,12 @@ class TokenGame:
             reward=table,
         )
         return reward
+
+    def _deferred(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What depends on the outcome, `[T, B, N]`."""
+        deferred = self.reward.deferred(self._steps, self.reward.score(logits, labels))
+        if isinstance(self.reward, CreditRewardFn):
+            assert self._start is not None
+            credit = attribution(self.backbone, self._start, self._steps, labels, self.reward.potential)
+            deferred = deferred + self.reward.credited(self._steps, credit)
+        return deferred

@@ -13,6 +13,7 @@ from vitprune_env.backbone import Backbone, check_needs
 from vitprune_env.errors import CheckpointError
 from vitprune_env.execution import Execution
 from vitprune_env.kernels import kernel
+from vitprune_env.parking import recall
 from vitprune_env.policy import Policy
 from vitprune_env.pretrained import (
     CONFIG,
@@ -26,7 +27,7 @@ from vitprune_env.pretrained import (
     write_folder,
 )
 from vitprune_env.reduction import reduce_tokens
-from vitprune_env.tokens import TokenState
+from vitprune_env.tokens import TokenState, follow
 from vitprune_env.types import Decision, Site, parse_sites
 
 
@@ -108,9 +109,8 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
                 on_decision(decision, site)
             before, state = state, reduce_tokens(state, decision, keep_one=self.backbone.needs_patches)
             if self._shares_attention(step):
-                rows = _row_among_alive(before)[state.image, state.token]
-                evidence = {name: values[rows] for name, values in evidence.items()}
-        return self._run(state, 2 * self.backbone.depth)[0]
+                evidence = {name: follow(values, before, state) for name, values in evidence.items()}
+        return recall(self._run(state, 2 * self.backbone.depth)[0])
 
     def forward_head(self, features: TokenState) -> Tensor:
         """What `forward_features` returned to logits `[B, classes]`."""
@@ -180,8 +180,3 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         """Whether the next site looks at the same attention as this one."""
         following = self.sites[step + 1 : step + 2]
         return bool(self.policy.needs) and any(site.block == self.sites[step].block for site in following)
-
-
-def _row_among_alive(state: TokenState) -> Tensor:
-    """`[B, N]` int64, which of the packed alive tokens each one is; of no meaning for the dead."""
-    return state.offsets[:-1, None] + state.alive.cumsum(dim=1) - 1

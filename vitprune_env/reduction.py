@@ -1,4 +1,4 @@
-"""Apply a decision to the token state: drop and merge. Pure functions, differentiable in the features."""
+"""Apply a decision to the token state: drop, merge and park. Pure functions, differentiable in the features."""
 
 from __future__ import annotations
 
@@ -8,32 +8,60 @@ import torch
 from torch import Tensor
 
 from vitprune_env.errors import DecisionError
-from vitprune_env.tokens import TokenState, arrange
+from vitprune_env.parking import park, recall
+from vitprune_env.tokens import TokenState, arrange, repack
 from vitprune_env.types import Decision
 
 
-def check_decision(decision: Decision, alive: Tensor) -> None:
-    """Refuse a decision that does not fit the tokens `alive` `[B, N]`.
+def check_decision(
+    decision: Decision, alive: Tensor, parked: Tensor | None = None, embed_dim: int | None = None
+) -> None:
+    """Refuse a decision that does not fit the tokens in the game.
+
+    Args:
+        decision: the decision.
+        alive: `[B, N]` bool, tokens among the packed rows.
+        parked: `[B, N]` bool, tokens that wait; None: nobody.
+        embed_dim: width of the tokens; None: not looked at.
 
     Raises:
-        DecisionError: for a wrong shape, dtype or device, a dead token that is kept, or a merge target that does not
-            exist, is dead, or is itself merged elsewhere.
+        DecisionError: for a wrong shape, dtype or device, a dead token that is kept, a merge target that does not
+            exist, is dead, or is itself merged elsewhere, a token that should wait but does not stay, or announced
+            counts that are not so.
     """
     if not isinstance(decision, Decision):
         raise DecisionError(f"decision: expected a Decision, got {type(decision).__name__}")
     _check_tensor("keep", decision.keep, alive, (torch.bool,))
-    if (decision.keep & ~alive).any():
-        image, token = (decision.keep & ~alive).nonzero()[0].tolist()
-        raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & obs.alive")
+    present, whose = (alive, "obs.alive") if parked is None else (alive | parked, "(obs.alive | obs.parked)")
+    if (decision.keep & ~present).any():
+        image, token = (decision.keep & ~present).nonzero()[0].tolist()
+        raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & {whose}")
     if decision.order is not None:
         _check_tensor("order", decision.order, alive, (torch.int64, torch.int32, torch.float32, torch.float64))
     if decision.weight is not None:
         _check_tensor("weight", decision.weight, alive, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
     if decision.merge_into is not None:
         _check_tensor("merge_into", decision.merge_into, alive, (torch.int64,))
-        _check_targets(decision.merge_into, alive)
-    if decision.count is not None and (survivors(decision, alive).sum(dim=1) != decision.count).any():
-        raise DecisionError(f"count: expected tokens that stay in every image, got {decision.count}, which is not so")
+        _check_targets(decision.merge_into, present)
+    if decision.features is not None:
+        _check_features(decision.features, alive, embed_dim)
+    goes = survivors(decision, present)
+    if decision.park is not None:
+        _check_tensor("park", decision.park, alive, (torch.bool,))
+        if (decision.park & ~goes).any():
+            image, token = (decision.park & ~goes).nonzero()[0].tolist()
+            raise DecisionError(
+                f"park: token {token} of image {image} does not stay and cannot wait; use park & keep, "
+                "without tokens that are merged elsewhere"
+            )
+        goes = goes & ~decision.park
+    waits = torch.zeros_like(goes) if decision.park is None else decision.park
+    if decision.count is not None and (goes.sum(dim=1) != decision.count).any():
+        raise DecisionError(f"count: expected tokens that go on in every image, got {decision.count}, which is not so")
+    if decision.park_count is not None and (waits.sum(dim=1) != decision.park_count).any():
+        raise DecisionError(
+            f"park_count: expected tokens that wait in every image, got {decision.park_count}, which is not so"
+        )
     if decision.macs is not None and decision.macs.shape != alive.shape[:1]:
         raise DecisionError(f"macs: expected shape [B] = ({len(alive)},), got {tuple(decision.macs.shape)}")
 
@@ -47,6 +75,16 @@ def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.d
         raise DecisionError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if value.device != alive.device:
         raise DecisionError(f"{name}: expected a tensor on {alive.device}, got one on {value.device}")
+
+
+def _check_features(features: Tensor, alive: Tensor, embed_dim: int | None) -> None:
+    rows = int(alive.sum())
+    wanted = f"a floating-point tensor [{rows}, {'D' if embed_dim is None else embed_dim}] on {alive.device}"
+    if not isinstance(features, Tensor) or not features.is_floating_point() or features.device != alive.device:
+        got = f"{features.dtype} on {features.device}" if isinstance(features, Tensor) else type(features).__name__
+        raise DecisionError(f"features: expected {wanted}, got {got}")
+    if features.dim() != 2 or len(features) != rows or features.shape[1] != (embed_dim or features.shape[1]):
+        raise DecisionError(f"features: expected {wanted}, one row per alive token, got {list(features.shape)}")
 
 
 def _check_targets(merge_into: Tensor, alive: Tensor) -> None:
@@ -66,7 +104,7 @@ def _check_targets(merge_into: Tensor, alive: Tensor) -> None:
 
 
 def survivors(decision: Decision, alive: Tensor) -> Tensor:
-    """Tokens that are alive after the decision, `[B, N]` bool."""
+    """Tokens that stay, going on or waiting, of those in the game, `[B, N]` bool."""
     keep = decision.keep & alive
     if decision.merge_into is None:
         return keep
@@ -91,35 +129,68 @@ def rescue_empty(keep: Tensor, state: TokenState) -> Tensor:
 
 
 def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False) -> TokenState:
-    """Drop and merge tokens as decided; nothing is copied when everybody stays.
+    """Drop, merge and park tokens as decided; nothing is copied when everybody stays.
 
-    Asks the device once, for the number of tokens that stay in each image, and not at all if the policy says it.
+    Asks the device for the number of tokens that stay in each image (and once more for those that wait), and not at
+    all if the policy says it.
 
     Args:
         state: the tokens at the site.
         decision: a checked decision.
-        keep_one: whether at least one patch token must stay in every image.
+        keep_one: whether at least one patch token must go on in every image.
     """
+    if state.parked is None and decision.park is None:
+        return _drop_or_merge(state, decision, keep_one)
+    if _moves_nobody(state, decision):
+        return state
+    # Everybody comes back, the decision is applied to all of them, then some wait (again).
+    count, park_count = decision.count, 0 if decision.park is None else decision.park_count
+    total = None if count is None or park_count is None else count + park_count
+    after = _drop_or_merge(recall(state), replace(decision, count=total), keep_one)
+    if decision.park is None:
+        return after
+    waits = decision.park & after.alive
+    if keep_one and not count:
+        waits, count = waits & ~rescue_empty(after.alive & ~waits, after), None
+    return park(after, waits, count, park_count)
+
+
+def _moves_nobody(state: TokenState, decision: Decision) -> bool:
+    """Whether the same tokens go on and the same wait, as far as that shows without asking the device.
+
+    Who waits is the observation's own tensor, so that nobody changed sides; the counts say that nobody left.
+    """
+    aside, given = state.parked, decision
+    if aside is None or given.park is not aside.alive or None in (given.count, given.park_count):
+        return False
+    as_they_are = given.merge_into is None and given.weight is None and given.order is None
+    return as_they_are and (given.count, given.park_count) == (state.count, aside.count)
+
+
+def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> TokenState:
+    """Apply a decision to tokens of which nobody waits."""
     kept = chosen = survivors(decision, state.alive)
     if keep_one and not decision.count:
         kept = rescue_empty(chosen, state)
+        decision = replace(decision, count=None)  # where the policy said 0
     rank = state.rank if decision.order is None else decision.order
     groups, layout = _arrangement(state, decision, kept)
-    only_drops = decision.merge_into is None and decision.weight is None
+    only_drops = decision.merge_into is None and decision.weight is None and decision.features is None
     if only_drops and _total(groups) == _total(state.groups):  # nobody left
         return state if rank is state.rank else replace(state, rank=rank)
     new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)
     if only_drops:
         source = torch.where(_gather(kept, state.source), state.source, -1)
         rows = state.row_of[new.image, new.token]
-        return _pack(state, new, state.x, rows, state.size * kept, source)
+        return repack(state, replace(new, size=state.size * kept, source=source), state.x, rows)
     target = _targets(decision, state.alive, chosen, kept)
     # A rescued token stays as it is: alone, its weight 1.
     weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
-    merged, size = _merge(state, target, new, weight)
+    values = state.tokens if decision.features is None else decision.features.to(state.x)
+    merged, size = _merge(values, state, target, new, weight)
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
     rows = state.x.shape[0] + torch.arange(merged.shape[0], device=merged.device)
-    return _pack(state, new, torch.cat([state.x, merged]), rows, size, source)
+    return repack(state, replace(new, size=size, source=source), torch.cat([state.x, merged]), rows)
 
 
 def _gather(flags: Tensor, source: Tensor) -> Tensor:
@@ -135,14 +206,15 @@ def _targets(decision: Decision, alive: Tensor, chosen: Tensor, kept: Tensor) ->
     return torch.where(kept, itself, torch.where(_gather(chosen, target), target, -1))
 
 
-def _merge(state: TokenState, target: Tensor, new: TokenState, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the groups: features `[sum n'_i, D]` in token order and sizes `[B, N]`."""
+def _merge(
+    values: Tensor, state: TokenState, target: Tensor, new: TokenState, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the groups of `values` `[sum n_i, D]`: features `[sum n'_i, D]` and sizes `[B, N]`."""
     kept, total = new.alive, new.image.shape[0]
     new_row = (kept.flatten().cumsum(0) - 1).view(kept.shape)
     to = target[state.image, state.token]
     # Who goes nowhere adds up in a row behind all others: leaving them out would ask the device how many they are.
     destination = torch.where(to >= 0, new_row[state.image, to.clamp(min=0)], total)
-    values = state.tokens
     if weight is not None:
         values = values * weight[state.image, state.token].to(values)[:, None]
     x = values.new_zeros(total + 1, values.shape[1]).index_add(0, destination, values)[:total]
@@ -165,15 +237,3 @@ def _arrangement(
 def _total(groups: tuple[tuple[int, int], ...]) -> int:
     """All rows of all images; a Python number, also under tracing."""
     return sum(images * rows for images, rows in groups)
-
-
-def _pack(state: TokenState, new: TokenState, x: Tensor, rows: Tensor, size: Tensor, source: Tensor) -> TokenState:
-    """Put the prefix rows of `state` and the given rows of `x`, those of the tokens of `new`, in their new places."""
-    if new.is_uniform:
-        rows = rows.view(new.batch_size, new.groups[0][1] - new.num_prefix)
-        index = torch.cat([state.prefix_rows, rows], dim=1).flatten()
-    else:
-        index = rows.new_empty(_total(new.groups))
-        index = index.index_copy(0, new.prefix_rows.flatten(), state.prefix_rows.flatten())
-        index = index.index_copy(0, new.patch_rows, rows)
-    return replace(new, x=x.index_select(0, index), size=size, source=source)

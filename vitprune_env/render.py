@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ PANEL_PIXELS = 240  # smallest height of a panel of mode rgb_array
 ALIVE, MARKS = "#", "123456789abcdefghijklmnopqrstuvwxyz"
 GONE_EARLIER, GONE_HERE, BACKGROUND = (1.0, 1.0, 1.0), (0.98, 0.74, 0.42), (0.45, 0.45, 0.45)
 COVER = 0.88  # how much of a pruned patch its colour hides
+TINT = 0.55  # how much of a merged patch its colour hides
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, as hues, stay far apart
 
 
 def to_rgb(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
@@ -74,6 +77,29 @@ def shade(image: np.ndarray, before: np.ndarray, after: np.ndarray, grid_size: t
     for gone, colour in ((~before, GONE_EARLIER), (before & ~after, GONE_HERE)):
         where = gone.reshape(grid_size)[pixels]
         out[where] = (1 - COVER) * out[where] + COVER * np.array(colour)
+    return out
+
+
+def tint(image: np.ndarray, source: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
+    """Show which patches of an image `[H, W, 3]` in 0..1 became one token, and cover those that are gone.
+
+    Args:
+        image: the image; a changed copy is returned.
+        source: `[N]` int, the token that every patch ended up in; -1 where it was pruned, which is covered with white.
+            Patches that share a token share a tint.
+        grid_size: rows and columns of patches, N in all.
+    """
+    (height, width, _), (rows, columns) = image.shape, grid_size
+    pixels = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)
+    token, out = source.reshape(grid_size)[pixels], image.copy()
+    shared = 0
+    for number, count in zip(*np.unique(source, return_counts=True), strict=True):
+        if number >= 0 and count == 1:
+            continue
+        cover, colour = (COVER, GONE_EARLIER) if number < 0 else (TINT, hsv_to_rgb(shared * GOLDEN % 1, 0.6, 0.9))
+        shared += number >= 0
+        where = token == number
+        out[where] = (1 - cover) * out[where] + cover * np.array(colour)
     return out
 
 

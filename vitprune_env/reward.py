@@ -89,12 +89,12 @@ class PaperReward:
         return self.outcome(logits, labels)
 
     def immediate(self, step: Step) -> Tensor:
-        """`keep_cost * r1`: -1 for a kept token, `[B, N]`."""
-        return -self.keep_cost * step.kept.float()
+        """`keep_cost * r1`: -1 for a kept token, `[B, N]`; who waits costs nothing."""
+        return -self.keep_cost * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """`outcome_bonus * r2`: gamma * N / n_l for each kept token (printed: gamma / n_l), `[T, B, N]`."""
-        kept = torch.stack([step.kept for step in steps]).to(score)
+        kept = torch.stack([step.carried for step in steps]).to(score)
         total = kept.shape[2] if self.scaled else 1
         per_token = score[:, None] * total / kept.sum(dim=2, keepdim=True).clamp(min=1)
         return self.outcome_bonus * kept * per_token
@@ -106,19 +106,30 @@ class SharedOutcome:
 
     The outcome reaches an agent at the last step in which it acted, pruned ones included. A kept token is charged
     `price` times the share of the network between this site and the next one, so `price` is what it costs to carry
-    one token through the whole network, in units of the outcome. A budget is met by moving the price.
+    one token through the whole network, in units of the outcome. A budget is met by moving the price. If asked for,
+    tokens that merge into another pay, too, and those who decide share the MACs of evidence and policy at the site, at
+    the same price as the network's.
     """
 
     price: float = 0.035
     outcome: OutcomeFn = correct
+    merge_cost: float = 0.0  # paid once by a token that merges into another, in units of the outcome
+    charge_overhead: bool = False  # whether the MACs of evidence and policy are charged
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The outcome, `[B]`."""
         return self.outcome(logits, labels)
 
     def immediate(self, step: Step) -> Tensor:
-        """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
-        return -self.price * step.share * step.kept.float()
+        """The price of the blocks up to the next site, for kept tokens, and of merging and deciding, `[B, N]`."""
+        paid = -self.price * step.share * step.carried.float()
+        if self.merge_cost and step.merged is not None:
+            paid = paid - self.merge_cost * step.merged
+        if self.charge_overhead and step.overhead is not None:
+            # In tokens carried through the whole network, to which the price refers, and split among those who decide.
+            tokens = step.overhead * step.acted.shape[1] / step.acted.sum(dim=1).clamp(min=1)
+            paid = paid - self.price * tokens[:, None] * step.acted
+        return paid
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """The outcome in the last step that each agent acted in, `[T, B, N]`."""
@@ -160,7 +171,7 @@ class Attribution:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
-        return -self.price * step.share * step.kept.float()
+        return -self.price * step.share * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """Nothing, `[T, B, N]`: the outcome as such is not paid."""

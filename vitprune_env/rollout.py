@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from vitprune_env.errors import EvidenceError
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.tokens import TokenState
-from vitprune_env.types import Episode, Observation
+from vitprune_env.types import Episode, Observation, Step
 
 
 def play(
@@ -50,7 +50,15 @@ def play(
         reward=outcome.reward,
         outcome=outcome,
         observations=tuple(observations),
+        parked=_parked(game.steps),
     )
+
+
+def _parked(steps: Sequence[Step]) -> Tensor | None:
+    """Who waits after each decision, `[T, B, N]`; None: nobody ever."""
+    if all(step.parked is None for step in steps):
+        return None
+    return torch.stack([step.kept & ~step.carried for step in steps])
 
 
 def check_fit(game: TokenGame, policy: Policy) -> None:
@@ -79,7 +87,7 @@ class Evaluation:
     accuracy: float  # 0 to 1
     macs: float  # mean MACs per image, policy and evidence included
     policy_macs: float  # the part of `macs` spent on policy and evidence
-    keep_per_site: tuple[float, ...]  # mean fraction of the N tokens alive after each site
+    keep_per_site: tuple[float, ...]  # mean fraction of the N tokens that go on after each site
     images: int  # how many were played
     top5: float  # share of images whose class is among the five with the largest logits, 0 to 1
 

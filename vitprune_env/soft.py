@@ -20,7 +20,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor
 
-from vitprune_env.attention import Rows, attend_packed, project_in, project_out, soft_weights
+from vitprune_env.attention import Rows, attend_packed, per_pair, project_in, project_out, soft_attend, soft_weights
 from vitprune_env.execution import add_branch, drop_factor, feed_forward
 
 if TYPE_CHECKING:
@@ -144,16 +144,17 @@ def _attend(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention branch of a block on rows `[B * n, D]` with the evidence of all rows, `[B, n, ...]` each."""
     attn, normed = cast(Attention, block.attn), block.norm1(flat)
-    if bias is None and not needs and not see_themselves:
-        return attend_packed(attn, normed, rows, key_factor=factor)[0], {}  # faster: without the weights themselves
+    if factor is None and bias is None and not needs:
+        return attend_packed(attn, normed, rows)[0], {}  # fused
     q, k, v = project_in(attn, normed)
     (q_b,), (k_b,), (v_b,) = rows.split(q), rows.split(k), rows.split(v)
     seen = q_b.new_ones(q_b.shape[0], q_b.shape[2]) if factor is None else factor
-    pairs = torch.maximum(seen[:, None], torch.eye(seen.shape[1]).to(seen)) if see_themselves else seen
-    weights = soft_weights(q_b, k_b, pairs, attn.scale, bias)
-    y = (weights @ v_b).transpose(1, 2).reshape(flat.shape[0], -1)
-    evidence = {name: _evidence(name, weights, k_b, v_b, seen) for name in needs}
-    return project_out(attn, normed, y), evidence
+    if bias is None and not needs:
+        mixed, evidence = soft_attend(q_b, k_b, v_b, seen, attn.scale, see_themselves), {}
+    else:
+        weights = soft_weights(q_b, k_b, per_pair(seen) if see_themselves else seen, attn.scale, bias)
+        mixed, evidence = weights @ v_b, {name: _evidence(name, weights, k_b, v_b, seen) for name in needs}
+    return project_out(attn, normed, mixed.transpose(1, 2).reshape(flat.shape[0], -1)), evidence
 
 
 def _evidence(name: str, weights: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -23,18 +23,29 @@ class TokenState:
 
     x: Tensor  # [rows, D] packed: per image P prefix rows, then n_i alive patch tokens
     alive: Tensor  # [B, N] bool
-    size: Tensor  # [B, N] float, patches that each alive token stands for; 0 for the dead
-    source: Tensor  # [B, N] int64, token that each original patch is in now; -1 = pruned
+    size: Tensor  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
+    source: Tensor  # [B, N] int64, token that each original patch is in now, alive or waiting; -1 = pruned
     groups: tuple[tuple[int, int], ...]  # (images, rows of each) of images with equally many rows, as they lie in `x`
     num_prefix: int  # P
     half: int = 0  # half-blocks that have run
     rank: Tensor | None = None  # [B, N] sort key of the current sequence; None: token order
     layout: tuple[int, ...] | None = None  # images in the order in which they lie in `x`; None: 0, 1, 2, ...
+    parked: TokenState | None = None  # the tokens that wait, in rows of their own and without prefix; None: nobody
 
     @property
     def batch_size(self) -> int:
         """B, the number of images."""
         return self.alive.shape[0]
+
+    @property
+    def waiting(self) -> Tensor | None:
+        """`[B, N]` bool, the tokens that wait; None: nobody."""
+        return None if self.parked is None else self.parked.alive
+
+    @property
+    def present(self) -> Tensor:
+        """`[B, N]` bool, the tokens in the game, alive or waiting."""
+        return self.alive if self.parked is None else self.alive | self.parked.alive
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -179,6 +190,35 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
         num_prefix=num_prefix,
         half=half,
     )
+
+
+def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenState:
+    """Put the prefix rows of `old` and the given rows of `x`, those of the tokens of `new`, in their new places.
+
+    Args:
+        old: the state whose rows come first in `x`.
+        new: who is there now, and how the images should lie.
+        x: rows to choose from.
+        rows: `[sum n_i]` int64, for each alive token of `new` its row in `x`.
+    """
+    if new.is_uniform:
+        rows = rows.view(new.batch_size, new.groups[0][1] - new.num_prefix)
+        index = torch.cat([old.prefix_rows, rows], dim=1).flatten()
+    else:
+        index = rows.new_empty(sum(images * length for images, length in new.groups))
+        index = index.index_copy(0, new.prefix_rows.flatten(), old.prefix_rows.flatten())
+        index = index.index_copy(0, new.patch_rows, rows)
+    return new.with_rows(x.index_select(0, index))
+
+
+def follow(values: Tensor, before: TokenState, after: TokenState) -> Tensor:
+    """What was said of the alive tokens `[sum n_i, ...]` before a decision, of those alive after it.
+
+    Zero for a token that waited before, of whom nothing was said.
+    """
+    table = values.new_zeros(*before.alive.shape, *values.shape[1:])
+    table[before.image, before.token] = values
+    return table[after.image, after.token]
 
 
 def segment_mean(values: Tensor, image: Tensor, batch_size: int) -> Tensor:

@@ -91,8 +91,8 @@ class Observation:
     offsets: Tensor  # [B + 1] int64, rows offsets[b] to offsets[b + 1] belong to image b
     cls: Tensor  # [B, D] class token, or the mean of the alive tokens where the model has none
     alive: Tensor  # [B, N] bool
-    size: Tensor  # [B, N] float, patches that each alive token stands for; 0 for the dead
-    order: Tensor  # [B, N] int64, rank of the alive tokens in the current sequence; -1 for the dead
+    size: Tensor  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
+    order: Tensor  # [B, N] int64, rank of the alive tokens in the current sequence; -1 for all others
     position: Tensor  # [N, 2] float, row and column of each patch, 0 to 1
     site: Site  # where in the network this is
     step: int  # which step of the game this is, 0 to num_steps - 1
@@ -101,6 +101,7 @@ class Observation:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [sum n_i, ...], only what was asked for
     count: int | None = None  # alive tokens of every image where all have equally many; known without asking the device
     num_prefix: int = 1  # P, prefix tokens that stand in front of the sequence which `order` ranks
+    parked: Tensor | None = None  # [B, N] bool, tokens that wait: not among `alive`, yet not dead; None: nobody
 
     @property
     def batch_size(self) -> int:
@@ -139,14 +140,22 @@ class Decision:
     Token j becomes the sum over all i with `merge_into[i] = j` of `weight[i] * x_i`, j itself included, with the
     weights as given. `merge_into[i] = i` stands alone, -1 is dropped, and a group whose target is not kept leaves
     whole. Without `merge_into` every kept token stands alone with weight 1.
+
+    A token that is kept and parked waits: no half-block touches it and it costs nothing, until a later decision says
+    something else of it. Every decision says anew who waits: a waiting token that is kept and parked waits on, one
+    that is kept and not parked comes back behind the others of the sequence, one that is not kept dies. Who still
+    waits at the end comes back before the image is classified.
     """
 
-    keep: Tensor  # [B, N] bool, False for the dead
+    keep: Tensor  # [B, N] bool, False for the dead; a waiting token must be kept, too, lest it die
     merge_into: Tensor | None = None  # [B, N] int64
     weight: Tensor | None = None  # [B, N] float; None: 1 for every token
     order: Tensor | None = None  # [B, N], sorts the tokens that stay into their new sequence; None: as before
     macs: Tensor | None = None  # [B] float, MACs that taking this decision cost; None: nothing
-    count: int | None = None  # tokens that stay in every image, where known beforehand; makes a policy exportable
+    count: int | None = None  # tokens that go on in every image (kept, not parked), where known; makes it exportable
+    features: Tensor | None = None  # [sum n_i, D], what the alive tokens are before they merge; None: as they are
+    park: Tensor | None = None  # [B, N] bool, tokens that wait outside the computation; among those that stay
+    park_count: int | None = None  # tokens that wait in every image, where known beforehand
 
 
 @dataclass(frozen=True)
@@ -154,9 +163,17 @@ class Step:
     """What a reward gets to see of one step of the game."""
 
     site: Site
-    acted: Tensor  # [B, N] bool, tokens that were alive and decided
-    kept: Tensor  # [B, N] bool, tokens that are alive afterwards
+    acted: Tensor  # [B, N] bool, tokens that were in the game and decided, waiting ones included
+    kept: Tensor  # [B, N] bool, tokens that are in the game afterwards, waiting ones included
     share: float  # part of the network's half-blocks between this site and the next one (or the end), 0 to 1
+    parked: Tensor | None = None  # [B, N] bool, of those kept, who waits up to the next site; None: nobody
+    merged: Tensor | None = None  # [B, N] bool, of those not kept, who lives on in another token; None: nobody
+    overhead: Tensor | None = None  # [B] float, MACs of evidence and decision as a share of the dense network's
+
+    @property
+    def carried(self) -> Tensor:
+        """`[B, N]` bool: tokens that the network carries on to the next site, the kept ones that do not wait."""
+        return self.kept if self.parked is None else self.kept & ~self.parked
 
 
 @dataclass(frozen=True)
@@ -165,12 +182,12 @@ class Outcome:
 
     logits: Tensor  # [B, C]
     correct: Tensor | None  # [B] bool; None without labels
-    n_kept: Tensor  # [B, T] int64, tokens alive after each site
+    n_kept: Tensor  # [B, T] int64, tokens that go on after each site; waiting ones cost nothing and are left out
     macs: Tensor  # [B] float64, the whole pass, evidence and policy included
     policy_macs: Tensor  # [B] float64, the part of `macs` spent on evidence and policy
     source: Tensor  # [B, N] int64, token that each original patch ended up in; -1 where it was pruned
     size: Tensor  # [B, N] float, patches that each token alive at the end stands for; 0 for the dead
-    alive: Tensor  # [B, N] bool, tokens alive at the end
+    alive: Tensor  # [B, N] bool, tokens alive at the end, who waited included
     reward: Tensor | None  # [T, B, N] float; None without labels
 
 
@@ -178,11 +195,12 @@ class Outcome:
 class Episode:
     """A batch of finished games, step by step."""
 
-    alive: Tensor  # [T, B, N] bool, alive before each decision: the agents that acted
-    keep: Tensor  # [T, B, N] bool, alive after each decision
+    alive: Tensor  # [T, B, N] bool, in the game before each decision: the agents that acted
+    keep: Tensor  # [T, B, N] bool, in the game after each decision
     reward: Tensor | None  # [T, B, N] float; None without labels
     outcome: Outcome
     observations: tuple[Observation, ...] = ()  # T of them, when recording was asked for
+    parked: Tensor | None = None  # [T, B, N] bool, of those kept, who waits after each decision; None: nobody ever
 
     @property
     def terminated(self) -> Tensor:

@@ -1,0 +1,102 @@
+"""Evo-ViT (Xu et al., 2022): informative tokens are updated, the others wait and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..errors import UnsupportedBackboneError
+from ..policy import BasePolicy, check_keep_rate
+from ..types import Decision, Observation, Site
+
+
+@dataclass
+class EvoViT(BasePolicy):
+    """Carry on with the `int(keep_rate * N)` tokens of the largest global class attention, let all others wait.
+
+    Slow-fast token evolution (section 3.3) as the authors' DeiT code has it. The global class attention g is the class
+    token's attention of the block before the first selection, and afterwards, for the tokens that a block updates,
+    `(1 - momentum) * g + momentum * attention` (Eq. 3); those that wait keep theirs. Waiting tokens ("placeholders")
+    stay in the game: at the next selection all N compete again, and all of them come back before the image is
+    classified. Departures of that code from the print, which we follow: there is no representative token that
+    aggregates the waiting ones, and hence no fast update.
+
+    Stage-wise, the selection of blocks 5 to 8 of 12 is made after block 4 and that of blocks 9 to 12 after block 8
+    (thirds of any other depth); in between the policy only
+    watches. Layer-wise, every block from the 5th on selects
+    anew. The published network reads its class from the mean of all patch tokens (`read_from_patches`); a stock
+    network keeps its own way of reading.
+
+    Args:
+        keep_rate: fraction of the tokens that go on, above 0 and at most 1; 0.5 is published.
+        layer_wise: whether to select anew before every block, as in the authors' first 200 epochs of training.
+        momentum: weight of the newest attention, above 0 and at most 1.
+    """
+
+    keep_rate: float
+    layer_wise: bool = False
+    momentum: float = 0.5
+    _score: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [B, N] g, of this batch
+    needs = frozenset({"cls_attention"})
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum: expected a number above 0 and at most 1, got {self.momentum!r}")
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Blocks 4 to 8 of 12, layer-wise 4 to 11: every block whose attention a later selection looks at."""
+        first, *later = selecting_blocks(depth, self.layer_wise)
+        return range(first, (later[-1] if later else first) + 1)
+
+    def reset(self, batch_size: int, num_agents: int) -> None:
+        """Forget the attention to other images."""
+        self._score = None
+
+    def decide(self, obs: Observation) -> Decision:
+        """Bring g up to date; where a stage begins, rank all tokens by it."""
+        attention = obs.scatter(obs.evidence["cls_attention"].detach())
+        if self._score is None or obs.step == 0:
+            score = attention
+        else:
+            blended = (1 - self.momentum) * self._score + self.momentum * attention
+            score = torch.where(obs.alive, blended, self._score)
+        self._score = score
+        present = obs.alive if obs.parked is None else obs.alive | obs.parked
+        # The first selection is made where the game begins, also at sites that somebody else chose.
+        if obs.step and obs.site.block not in selecting_blocks(obs.depth, self.layer_wise):
+            waiting = None if obs.count is None else obs.num_agents - obs.count
+            return Decision(keep=present, park=obs.parked, count=obs.count, park_count=waiting)
+        count = max(1, int(self.keep_rate * obs.num_agents))
+        ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return Decision(keep=present, park=ranks >= count, count=count, park_count=obs.num_agents - count)
+
+
+def selecting_blocks(depth: int, layer_wise: bool) -> Sequence[int]:
+    """1-based blocks after which Evo-ViT selects: after each third of the network, or after every block from there."""
+    thirds = sorted({max(1, round(depth * part / 3)) for part in (1, 2)})
+    return range(thirds[0], max(thirds[0] + 1, depth)) if layer_wise else thirds
+
+
+def read_from_patches(backbone: Backbone) -> Backbone:
+    """A copy of a network that reads the class from the mean of all patch tokens, as Evo-ViT was trained to.
+
+    Mean, then norm, then head (timm's `global_pool="avg"`), where a stock network applies the same two to its class
+    token.
+
+    Raises:
+        UnsupportedBackboneError: for a distilled network, which has a head for each of its two class tokens.
+    """
+    if backbone.reads_patches:
+        return backbone
+    model = deepcopy(backbone.model)
+    if hasattr(model, "head_dist"):
+        raise UnsupportedBackboneError(f"backbone: expected a network with one head, got {backbone.name} with two")
+    model.global_pool = "avg"
+    model.norm, model.fc_norm = nn.Identity(), model.norm
+    return Backbone(model, backbone.name, backbone.default_sites)

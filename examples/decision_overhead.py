@@ -1,0 +1,228 @@
+"""What a policy's own decision costs in time, beside the half-block that it sits in.
+
+    python examples/decision_overhead.py                                   # all baselines on vit_digits
+    python examples/decision_overhead.py --model deit_small_patch16_224    # random weights
+    python examples/decision_overhead.py --methods evit tome --budget 0.5
+    python examples/decision_overhead.py --quick
+
+Every method is calibrated to the same budget and plays the same images. At each of its sites are measured, in turn in
+one process: the half-block just before the site, without anything extra; what the block's attention takes longer
+because the policy asks for evidence or proportional attention; looking at the tokens and deciding; and applying the
+decision (dropping, merging, packing). The table gives sums over the sites, medians over the rounds, and the last three
+as a share of the first. Writes overhead.json and table.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from common import CommonArgs, run, versions, write_json
+from train_mappo import TUNE_SEED
+from vitprune_env import Backbone, Policy, load_backbone
+from vitprune_env.baselines import available, calibrate, describe
+from vitprune_env.cost import CostModel
+from vitprune_env.data import Digits
+from vitprune_env.errors import BudgetError
+from vitprune_env.reduction import reduce_tokens
+from vitprune_env.tokens import TokenState
+from vitprune_env.types import Decision, Site, parse_sites
+
+T = TypeVar("T")
+WARM_UP = 2  # rounds that do not count; an even number, so that either attention comes first equally often
+MAX_NAMED_SITES = 3
+
+
+@dataclass(frozen=True)
+class Args(CommonArgs):
+    """What to time."""
+
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/overhead")
+    """Folder for results; made if it does not exist."""
+    methods: tuple[str, ...] = ()
+    """Baselines to time; none: all."""
+    model: str = "vit_digits"
+    """Network, by its name in timm, or vit_digits."""
+    budget: float = 0.5
+    """Mean GMACs per image as a share of the dense model's."""
+    batch_size: int = 32
+    """Images that are played at once."""
+    rounds: int = 31
+    """How often everything is measured."""
+    cpu_time: bool = False
+    """Count the process's CPU time instead of the clock's: on a shared machine, with one thread, the fairer measure."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One method; milliseconds per batch, summed over its sites, median over the rounds."""
+
+    method: str
+    sites: tuple[str, ...] = ()
+    half_ms: float = 0.0  # the half-blocks before the sites
+    evidence_ms: float = 0.0  # what evidence and proportional attention add to the blocks' attention
+    decide_ms: float = 0.0
+    reduce_ms: float = 0.0
+    out_of_reach: str = ""  # why it could not be timed
+
+    @property
+    def share(self) -> float:
+        """Everything that deciding adds, over the half-blocks."""
+        return (self.evidence_ms + self.decide_ms + self.reduce_ms) / self.half_ms
+
+
+@dataclass(frozen=True)
+class Player:
+    """A calibrated method."""
+
+    name: str
+    policy: Policy
+    sites: tuple[Site, ...]
+
+
+class Stopwatch:
+    """Adds up the seconds of the calls that go through it, by name."""
+
+    def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
+        self.device, self._now = device, time.process_time if cpu_time else time.perf_counter
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[..., T], *args: Any) -> T:
+        """Time a call."""
+        self._wait()
+        start = self._now()
+        result = call(*args)
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+        return result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@torch.inference_mode()
+def one_round(
+    backbone: Backbone, player: Player, images: Tensor, evidence_first: bool, cpu_time: bool = False
+) -> dict[str, float]:
+    """Milliseconds of one pass over the images.
+
+    Args:
+        backbone: the network.
+        player: who decides, and where; one site per block.
+        images: `[B, C, H, W]`.
+        evidence_first: whether the attention with evidence runs before the one without; the second finds its data in
+            the cache, so that rounds should take turns.
+        cpu_time: whether to count CPU time instead of the clock's.
+    """
+    policy, sites = player.policy, player.sites
+    watch, log_size = Stopwatch(images.device, cpu_time), policy.attention_bias == "log_size"
+    nothing: tuple[frozenset[str], bool] = (frozenset(), False)
+    state = backbone.embed(images)
+    policy.reset(len(images), backbone.num_patches)
+    for step, site in enumerate(sites):
+        state = backbone.run(state, 2 * (site.block - 1), frozenset(), log_size)[0]
+        found = {
+            name: watch(name, backbone.run, state, state.half + 1, *asked)
+            for name, asked in (("asked", (policy.needs, log_size)), ("plain", nothing))[:: 1 if evidence_first else -1]
+        }
+        state, evidence = found["asked"]
+        state = state if site.inside else watch("mlp", backbone.run, state, site.half)[0]
+
+        def look_and_decide(state: TokenState, site: Site, step: int, evidence: dict[str, Tensor]) -> Decision:
+            return policy.decide(backbone.observe(state, site, step, len(sites), evidence))
+
+        decision = watch("decide", look_and_decide, state, site, step, evidence)
+        state = watch("reduce", reduce_tokens, state, decision, backbone.needs_patches)
+    spent = {name: 1e3 * value for name, value in watch.seconds.items()}
+    return {
+        "half_ms": spent["plain"] if sites[0].inside else spent["mlp"],
+        "evidence_ms": spent["asked"] - spent["plain"] if policy.needs or log_size else 0.0,
+        "decide_ms": spent["decide"],
+        "reduce_ms": spent["reduce"],
+    }
+
+
+def images_for(args: Args, backbone: Backbone) -> Tensor:
+    """Scenes for the built-in model; noise for any other."""
+    if backbone.name == "vit_digits":
+        return Digits("train", args.batch_size, seed=TUNE_SEED).batch(range(args.batch_size))[0].to(args.device)
+    shape = (args.batch_size, backbone.in_chans, *backbone.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
+
+
+def players(args: Args, backbone: Backbone, images: Tensor) -> Iterator[Player | Overhead]:
+    """Every method at the budget, or why it cannot meet it."""
+    tune = [(images, torch.zeros(len(images), dtype=torch.int64, device=args.device))]
+    budget = args.budget * CostModel.of(backbone).dense() / 1e9
+    for name in args.methods or available():
+        sites = parse_sites(describe(name).sites(backbone), backbone.depth)
+        try:
+            yield Player(name, calibrate(name, budget, backbone, tune, sites, tolerance=0.01), sites)
+        except BudgetError as error:
+            yield Overhead(name, out_of_reach=str(error))
+
+
+def measure(args: Args, backbone: Backbone, entries: Sequence[Player], images: Tensor) -> list[Overhead]:
+    """All methods in turn, round by round."""
+    rounds: dict[str, list[dict[str, float]]] = {player.name: [] for player in entries}
+    for number in tqdm(range(args.rounds + WARM_UP), "rounds"):
+        for player in entries:
+            spent = one_round(backbone, player, images, number % 2 == 0, args.cpu_time)
+            rounds[player.name].append(spent)
+    return [_median(player, rounds[player.name][WARM_UP:]) for player in entries]
+
+
+def _median(player: Player, rounds: Sequence[dict[str, float]]) -> Overhead:
+    """One method over all rounds."""
+    medians: dict[str, Any] = {name: statistics.median(spent[name] for spent in rounds) for name in rounds[0]}
+    return Overhead(player.name, tuple(site.label for site in player.sites), **medians)
+
+
+def table(rows: Sequence[Overhead]) -> str:
+    """The overheads as a markdown table, the cheapest first."""
+    lines = [
+        "| method | sites | half-blocks ms | evidence ms | decide ms | apply ms | overhead % of the half-blocks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    timed = sorted((row for row in rows if not row.out_of_reach), key=lambda row: row.share)
+    for row in timed:
+        sites = ", ".join(row.sites) if len(row.sites) <= MAX_NAMED_SITES else f"{row.sites[0]} to {row.sites[-1]}"
+        lines.append(
+            f"| {row.method} | {sites} | {row.half_ms:.2f} | {row.evidence_ms:.2f} | {row.decide_ms:.2f} "
+            f"| {row.reduce_ms:.2f} | {100 * row.share:.0f} |"
+        )
+    missing = [f"- {row.method}: {row.out_of_reach}" for row in rows if row.out_of_reach]
+    return "\n".join([*lines, "", *missing]).strip() + "\n"
+
+
+def main() -> None:
+    """Calibrate, time, report."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.quick:
+        args = replace(args, batch_size=8, rounds=3)
+    args.prepare(built_in=args.model == "vit_digits")
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(args.model).to(args.device)
+    images = images_for(args, backbone)
+    found = list(tqdm(players(args, backbone, images), "calibrating", total=len(args.methods or available())))
+    rows = measure(args, backbone, [entry for entry in found if isinstance(entry, Player)], images)
+    rows += [entry for entry in found if isinstance(entry, Overhead)]
+    text = table(rows)
+    results = {"rows": [asdict(row) for row in rows], "settings": asdict(args), "versions": versions()}
+    write_json(args.output / "overhead.json", results)
+    (args.output / "table.md").write_text(text)
+    print(f"\n{text}\nresults are in {args.output}/")
+
+
+if __name__ == "__main__":
+    run(main)
