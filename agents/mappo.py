@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
@@ -27,49 +26,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..errors import NumericalError
 from .advantage import generalized_advantage
 from .buffer import GameBuffer, Trajectory
+from .losses import policy_loss as policy_loss
+from .losses import value_loss as value_loss
 from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob
+from .parallel import Processes
 from .value_norm import ValueNorm
-
-
-def policy_loss(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
-    """Clipped policy objective of paper 000, Eq. 3, as a loss: its negative mean over agent-steps.
-
-    Args:
-        ratio: `[rows]`, probability of each action now over what it was when drawn.
-        advantage: `[rows]`.
-        clip: epsilon of Eq. 3.
-        dual_clip: bound, above 1, on how far a negative advantage may push (Ye et al., 2020); None: no bound.
-    """
-    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    if dual_clip is not None:
-        gain = torch.where(advantage < 0, torch.max(gain, dual_clip * advantage), gain)
-    return -gain.mean()
-
-
-def value_loss(
-    value: Tensor, old: Tensor, target: Tensor, clip: float | None, huber_delta: float | None = None
-) -> Tensor:
-    """Clipped value loss of paper 000, Eq. 4, mean over agent-steps.
-
-    Clipped is the new value, to within `clip` of the old one; as printed, Eq. 4 clips the old value around itself,
-    which would do nothing.
-
-    Args:
-        value: `[rows]`, the critic's values now.
-        old: `[rows]`, its values before the update.
-        target: `[rows]`, returns.
-        clip: epsilon of Eq. 4; None: no clipping.
-        huber_delta: error above which the loss grows linearly; None: squared error.
-    """
-
-    def error(prediction: Tensor) -> Tensor:
-        if huber_delta is None:
-            return (target - prediction).square()
-        return 2 * F.huber_loss(prediction, target, reduction="none", delta=huber_delta)
-
-    if clip is None:
-        return error(value).mean()
-    return torch.max(error(value), error(old + (value - old).clamp(-clip, clip))).mean()
 
 
 @dataclass(kw_only=True)
@@ -124,6 +85,8 @@ class MAPPO(PPO):
     Raises:
         ValueError: for `return_scaling=True`, or a `dual_clip` of 1 or less.
     """
+
+    processes = Processes()  # who trains together; the trainer sets it
 
     def __init__(
         self,
@@ -195,9 +158,11 @@ class MAPPO(PPO):
         )
         out.adv = games.flat(table)
         returns = out.adv + value
-        self._explained = float(1 - (returns - value).var() / returns.var().clamp(min=1e-12))
+        everyones = self.processes.gather(returns)
+        error = everyones - self.processes.gather(value)
+        self._explained = float(1 - error.var() / everyones.var().clamp(min=1e-12))
         if self.value_norm is not None:
-            self.value_norm.update(returns)
+            self.value_norm.update(everyones)
             returns = self.value_norm.normalize(returns)
         out.returns = returns
         return cast(BatchWithAdvantagesProtocol, batch)
@@ -224,11 +189,14 @@ class MAPPO(PPO):
             last_epoch = len(logs)
             if self.recompute_adv and epoch > 0:
                 self._add_returns_and_advantages(batch, self._buffer, self._indices)
-            for rows in self._minibatches(len(games), batch_size):
-                loss, log = self._loss(games, batch, rows.to(games.tokens.device))
-                self.optim.step(loss)
-                logs.append(log)
-        table = torch.stack(logs).cpu()
+            advantage = self.processes.gather(cast(Any, batch).adv)
+            before, total = self.processes.span(len(games))
+            for rows in self._minibatches(total, batch_size):
+                rows = rows.to(games.tokens.device)
+                is_own = (rows >= before) & (rows < before + len(games))
+                share = self._normalized(advantage[rows])[is_own]
+                logs.append(self._step(games, batch, rows[is_own] - before, share, len(rows)))
+        table = self.processes.sum(torch.stack(logs)).cpu()
         if not torch.isfinite(table).all():
             bad = int((~torch.isfinite(table)).any(dim=1).sum())
             raise NumericalError(
@@ -256,12 +224,40 @@ class MAPPO(PPO):
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
             yield order[start:stop]
 
-    def _loss(self, games: Trajectory, batch: LogpOldProtocol, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalized(self, advantage: Tensor) -> Tensor:
+        """Advantages of a minibatch as the loss takes them."""
+        if not self.advantage_normalization:
+            return advantage
+        return (advantage - advantage.mean()) / (advantage.std() + self._eps)
+
+    def _step(
+        self, games: Trajectory, batch: LogpOldProtocol, rows: Tensor, advantage: Tensor, everyones: int
+    ) -> Tensor:
+        """One gradient step on a minibatch of `everyones` rows, of which `rows` are this process's.
+
+        The loss is a mean over all rows: each process computes its rows' part, the parts of the gradient are summed.
+        Returns this process's part of the log.
+        """
+        optim = self.optim
+        optim._optim.zero_grad()
+        log = advantage.new_zeros(6)
+        if len(rows):
+            loss, log = self._loss(games, batch, rows, advantage)
+            weight = len(rows) / everyones
+            (weight * loss).backward()
+            log = weight * log
+        parameters = list(optim._module.parameters())
+        self.processes.sum_gradients(parameters)
+        if optim._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, optim._max_grad_norm)
+        optim._optim.step()
+        return log
+
+    def _loss(
+        self, games: Trajectory, batch: LogpOldProtocol, rows: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Total loss on some rows, and detached `[6]`: total, policy, value, entropy, approximate KL, clipped share."""
         fields = cast(Any, batch)
-        advantage = fields.adv[rows]
-        if self.advantage_normalization:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + self._eps)
         tokens = games.tokens[rows]
         logit = self.actor.keep_logit(tokens)
         log_ratio = keep_log_prob(logit, games.keep[rows]) - games.log_prob[rows]
