@@ -46,3 +46,8 @@ def value_loss(
     if clip is None:
         return error(value).mean()
     return torch.max(error(value), error(old + (value - old).clamp(-clip, clip))).mean()
+
+
+def normalized(advantage: Tensor, eps: float) -> Tensor:
+    """Advantages `[rows]` of a whole minibatch, shifted and scaled to mean 0 and deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + eps)
