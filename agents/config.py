@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from ..reward import correct, log_probability, margin, probability
+
 # What a resumed run may have otherwise: what is written when, and the remedies for a run that exploded.
 MAY_CHANGE = frozenset({"checkpoint_every", "log_images_every", "wandb", "lr", "max_grad_norm"})
+
+REWARDS = ("shared_outcome", "paper", "attribution")
+OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability": probability, "margin": margin}
+FINETUNE = ("off", "alternate", "after")
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,16 @@ class TrainConfig:
     # Game
     sites: tuple[str, ...] = ()
     """Where tokens are pruned, such as 3 6 9 or 4.attn; empty: the backbone's own sites."""
-    reward: Literal["shared_outcome", "paper"] = "shared_outcome"
-    """What agents are paid: the image's outcome, shared, or paper 000's Eq. 2."""
-    outcome: Literal["correct", "log_probability"] = "correct"
-    """What counts as outcome: 1 for a correct class, or the clamped log-probability of the true class."""
+    reward: Literal["shared_outcome", "paper", "attribution"] = "shared_outcome"
+    """What agents are paid: the image's outcome, shared; paper 000's Eq. 2; or what their token contributed to the
+    log-probability of the true class, to first order."""
+    outcome: Literal["correct", "log_probability", "probability", "margin"] = "correct"
+    """What counts as outcome: 1 for a correct class, or of the true class the clamped log-probability, the probability,
+    or the clamped margin of its logit; see `vitprune_env.reward`."""
+    merge_cost: float = 0.0
+    """Shared outcome: what a token pays that merges into another (games in which tokens may merge)."""
+    charge_overhead: bool = False
+    """Shared outcome: whether agents pay for the MACs of the policy itself."""
     price: float = 0.01
     """Shared outcome: price at the start of carrying one token through the whole network."""
     price_rate: float = 0.2
@@ -90,6 +102,21 @@ class TrainConfig:
     huber_delta: float | None = None
     """Error above which the value loss grows linearly; None: squared error."""
 
+    # The network itself
+    finetune: Literal["off", "alternate", "after"] = "off"
+    """Whether the network learns, too (Algorithm 1): every so many updates, or once the policy is trained. What comes
+    before the first site is left as it is."""
+    finetune_every: int = 10
+    """Updates between two phases of fine-tuning, with `alternate`."""
+    finetune_steps: int = 300
+    """Gradient steps on the network in all."""
+    finetune_batch: int = 64
+    """Images per such step."""
+    finetune_lr: float = 2e-4
+    """Learning rate of the network; cosine, with a warm-up."""
+    distill: float = 0.0
+    """Fine-tuning: weight of the dense model's soft labels against the true class, 0 to 1."""
+
     # Run
     seed: int = 0
     """Of weights, images, exploration and minibatches."""
@@ -109,16 +136,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self, "log_images_every", self.log_images_every >= 0, "at least 0")
-        for name in ("updates", "images", "epochs", "calibration_images", "checkpoint_every"):
+        for name in ("updates", "images", "epochs", "calibration_images", "checkpoint_every",
+                     "finetune_every", "finetune_steps", "finetune_batch"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         _check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
         _check(self, "lr", self.lr > 0, "above 0")
         _check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
         _check(self, "price", self.price > 0, "above 0")
         _check(self, "cache_images", self.cache_images >= 0, "at least 0")
-        _check(self, "reward", self.reward in ("shared_outcome", "paper"), "'shared_outcome' or 'paper'")
-        _check(self, "outcome", self.outcome in ("correct", "log_probability"), "'correct' or 'log_probability'")
-        for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part"):
+        for name, known in (("reward", REWARDS), ("outcome", tuple(OUTCOMES)), ("finetune", FINETUNE)):
+            _check(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part", "distill"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         _check(self, "outcome_bonus", self.outcome_bonus > 0, "above 0")
         if self.keep_cost is not None:

@@ -31,6 +31,7 @@ from ..tokens import TokenState
 from ..types import Site
 from .finetune_config import CosineKeepRate, FinetuneConfig
 from .images import BatchedDataset, TrainingImages
+from .parallel import Processes
 
 __all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "finetune", "save_weights"]
 
@@ -57,6 +58,9 @@ class FineTuner:
         wishes: the policy, or one like it, whose evidence and attention bias the game must serve.
         generator: a CPU generator, chooses images.
         device: where to train.
+        processes: with whom the images of a step are shared.
+        images: where batches come from, if something else plays them, too, up to the same first site; None: made anew
+            from the dataset.
     """
 
     def __init__(
@@ -68,16 +72,22 @@ class FineTuner:
         generator: torch.Generator,
         sites: Sequence[int | str | Site] | None = None,
         device: str | torch.device = "cpu",
+        processes: Processes | None = None,
+        images: TrainingImages | None = None,
     ) -> None:
         self.config = config
+        self.processes = Processes() if processes is None else processes
         self.backbone = backbone.to(device)
         self.teacher = deepcopy(self.backbone).eval().requires_grad_(False) if config.distill else None
         where = {} if sites is None else {"sites": sites}
         self.game = TokenGame.for_policy(self.backbone, wishes, grad=True, **where)
         early = config.trainable == "after_first_site"
         self._parameters = self._late_parameters() if early else list(self.backbone.model.named_parameters())
-        with torch.no_grad():  # the tokens that are kept need no history
-            self.images = TrainingImages(dataset, self.game, config.cache_images if early else 0, generator, device)
+        if images is None:
+            cached = config.cache_images if early else 0
+            with torch.no_grad():  # the tokens that are kept need no history
+                images = TrainingImages(dataset, self.game, cached, generator, device, self.processes)
+        self.images = images
         self.optimizer = create_optimizer_v2(
             cast(Any, self._parameters), opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
         )
@@ -107,25 +117,34 @@ class FineTuner:
         training = self.backbone.training
         self.backbone.train()
         try:
-            outcome = play(self.game, policy, batch, labels).outcome
-            loss = self._loss(outcome.logits, labels, batch)
-            parameters = [value for _, value in self._parameters]
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            largest = self.config.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise NumericalError(
-                    f"fine-tuning: loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g} in step "
-                    f"{self.steps_done + 1}; lower lr or max_grad_norm"
-                )
-            self.optimizer.step()
+            with torch.random.fork_rng():  # stochastic depth and dropout draw from torch's global generator
+                torch.manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 1_009 + self.processes.rank)
+                outcome = play(self.game, policy, batch, labels).outcome
+                loss = self._loss(outcome.logits, labels, batch) * len(labels) / self.config.batch_size
+            self._descend(loss)
         finally:
             self.backbone.train(training)
         self.steps_done += 1
         self._schedule()
-        accuracy = float((outcome.logits.argmax(dim=1) == labels).double().mean())
-        return {"loss": float(loss.detach()), "accuracy": accuracy, "gmacs": float(outcome.macs.mean()) / 1e9, "lr": lr}
+        everyone = self.processes.gather
+        accuracy = float(everyone(outcome.logits.argmax(dim=1) == labels).double().mean())
+        gmacs = float(everyone(outcome.macs).mean()) / 1e9
+        return {"loss": float(self.processes.sum(loss.detach())), "accuracy": accuracy, "gmacs": gmacs, "lr": lr}
+
+    def _descend(self, loss: Tensor) -> None:
+        """One step of the optimiser down the sum of all processes' losses."""
+        parameters = [value for _, value in self._parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.processes.sum_gradients(parameters)
+        largest = self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
+        if not torch.isfinite(norm):
+            raise NumericalError(
+                f"fine-tuning: loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g} in step "
+                f"{self.steps_done + 1}; lower lr or max_grad_norm"
+            )
+        self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
         """All that the coming steps depend on, but for the generator."""
@@ -194,6 +213,7 @@ def finetune(
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume: bool = False,
+    processes: Processes | None = None,
 ) -> FinetuneResult:
     """Fine-tune a copy of a network with a frozen policy: cross-entropy on the pruned forward (Algorithm 1).
 
@@ -210,6 +230,7 @@ def finetune(
         device: where to train.
         progress: whether to show a progress bar.
         resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh.
+        processes: those that train together; each gets the same arguments and the same result.
 
     Returns:
         The fine-tuned copy, in evaluation mode, and the history.
@@ -226,33 +247,23 @@ def finetune(
     scheduled = (lambda _: policy) if schedule is None else _scheduled(policy, schedule)
     generator = torch.Generator().manual_seed(config.seed)
     student = deepcopy(backbone)
-    tuner = FineTuner(student, dataset, config, scheduled(0.0), generator, sites, device)
+    processes = Processes() if processes is None else processes
+    tuner = FineTuner(student, dataset, config, scheduled(0.0), generator, sites, device, processes)
     history: list[dict[str, float]] = []
     state_file = None if folder is None else folder / STATE_FILE
     if resume and state_file is not None and state_file.exists():
         history = _resume(state_file, tuner, config, generator)
-    with torch.random.fork_rng(enabled=True), tqdm(total=config.steps, initial=len(history), disable=not progress,
-                                                   desc="fine-tune", unit="step") as bar:  # fmt: skip
+    with tqdm(total=config.steps, initial=len(history), disable=not progress, desc="fine-tune", unit="step") as bar:
         for step in range(len(history), config.steps):
-            # Stochastic depth and dropout draw from torch's global generator.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            now = scheduled(step / config.steps)
             rate = {} if schedule is None else {"keep_rate": schedule(step / config.steps)}
-            history.append({**tuner.step(now), **rate})
+            history.append({**tuner.step(scheduled(step / config.steps)), **rate})
             bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()})
             bar.update()
-            if state_file is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
-                save_state(
-                    {
-                        "config": vars(config),
-                        "tuner": tuner.state(),
-                        "generator": generator.get_state(),
-                        "history": history,
-                    },
-                    state_file,
-                    kind="fine-tuning",
-                )
-    if folder is not None:
+            due = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+            if state_file is not None and processes.is_main and due:
+                state = {"config": vars(config), "tuner": tuner.state(), "generator": generator.get_state()}
+                save_state({**state, "history": history}, state_file, kind="fine-tuning")
+    if folder is not None and processes.is_main:
         save_weights(student, folder / WEIGHTS_FILE)
     return FinetuneResult(student.eval(), tuple(history))
 

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..backbone import Backbone
 from ..errors import CheckpointError, NumericalError, StorageError
 from ..storage import PathLike, load_state, prepare_folder, save_state
 from .checkpoint import save_policy
 from .config import TrainConfig
+from .finetune import WEIGHTS_FILE, save_weights
 from .parallel import Processes
 from .policy import TokenPolicy
 from .signals import TrainingStopped
@@ -82,6 +84,11 @@ class RunFolder:
         """Write what training is for."""
         if self.processes.is_main:
             save_policy(policy, self.path / POLICY_FILE)
+
+    def save_backbone(self, backbone: Backbone) -> None:
+        """Write a fine-tuned network's weights, for `load_backbone(name, checkpoint=...)`."""
+        if self.processes.is_main:
+            save_weights(backbone, self.path / WEIGHTS_FILE)
 
     @contextmanager
     def explaining(self, config: TrainConfig) -> Iterator[None]:

@@ -30,6 +30,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "generator": run.generator.get_state(),
         "images": run.images.state(),
         "schedule": run.schedule.state(),
+        "finetune": {} if run.alternation is None else run.alternation.state(),
         "collapse_streak": run.collapse.streak,
         "history": run.history,
     }
@@ -50,6 +51,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     run.generator.set_state(state["generator"])
     run.images.restore(state["images"])
     run.schedule.restore(state["schedule"])
+    if run.alternation is not None:
+        run.alternation.restore(state["finetune"])
     run.collapse.streak = state["collapse_streak"]
     run.history = list(state["history"])
     run.collector.played = run.updates_done * run.config.images

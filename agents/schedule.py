@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import exp
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..reward import PaperReward, RewardFn, SharedOutcome, correct, log_probability
+from ..reward import Attribution, PaperReward, RewardFn, SharedOutcome
 from .budget import PolicyCost
-from .config import TrainConfig
+from .config import OUTCOMES, TrainConfig
 
 
 class CollapseWarning(UserWarning):
@@ -43,7 +43,7 @@ class RewardSchedule(Protocol):
 
 
 class DualPrice:
-    """Dual ascent on the price of `SharedOutcome`: dearer while play costs more than the target, cheaper below.
+    """Dual ascent on the price of a reward: dearer while play costs more than the target, cheaper below.
 
     The steps are relative, so that the price stays positive and the rate does not depend on its scale. Play answers
     late, and pure ascent overshoots: the price asked is therefore the dual variable times `exp(gain * excess)`, which
@@ -56,7 +56,7 @@ class DualPrice:
         gain: of the immediate answer.
     """
 
-    def __init__(self, reward: SharedOutcome, rate: float, gain: float) -> None:
+    def __init__(self, reward: SharedOutcome | Attribution, rate: float, gain: float) -> None:
         self._reward = reward
         self._rate = rate
         self._gain = gain
@@ -177,10 +177,12 @@ def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
 
 def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
     """The reward that a configuration asks for, and how it moves towards the budget."""
-    outcome: Callable[..., Any] = correct if config.outcome == "correct" else log_probability
+    outcome = OUTCOMES[config.outcome]
     if config.reward == "paper":
         reward = PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome)
         if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
             return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
         return FedForwardKeepCost(reward, cost)
-    return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
+    shared = SharedOutcome(config.price, outcome, config.merge_cost, config.charge_overhead)
+    reward = Attribution(config.price) if config.reward == "attribution" else shared
+    return DualPrice(reward, config.price_rate, config.price_gain)

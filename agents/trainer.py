@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from ..backbone import Backbone
 from ..game import TokenGame
 from ..rollout import evaluate
 from ..storage import PathLike
+from .alternate import Alternation, finetune_settings
 from .budget import PolicyCost, annealed, calibrate_threshold, target_macs
 from .collector import GameCollector
 from .config import TrainConfig
+from .finetune import finetune
 from .health import check_health
 from .images import BatchedDataset, TrainingImages
 from .mappo import MAPPO, LinearDecay
@@ -44,6 +47,7 @@ class TrainResult:
     target_macs: float  # the budget, or where `keep_cost` alone should lead, MACs per image
     train_macs: float  # what the policy costs on the calibration images
     train_accuracy: float  # its accuracy there
+    backbone: Backbone  # the one given, or its fine-tuned copy
 
 
 def train(
@@ -57,7 +61,7 @@ def train(
     resume: bool = False,
     processes: Processes | None = None,
 ) -> TrainResult:
-    """Train a token policy for a backbone, which itself stays as it is.
+    """Train a token policy for a backbone, which itself stays as it is: fine-tuning, if asked for, trains a copy.
 
     Args:
         backbone: the network to prune; moved to `device`.
@@ -71,7 +75,7 @@ def train(
         processes: those that train together (`parallel.launched`); each gets the same arguments and the same result.
 
     Returns:
-        The calibrated policy, the critic and the history.
+        The calibrated policy, the critic, the history, and the network that the policy goes with.
 
     Raises:
         TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
@@ -86,12 +90,13 @@ def train(
     processes = Processes() if processes is None else processes
     folder = None if output is None else RunFolder(output, processes)
     config = TrainConfig() if config is None else config
+    backbone = backbone if config.finetune == "off" else deepcopy(backbone)
     with torch_train_mode(backbone.to(device), enabled=False):
         run = Run(backbone, dataset, config, folder, torch.device(device), processes)
         if resume:
             run.resume()
         run.learn(progress and processes.is_main)
-        return run.finish()
+        return run.finish(progress and processes.is_main, resume)
 
 
 class Run:
@@ -128,6 +133,8 @@ class Run:
         self.collector = GameCollector(
             self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
         )
+        alternates = config.finetune == "alternate"
+        self.alternation = Alternation(backbone, self.actor, config, self.images) if alternates else None
         self.history: list[dict[str, float]] = []
         self.signals = StopSignals()
 
@@ -205,6 +212,8 @@ class Run:
             "collapsed": float(self.collapse.observe(kept[0], kept[-1], fraction, played["accuracy"])),
             **learnt,
         }
+        if self.alternation is not None:
+            row |= self.alternation.after(self.updates_done + 1)
         check_health(row, self.history, self.algorithm)
         self.schedule.observe(share, played["accuracy"], target)
         self.history.append(row)
@@ -229,8 +238,8 @@ class Run:
         if state is not None:
             restore(self, state)
 
-    def finish(self) -> TrainResult:
-        """Calibrate the threshold on training images, if there is a budget, and measure there."""
+    def finish(self, progress: bool, resume: bool) -> TrainResult:
+        """Calibrate the threshold on training images, if there is a budget, fine-tune if asked to, and measure."""
         batches = self.images.first(self.config.calibration_images)
         info = {
             "backbone": self.game.backbone.name,
@@ -238,17 +247,42 @@ class Run:
             "seed": self.config.seed,
             "reward": self.config.reward,
             "updates": self.updates_done,
+            "finetune": self.config.finetune,
         }
-        policy = TokenPolicy(self.actor, sites=self.game.sites, info=info).eval()
-        if not self.config.is_free:
-            policy = calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
+        policy = self._calibrated(TokenPolicy(self.actor, sites=self.game.sites, info=info).eval())
+        if self.config.finetune == "after":
+            self._finetune(policy, progress, resume)
+            policy = self._calibrated(policy)  # other features, other decisions at the later sites
         measured = evaluate(self.game, policy, batches)
         if self.folder is not None:
             self.folder.save_policy(policy)
+            if self.config.finetune != "off":
+                self.folder.save_backbone(self.game.backbone)
         critic = self.algorithm.critic
         assert isinstance(critic, TokenCritic)
         history = tuple(self.history)
-        return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy)
+        return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy, self.game.backbone)
+
+    def _calibrated(self, policy: TokenPolicy) -> TokenPolicy:
+        if self.config.is_free:
+            return policy
+        batches = self.images.first(self.config.calibration_images)
+        return calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
+
+    def _finetune(self, policy: TokenPolicy, progress: bool, resume: bool) -> None:
+        """Let the network learn from what the finished policy leaves; what comes before the first site stays."""
+        tuned = finetune(
+            self.game.backbone,
+            policy,
+            self.images.dataset,
+            config=finetune_settings(self.config, self.config.finetune_steps),
+            output=None if self.folder is None else self.folder.path / "finetune",
+            device=self.images.device,
+            progress=progress,
+            resume=resume and self.folder is not None,
+            processes=self.processes,
+        )
+        self.game.backbone.load_state_dict(tuned.backbone.state_dict())
 
 
 def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, TokenCritic]:
