@@ -16,17 +16,16 @@ import torch
 from gymnasium.spaces import Discrete
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
-from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactory, OptimizerFactory
+from tianshou.algorithm.optim import AdamOptimizerFactory, OptimizerFactory
 from tianshou.data import ReplayBuffer, SequenceSummaryStats
 from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import NumericalError
 from .advantage import generalized_advantage
 from .buffer import GameBuffer, Lanes, Trajectory
 from .gradient import GradientStep, Shared, chunk_rows
+from .gradient import LinearDecay as LinearDecay
 from .losses import policy_loss as policy_loss
 from .losses import value_loss as value_loss
 from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob, standardize
@@ -44,23 +43,6 @@ class MAPPOStats(A2CTrainingStats):
     clip_frac: float  # share of agent-steps whose ratio lay outside the clipping range
     explained_variance: float  # of the returns, by the critic before the update
     grad_norm: float  # of the joint gradient before clipping, mean over gradient steps
-
-
-class LinearDecay(LRSchedulerFactory):
-    """Learning rate falling linearly from its initial value to a fraction of it; never below.
-
-    Args:
-        updates: over how many updates.
-        final: the fraction at the end.
-    """
-
-    def __init__(self, updates: int, final: float) -> None:
-        self.updates = updates
-        self.final = final
-
-    def create_scheduler(self, optim: Optimizer) -> LambdaLR:
-        """One step per update."""
-        return LambdaLR(optim, lambda done: 1 - (1 - self.final) * min(1.0, done / max(1, self.updates - 1)))
 
 
 class MAPPO(PPO):
@@ -193,11 +175,10 @@ class MAPPO(PPO):
     def _values(self, games: Trajectory) -> Tensor:
         """The critic on all live agent-steps, `[M]`."""
         with self._autocast():
-            shared = self.token_critic.folded(games.cls)
-            chunks = zip(
-                *(rows.split(self._chunk_size(self.max_batchsize)) for rows in (self._seen, games.image)), strict=True
-            )
-            return torch.cat([self.token_critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
+            critic, size = self.token_critic, self._chunk_size(self.max_batchsize)
+            shared = critic.folded(games.cls)
+            chunks = zip(self._seen.split(size), games.image.split(size), strict=True)
+            return torch.cat([critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
 
     def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> MAPPOStats:
         """`repeat` epochs of minibatches of `batch_size` agent-steps.
@@ -287,8 +268,7 @@ class MAPPO(PPO):
         entropy = keep_entropy(logit).mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clip_frac = ((ratio - 1).abs() > self.eps_clip).float().mean()
+            approx_kl, clip_frac = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > self.eps_clip).float().mean()
             return loss, torch.stack([loss, actor_loss, vf_loss, entropy, approx_kl, clip_frac])
 
     def _chunk_size(self, most: int) -> int:

@@ -89,6 +89,7 @@ _LEARNT = (
     "approx_kl",
     "clip_frac",
     "explained_variance",
+    "grad_norm",
     "gradient_steps",
     "train_time",
 )
