@@ -141,8 +141,10 @@ class LifeRegression(BasePolicy, nn.Module):
             raise ValueError("obs: expected games that LifeRegression saw at their first site, got others")
         count = self.count(obs.step, obs.num_agents)
         scores = obs.gather(self._importance)
+        # Where none is to stay, a network without prefix tokens keeps one: the number is not known.
+        known = None if obs.count is None else min(count, obs.count) or None
         keep = keep_top(obs, scores, torch.full_like(obs.num_alive, count))
-        return Decision(keep=keep, macs=macs, count=None if obs.count is None else min(count, obs.count))
+        return Decision(keep=keep, macs=macs, count=known)
 
     def count(self, step: int, num_agents: int) -> int:
         """Tokens that stay at a step (from 0), of N in the beginning."""
