@@ -41,6 +41,7 @@ def every_block(backbone: Backbone) -> Sites:
 
 
 KEEP_RATE = Knob()
+MOST_SAMPLES = 20_000.0  # so many heights leave nearly every token; more cost memory
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ METHODS: tuple[Method, ...] = (
         ATS,
         "samples tokens in every block from the distribution of their scores",
         "Fayyaz et al., 2022",
-        Knob("samples", 1, None, kind="schedule"),
+        Knob("samples", 1, MOST_SAMPLES, kind="schedule"),
         every_block,
     ),
     Method("evo_vit", EvoViT, "carries on with a share of the tokens, the others wait", "Xu et al., 2022"),
