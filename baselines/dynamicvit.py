@@ -140,9 +140,11 @@ class DynamicViT(BasePolicy, nn.Module):
 
         scores = predictor(obs.tokens, mean)
         count = self.count(obs.step, obs.num_agents)
+        # Where none is to stay, a network without prefix tokens keeps one: the number is not known.
+        known = None if obs.count is None else min(count, obs.count) or None
         keep = keep_top(obs, scores[:, 0] - scores[:, 1], torch.full_like(obs.num_alive, count))
         macs = obs.num_alive.double() * predictor.macs_per_token
-        return Decision(keep=keep, macs=macs, count=None if obs.count is None else min(count, obs.count))
+        return Decision(keep=keep, macs=macs, count=known)
 
     def count(self, step: int, num_agents: int) -> int:
         """Tokens that stay at a step (from 0), of N in the beginning."""

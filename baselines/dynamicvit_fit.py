@@ -196,7 +196,7 @@ def sample_keep(scores: Tensor, temperature: float, generator: torch.Generator) 
     """
     noise = torch.empty(scores.shape).exponential_(generator=generator).log().neg().to(scores)
     soft = ((scores + noise) / temperature).softmax(dim=-1)[..., 0]
-    return (soft > 0.5).to(soft) + soft - soft.detach()
+    return (soft > 0.5).to(soft) + (soft - soft.detach())  # brackets: exactly 0 or 1
 
 
 def ratio_loss(kept: Sequence[Tensor], keep_rate: float) -> Tensor:
