@@ -10,6 +10,8 @@ from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
 from .evo_vit import EvoViT, read_from_patches
 from .knobs import Knob
+from .life_fit import LifeConfig, finetune_life_regression, fit_life_regression
+from .life_regression import LifeRegression
 from .ltmp import LTMP
 from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
@@ -29,6 +31,8 @@ __all__ = [
     "EvoViT",
     "KMeansMerge",
     "Knob",
+    "LifeConfig",
+    "LifeRegression",
     "Method",
     "PoolMerge",
     "RandomDrop",
@@ -39,7 +43,9 @@ __all__ = [
     "calibrate",
     "describe",
     "diversity_score",
+    "finetune_life_regression",
     "fit_dynamicvit",
+    "fit_life_regression",
     "make",
     "read_from_patches",
 ]

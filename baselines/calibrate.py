@@ -93,7 +93,7 @@ def _builder(
         return (lambda value: policy_factory(value, **parameters)), knob or knob_of(policy_factory)
     method = describe(policy_factory)
     turned = knob or method.knob
-    return (lambda value: cast(P, method(**{turned.name: value}, **parameters))), turned
+    return (lambda value: cast(P, method(**{**method.start, turned.name: value, **parameters}))), turned
 
 
 class _Dial(Generic[P]):

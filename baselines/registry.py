@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..backbone import Backbone
@@ -20,6 +20,8 @@ from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
 from .evo_vit import EvoViT
 from .knobs import Knob
+from .life_fit import LifeConfig, fit_life_regression
+from .life_regression import LifeRegression
 from .ltmp import LTMP
 from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
@@ -41,6 +43,7 @@ def every_block(backbone: Backbone) -> Sites:
 
 
 KEEP_RATE = Knob()
+MOST_SAMPLES = 20_000.0  # so many heights leave nearly every token; more cost memory
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Method:
         knob: what sets its budget.
         sites: where it acts when methods are compared on one network; where it was published is
             `Policy.default_sites`.
+        start: values of other parameters that stand for the untrained method where nothing else is given.
         fit: trains what is to be trained of it, `(backbone, dataset, target_gmacs, *, sites, seed, output, resume,
             progress, config) -> policy`; None: nothing is.
         fit_config: makes the default of that `config`; its `quick()` is a fit that takes seconds.
@@ -67,6 +71,7 @@ class Method:
     source: str
     knob: Knob = KEEP_RATE
     sites: Callable[[Backbone], Sites] = backbone_sites
+    start: Mapping[str, Any] = field(default_factory=dict)
     fit: Callable[..., Policy] | None = None
     fit_config: Callable[[], Any] | None = None
     fitted_knob: Knob = KEEP_RATE
@@ -75,6 +80,11 @@ class Method:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Parameters of the method by name."""
         return dict(inspect.signature(self.make).parameters)
+
+    @property
+    def needs_only_knob(self) -> bool:
+        """Whether it can be made from its knob alone, without knowing the network."""
+        return all(p.default is not p.empty or name == self.knob.name for name, p in self.parameters.items())
 
     @property
     def is_random(self) -> bool:
@@ -143,7 +153,7 @@ METHODS: tuple[Method, ...] = (
         ATS,
         "samples tokens in every block from the distribution of their scores",
         "Fayyaz et al., 2022",
-        Knob("samples", 1, None, kind="schedule"),
+        Knob("samples", 1, MOST_SAMPLES, kind="schedule"),
         every_block,
     ),
     Method("evo_vit", EvoViT, "carries on with a share of the tokens, the others wait", "Xu et al., 2022"),
@@ -154,6 +164,14 @@ METHODS: tuple[Method, ...] = (
         "Rao et al., 2021",
         fit=fit_dynamicvit,
         fit_config=DynamicViTConfig,
+    ),
+    Method(
+        "life_regression",
+        LifeRegression,
+        "predicts once, at the first site, how long each token is needed; the longest-lived stay",
+        "Chen et al., Life Regression based Patch Slimming",
+        fit=fit_life_regression,
+        fit_config=LifeConfig,
     ),
 )
 

@@ -101,7 +101,8 @@ def _of_method(text: str) -> Iterable[Contestant]:
         return
     if not parameters:
         yield Contestant(text, "baseline", lambda task, budget: _fitted(method, task, budget), method)
-    yield Contestant(f"{text} (unfitted)", "control", calibrated, method)
+    if method.needs_only_knob:
+        yield Contestant(f"{text} (unfitted)", "control", calibrated, method)
 
 
 def _value(text: str) -> Any:
@@ -122,7 +123,7 @@ def _calibrated(method: Method, task: Task, budget: float, parameters: dict[str,
     policy = calibrate(method.name, budget, task.backbone, task.tune, **options)
     if not method.is_random:
         return [policy]
-    setting = {**parameters, method.knob.name: getattr(policy, method.knob.name)}
+    setting = {**method.start, **parameters, method.knob.name: getattr(policy, method.knob.name)}
     return [method(**{**setting, "seed": task.seed + index}) for index in range(task.seeds)]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
 MARKERS = "osD^vP*X<>pd"
+NEAR = 0.1  # accuracies this far below the reference are shown enlarged
 MAX_IMAGES = 8  # images of a figure that stay readable on a page
 
 
@@ -138,7 +139,7 @@ def pareto_figure(
     muted: Container[str] = (),
     title: str = "",
 ) -> Figure:
-    """Accuracy over cost, one line per method, named at the side in the order of their last points.
+    """Accuracy over cost, one line per method; with a reference also as seen from near it.
 
     Args:
         lines: points of each method, in any order.
@@ -147,32 +148,37 @@ def pareto_figure(
         title: of the figure.
 
     Raises:
-        ValueError: if there are no points.
+        ValueError: if there are no methods, or one has no points.
     """
-    if not any(lines.values()):
-        raise ValueError("lines: expected points of at least one method, got none")
+    if not lines or not all(lines.values()):
+        raise ValueError("lines: expected methods with points, got none, or one without any")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    axes = figure.subplots()
+    best = {name: max(point.accuracy for point in points) for name, points in lines.items()}
+    near = reference is not None and max(best.values()) > reference[1] - NEAR
+    figure = Figure(figsize=(12.0 if near else 7.5, 5.0), layout="constrained")
+    panels = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
     coloured = [name for name in lines if name not in muted]
     palette = colormaps["tab10" if len(coloured) <= colormaps["tab10"].N else "tab20"]
     colours = {name: palette(index % palette.N) for index, name in enumerate(coloured)}
-    for index, (name, points) in enumerate(lines.items()):
-        share, accuracy, low, high = np.array(sorted(points)).T
-        style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
-        style |= {"color": colours[name]} if name in colours else {"color": "0.6", "linestyle": "--"}
-        axes.errorbar(share, accuracy, np.stack([accuracy - low, high - accuracy]), capsize=2, label=name, **style)
-    if reference is not None:
-        axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
-    axes.set(xlabel="GMACs, share of dense, policy included", ylabel="accuracy, with 95 % intervals", title=title)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    handles, names = axes.get_legend_handles_labels()
-    best = {name: max(point.accuracy for point in points) for name, points in lines.items()}
+    for axes in panels:
+        for index, (name, points) in enumerate(lines.items()):
+            share, accuracy, low, high = np.array(sorted(points)).T
+            style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+            style |= {"color": colours[name]} if name in colours else {"color": "0.6", "linestyle": "--"}
+            axes.errorbar(share, accuracy, np.stack([accuracy - low, high - accuracy]), capsize=2, label=name, **style)
+        if reference is not None:
+            axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
+        axes.set(xlabel="GMACs, share of dense, policy included")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    panels[0].set(ylabel="accuracy, with 95 % intervals", title=title)
+    if near and reference is not None:
+        panels[1].set(ylim=(reference[1] - NEAR, min(1.0, reference[1] + NEAR / 5)), title=f"near {reference[0]}")
+    handles, names = panels[0].get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: -best.get(names[index], 2.0))
     legend: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": "small"}
     figure.legend([handles[index] for index in order], [names[index] for index in order], **legend)
