@@ -10,6 +10,9 @@ from typing import Any, Literal
 class TrainConfig:
     """Settings of `train`; the defaults are what learnt best in minutes on the built-in task."""
 
+    algorithm: Literal["mappo", "ppo_single"] = "mappo"
+    """Who learns: every token for itself (MAPPO), or one agent that decides for all tokens of an image."""
+
     # Budget: give at most one of the three; without any, the share is 0.35, or 0.6 with paper_sizes.
     target_gmacs: float | None = None
     """Mean GMACs per image that the trained policy may cost, its own included."""
@@ -106,6 +109,9 @@ class TrainConfig:
         _check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
         _check(self, "price", self.price > 0, "above 0")
         _check(self, "cache_images", self.cache_images >= 0, "at least 0")
+        _check(self, "algorithm", self.algorithm in ("mappo", "ppo_single"), "'mappo' or 'ppo_single'")
+        fits = self.algorithm == "mappo" or self.reward == "shared_outcome"
+        _check(self, "reward", fits, "'shared_outcome' with algorithm='ppo_single' (Eq. 2 pays token by token)")
         _check(self, "reward", self.reward in ("shared_outcome", "paper"), "'shared_outcome' or 'paper'")
         _check(self, "outcome", self.outcome in ("correct", "log_probability"), "'correct' or 'log_probability'")
         for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part"):

@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..game import TokenGame
 from ..reward import PaperReward, SharedOutcome, correct, log_probability
 from ..rollout import evaluate
+from ..team_reward import TeamOutcome
 from .budget import PolicyCost, annealed, calibrate_threshold, target_macs
 from .checkpoint import PathLike, load_state, save_policy, save_state
 from .collector import GameCollector
@@ -28,6 +29,7 @@ from .images import BatchedDataset, TrainingImages
 from .mappo import MAPPO, LinearDecay
 from .networks import TokenActor, TokenCritic, paper_sizes
 from .policy import ExploringPolicy, TokenPolicy
+from .ppo_single import Critic, ImageCritic, PPOSingle
 from .run_log import RunLog
 from .schedule import CollapseDetector, DualPrice, FedForwardKeepCost, RewardSchedule
 
@@ -40,7 +42,7 @@ class TrainResult:
     """What training leaves behind."""
 
     policy: TokenPolicy  # greedy, its threshold calibrated to the budget
-    critic: TokenCritic
+    critic: Critic
     history: tuple[dict[str, float], ...]  # one row of metrics per update
     target_macs: float  # the budget, or where `keep_cost` alone should lead, MACs per image
     train_macs: float  # what the policy costs on the calibration images
@@ -239,16 +241,17 @@ class _Run:
         if self.output is not None:
             save_policy(policy, self.output / POLICY_FILE)
         critic = self.algorithm.critic
-        assert isinstance(critic, TokenCritic)
+        assert isinstance(critic, Critic)
         history = tuple(self.history)
         return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy)
 
 
-def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, TokenCritic]:
+def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, Critic]:
     """Actor and critic of the sizes that a configuration asks for."""
     default = paper_sizes(embed_dim) if config.paper_sizes else None
     actor = TokenActor(embed_dim, config.actor_hidden or default, config.keep_bias, generator)
-    return actor, TokenCritic(embed_dim, config.critic_hidden or default, generator)
+    kind = ImageCritic if config.algorithm == "ppo_single" else TokenCritic
+    return actor, kind(embed_dim, config.critic_hidden or default, generator)
 
 
 def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
@@ -266,13 +269,15 @@ def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
         if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
             return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
         return FedForwardKeepCost(reward, cost)
-    return DualPrice(SharedOutcome(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
+    shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
+    return DualPrice(shared(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
 
 
-def make_algorithm(actor: TokenActor, critic: TokenCritic, config: TrainConfig, generator: torch.Generator) -> MAPPO:
-    """MAPPO with the optimiser and the learning-rate schedule of a configuration."""
+def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, generator: torch.Generator) -> Any:
+    """MAPPO or single-agent PPO with the optimiser and the learning-rate schedule of a configuration."""
     adam = AdamOptimizerFactory(lr=config.lr, eps=config.adam_eps)
-    return MAPPO(
+    kind: Any = PPOSingle if config.algorithm == "ppo_single" else MAPPO
+    return kind(
         actor=actor,
         critic=critic,
         optim=adam.with_lr_scheduler_factory(LinearDecay(config.updates, config.lr_final)),
