@@ -84,6 +84,23 @@ class Trajectory:
         return table.permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """What an update looks at: the M live agent-steps of a `Trajectory`, prepared for both networks."""
+
+    tokens: Tensor  # [M, D] standardised
+    image: Tensor  # [M] int64, row of the trajectory's `cls`
+    keep: Tensor  # [M] bool, the action drawn
+    log_prob: Tensor  # [M] its log-probability when it was drawn
+    advantage: Tensor  # [M]
+    value: Tensor  # [M] the critic's before the update
+    target: Tensor  # [M] returns, in the critic's units
+
+    def take(self, rows: Tensor) -> Lanes:
+        """Some of them, `[rows]` int64."""
+        return Lanes(**{name: column.index_select(0, rows) for name, column in vars(self).items()})
+
+
 def _agent_major_rows(alive: Tensor) -> Tensor:
     """Row of each live agent-step when they are sorted agent by agent, `[T, B, N]` int64."""
     by_agent = alive.permute(1, 2, 0)

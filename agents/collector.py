@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import torch
 from gymnasium.spaces import Discrete
 from tianshou.algorithm import Algorithm
 from tianshou.data import CollectStats
@@ -17,7 +18,9 @@ from torch import Tensor
 from ..game import TokenGame
 from ..rollout import play
 from ..tokens import TokenState
+from ..types import Episode
 from .buffer import GameBuffer, Trajectory
+from .parallel import Processes
 from .policy import ExploringPolicy
 
 DrawImages = Callable[[int], tuple[Tensor | TokenState, Tensor]]
@@ -44,8 +47,13 @@ class GameCollector(BaseCollector[GameStats]):
         algorithm: whose policy tianshou switches between training and evaluation mode.
         explorer: who plays.
         game: what is played; its `reward` may be replaced between calls.
-        draw: how to get a number of images (or prepared states) with labels.
+        draw: how to get this process's share of a number of images (or prepared states), with labels.
         buffer: where the agent-steps go.
+        processes: who plays the other shares; statistics are over all of them.
+        amp: whether the backbone runs in bfloat16 where that is safe (`torch.autocast`); the actor never does.
+
+    Attributes:
+        played: games played in this run, by all processes.
     """
 
     def __init__(
@@ -55,7 +63,12 @@ class GameCollector(BaseCollector[GameStats]):
         game: TokenGame,
         draw: DrawImages,
         buffer: GameBuffer | None = None,
+        processes: Processes | None = None,
+        amp: bool = False,
     ) -> None:
+        self.processes = Processes() if processes is None else processes
+        self.amp = amp
+        self.played = 0
         self.explorer = explorer
         self.game = game
         self.draw = draw
@@ -94,24 +107,32 @@ class GameCollector(BaseCollector[GameStats]):
         """
         if n_episode is None:
             raise ValueError(f"n_episode: expected a number of images, got None and n_step={n_step}")
+        self.explorer.next_game = self.played + self.processes.share(n_episode).start
+        self.played += n_episode
         images, labels = self.draw(n_episode)
-        episode = play(self.game, self.explorer, images, labels, record=True)
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
+            episode = play(self.game, self.explorer, images, labels, record=True)
         self.games.store(Trajectory.of(episode, self.explorer.actions, self.explorer.log_probs))
-        outcome = episode.outcome
+        self.collect_step += n_episode * self.game.num_steps
+        self.collect_episode += n_episode
+        return self._stats(episode)
+
+    def _stats(self, episode: Episode) -> GameStats:
+        """Means over the games of all processes."""
+        outcome, everyone = episode.outcome, self.processes.gather
         assert episode.reward is not None
         assert outcome.correct is not None
-        batch, steps = outcome.n_kept.shape
-        rates = (outcome.n_kept.double().mean(dim=0) / self.game.num_agents).tolist()
-        self.collect_step += batch * steps
-        self.collect_episode += batch
+        n_kept = everyone(outcome.n_kept)
+        batch, steps = n_kept.shape
+        rates = (n_kept.double().mean(dim=0) / self.game.num_agents).tolist()
         return GameStats(
             n_collected_episodes=batch,
             n_collected_steps=batch * steps,
-            returns=episode.reward.sum(dim=0).mean(dim=1).double().cpu().numpy(),
+            returns=everyone(episode.reward.sum(dim=0).mean(dim=1).double()).cpu().numpy(),
             lens=np.full(batch, steps),
-            accuracy=float(outcome.correct.double().mean()),
-            macs=float(outcome.macs.mean()),
-            policy_macs=float(outcome.policy_macs.mean()),
+            accuracy=float(everyone(outcome.correct).double().mean()),
+            macs=float(everyone(outcome.macs).mean()),
+            policy_macs=float(everyone(outcome.policy_macs).mean()),
             keep={site.label: rate for site, rate in zip(self.game.sites, rates, strict=True)},
         )
 

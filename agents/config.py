@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+# What a resumed run may have otherwise: what is written when, and the remedies for a run that exploded.
+MAY_CHANGE = frozenset({"checkpoint_every", "log_images_every", "wandb", "lr", "max_grad_norm"})
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -100,8 +103,15 @@ class TrainConfig:
     """Training images on which the threshold is set at the end."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
+    amp: bool = False
+    """Whether the backbone plays in bfloat16 (autocast); actor, critic and calibration stay in full precision."""
+    log_images_every: int = 0
+    """Updates between pictures of what is pruned, in TensorBoard; 0: none."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
 
     def __post_init__(self) -> None:
+        _check(self, "log_images_every", self.log_images_every >= 0, "at least 0")
         for name in ("updates", "images", "epochs", "calibration_images", "checkpoint_every"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         _check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
@@ -139,9 +149,9 @@ class TrainConfig:
         return {**given, "share": 0.6 if self.paper_sizes else 0.35}
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Names of the settings that differ from those in a checkpoint."""
+        """Names of the settings that differ from those in a checkpoint, but for those that may change on the way."""
         mine = self.as_json()
-        return [field.name for field in fields(self) if mine[field.name] != other.get(field.name)]
+        return [name for name in mine if name not in MAY_CHANGE and mine[name] != other.get(name)]
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data import fetch
 from ..game import TokenGame
 from ..tokens import TokenState, start_state
+from .parallel import Processes
 
 CHUNK = 256
 
@@ -38,6 +39,8 @@ class TrainingImages:
         game: prepares images.
         cached: how many images to keep prepared; 0: none, all images of the dataset are played.
         generator: a CPU generator, chooses images.
+        device: where to prepare and play them.
+        processes: with whom the work is shared: each prepares its part of the cache, and draws its part of a batch.
 
     Raises:
         ValueError: for an empty dataset.
@@ -50,7 +53,9 @@ class TrainingImages:
         cached: int,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = Processes() if processes is None else processes
         self.dataset = dataset
         self.game = game
         self.device = torch.device(device)
@@ -60,22 +65,36 @@ class TrainingImages:
             raise ValueError("dataset: expected at least one image, got an empty dataset")
         order = torch.randperm(size, generator=generator)
         self.chosen = order[:cached] if cached else order
+        if len(self.chosen) < self.processes.size:
+            raise ValueError(
+                f"cache_images: expected 0 or one image for each of {self.processes.size} processes, "
+                f"got {len(self.chosen)} of {size}"
+            )
         self._half = 0
         self.states, self.labels = self._prepared() if cached else (None, None)
         self._queue = torch.empty(0, dtype=torch.int64)
 
     def draw(self, count: int) -> tuple[Tensor | TokenState, Tensor]:
-        """The next `count` images, each once before any twice."""
+        """This process's share of the next `count` images, each once before any twice."""
         while len(self._queue) < count:
             order = torch.randperm(len(self.chosen), generator=self.generator)
             self._queue = torch.cat([self._queue, order])
         rows, self._queue = self._queue[:count], self._queue[count:]
-        return self._take(rows)
+        return self._take(rows[self._share(count)])
 
     def first(self, count: int) -> list[tuple[Tensor | TokenState, Tensor]]:
         """Up to `count` images in batches, always the same ones."""
         rows = torch.arange(min(count, len(self.chosen)))
         return [self._take(chunk) for chunk in rows.split(CHUNK)]
+
+    def raw(self, count: int) -> Tensor:
+        """The first `count` images as they are, `[B, C, H, W]`."""
+        return fetch(cast(Any, self.dataset), self.chosen[:count])[0].to(self.device)
+
+    @property
+    def size(self) -> int:
+        """Images of the dataset."""
+        return len(cast(Sized, self.dataset))
 
     def state(self) -> dict[str, Tensor]:
         """Which images come next, for a checkpoint."""
@@ -84,6 +103,10 @@ class TrainingImages:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint."""
         self._queue = state["queue"]
+
+    def _share(self, count: int) -> slice:
+        own = self.processes.share(count)
+        return slice(own.start, own.stop)
 
     def _take(self, rows: Tensor) -> tuple[Tensor | TokenState, Tensor]:
         if self.states is not None and self.labels is not None:
@@ -95,10 +118,10 @@ class TrainingImages:
     def _prepared(self) -> tuple[Tensor, Tensor]:
         """Tokens before the first site and labels of the chosen images, on the CPU."""
         states, labels = [], []
-        for rows in self.chosen.split(CHUNK):
+        for rows in self.chosen[self._share(len(self.chosen))].split(CHUNK):
             images, targets = fetch(cast(Any, self.dataset), rows)
             state = self.game.prepare(images.to(self.device))
             self._half = state.half
             states.append(state.x.view(len(rows), -1, state.x.shape[1]).cpu())
             labels.append(targets)
-        return torch.cat(states), torch.cat(labels)
+        return self.processes.gather(torch.cat(states)), self.processes.gather(torch.cat(labels))

@@ -7,69 +7,34 @@ update equals tianshou's stock PPO on the same flat agent-steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Discrete
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
-from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy
-from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactory, OptimizerFactory
+from tianshou.algorithm.optim import AdamOptimizerFactory, OptimizerFactory
 from tianshou.data import ReplayBuffer, SequenceSummaryStats
 from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
 from ..errors import NumericalError
 from .advantage import generalized_advantage
-from .buffer import GameBuffer, Trajectory
-from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob
+from .buffer import GameBuffer, Lanes, Trajectory
+from .gradient import GradientStep, Shared, chunk_rows
+from .gradient import LinearDecay as LinearDecay
+from .losses import normalized
+from .losses import policy_loss as policy_loss
+from .losses import value_loss as value_loss
+from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob, standardize
+from .parallel import Processes
+from .tokenwise import ActorOnRows, TokenwisePolicy
 from .value_norm import ValueNorm
 
-
-def policy_loss(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
-    """Clipped policy objective of paper 000, Eq. 3, as a loss: its negative mean over agent-steps.
-
-    Args:
-        ratio: `[rows]`, probability of each action now over what it was when drawn.
-        advantage: `[rows]`.
-        clip: epsilon of Eq. 3.
-        dual_clip: bound, above 1, on how far a negative advantage may push (Ye et al., 2020); None: no bound.
-    """
-    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    if dual_clip is not None:
-        gain = torch.where(advantage < 0, torch.max(gain, dual_clip * advantage), gain)
-    return -gain.mean()
-
-
-def value_loss(
-    value: Tensor, old: Tensor, target: Tensor, clip: float | None, huber_delta: float | None = None
-) -> Tensor:
-    """Clipped value loss of paper 000, Eq. 4, mean over agent-steps.
-
-    Clipped is the new value, to within `clip` of the old one; as printed, Eq. 4 clips the old value around itself,
-    which would do nothing.
-
-    Args:
-        value: `[rows]`, the critic's values now.
-        old: `[rows]`, its values before the update.
-        target: `[rows]`, returns.
-        clip: epsilon of Eq. 4; None: no clipping.
-        huber_delta: error above which the loss grows linearly; None: squared error.
-    """
-
-    def error(prediction: Tensor) -> Tensor:
-        if huber_delta is None:
-            return (target - prediction).square()
-        return 2 * F.huber_loss(prediction, target, reduction="none", delta=huber_delta)
-
-    if clip is None:
-        return error(value).mean()
-    return torch.max(error(value), error(old + (value - old).clamp(-clip, clip))).mean()
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(kw_only=True)
@@ -79,23 +44,7 @@ class MAPPOStats(A2CTrainingStats):
     approx_kl: float  # mean of (ratio - 1) - log(ratio) over the last epoch
     clip_frac: float  # share of agent-steps whose ratio lay outside the clipping range
     explained_variance: float  # of the returns, by the critic before the update
-
-
-class LinearDecay(LRSchedulerFactory):
-    """Learning rate falling linearly from its initial value to a fraction of it; never below.
-
-    Args:
-        updates: over how many updates.
-        final: the fraction at the end.
-    """
-
-    def __init__(self, updates: int, final: float) -> None:
-        self.updates = updates
-        self.final = final
-
-    def create_scheduler(self, optim: Optimizer) -> LambdaLR:
-        """One step per update."""
-        return LambdaLR(optim, lambda done: 1 - (1 - self.final) * min(1.0, done / max(1, self.updates - 1)))
+    grad_norm: float  # of the joint gradient before clipping, mean over gradient steps
 
 
 class MAPPO(PPO):
@@ -117,13 +66,21 @@ class MAPPO(PPO):
         max_grad_norm: of the joint gradient; None: no clipping.
         gae_lambda: lambda of the advantage estimate.
         gamma: discount. Games are short, 1 is right.
-        max_batchsize: rows per critic pass outside of training.
+        max_batchsize: rows per critic pass outside of training, at most.
+        update_chunk: agent-steps whose gradient is computed at once, those of a minibatch are summed: less memory, the
+            same gradient. None: as many as `chunk_rows` says.
+        precision: of the matrix products of an update; `bf16` runs them under `torch.autocast`, parameters, losses
+            and sums over chunks stay in fp32. Play is not affected.
         return_scaling: not supported, `value_norm` is what it is for.
         generator: of the minibatches; a CPU generator. None: seeded with 0.
 
     Raises:
-        ValueError: for `return_scaling=True`, or a `dual_clip` of 1 or less.
+        ValueError: for `return_scaling=True`, a `dual_clip` of 1 or less, an `update_chunk` below 1, or an unknown
+            precision.
     """
+
+    Optimizer = GradientStep
+    processes = Processes()  # who trains together; the trainer sets it
 
     def __init__(
         self,
@@ -144,6 +101,8 @@ class MAPPO(PPO):
         gae_lambda: float = 0.95,
         gamma: float = 1.0,
         max_batchsize: int = 16384,
+        update_chunk: int | None = None,
+        precision: Precision = "fp32",
         return_scaling: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -151,8 +110,12 @@ class MAPPO(PPO):
             raise ValueError("return_scaling: expected False, got True; use value_norm=True to normalise returns")
         if dual_clip is not None and dual_clip <= 1:
             raise ValueError(f"dual_clip: expected above 1 or None, got {dual_clip!r}")
+        if update_chunk is not None and update_chunk < 1:
+            raise ValueError(f"update_chunk: expected at least 1 or None, got {update_chunk!r}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
         super().__init__(
-            policy=_TokenwisePolicy(actor=cast(Any, _ActorOnRows(actor)), action_space=Discrete(2)),
+            policy=TokenwisePolicy(actor=cast(Any, ActorOnRows(actor)), action_space=Discrete(2)),
             critic=critic,
             optim=AdamOptimizerFactory(lr=1e-3, eps=1e-5) if optim is None else optim,
             eps_clip=clip,
@@ -168,16 +131,26 @@ class MAPPO(PPO):
             gamma=gamma,
         )
         self.actor = actor
+        self.update_chunk = update_chunk
+        self.precision = precision
         self.value_eps = value_clip
         self.huber_delta = huber_delta
         self.value_norm = ValueNorm() if value_norm else None
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
 
+    @property
+    def token_critic(self) -> TokenCritic:
+        """The critic, by its own type."""
+        return cast(TokenCritic, self.critic)
+
     def _preprocess_batch(
         self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: np.ndarray
     ) -> LogpOldProtocol:
         """Add values, returns and advantages; the log-probabilities of the rollout are reused as they are."""
+        assert isinstance(buffer, GameBuffer)
         self._buffer, self._indices = buffer, indices
+        seen = standardize(buffer.trajectory.tokens)
+        self._seen = seen.bfloat16() if self.precision == "bf16" else seen
         return cast(LogpOldProtocol, self._add_returns_and_advantages(batch, buffer, indices))
 
     @torch.no_grad()
@@ -194,18 +167,26 @@ class MAPPO(PPO):
             games.reward, games.dense(value), games.alive, games.terminated, self.gamma, self.gae_lambda
         )
         out.adv = games.flat(table)
-        returns = out.adv + value
-        self._explained = float(1 - (returns - value).var() / returns.var().clamp(min=1e-12))
-        if self.value_norm is not None:
-            self.value_norm.update(returns)
-            returns = self.value_norm.normalize(returns)
-        out.returns = returns
+        out.returns = self._targets(out.adv + value, value)
         return cast(BatchWithAdvantagesProtocol, batch)
+
+    def _targets(self, returns: Tensor, value: Tensor) -> Tensor:
+        """Returns in the critic's units, and how much of their variance it explained."""
+        everyones = self.processes.gather(returns)
+        error = everyones - self.processes.gather(value)
+        self._explained = float(1 - error.var() / everyones.var().clamp(min=1e-12))
+        if self.value_norm is None:
+            return returns
+        self.value_norm.update(everyones)
+        return self.value_norm.normalize(returns)
 
     def _values(self, games: Trajectory) -> Tensor:
         """The critic on all live agent-steps, `[M]`."""
-        chunks = torch.arange(len(games), device=games.tokens.device).split(self.max_batchsize)
-        return torch.cat([self.critic(games.tokens[rows], games.cls, games.image[rows]) for rows in chunks])
+        with self._autocast():
+            shared = self.token_critic.folded(games.cls)
+            parts = (rows.split(self._chunk_size(self.max_batchsize)) for rows in (self._seen, games.image))
+            chunks = zip(*parts, strict=True)
+            return torch.cat([self.token_critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
 
     def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> MAPPOStats:
         """`repeat` epochs of minibatches of `batch_size` agent-steps.
@@ -217,26 +198,34 @@ class MAPPO(PPO):
             NumericalError: if a loss is not finite.
         """
         games = cast(GameBuffer, self._buffer).trajectory
+        step = cast(GradientStep, self.optim).step_along
         logs: list[Tensor] = []
-        explained = self._explained
-        last_epoch = 0
+        explained, last_epoch = self._explained, 0
         for epoch in range(repeat):
             last_epoch = len(logs)
             if self.recompute_adv and epoch > 0:
                 self._add_returns_and_advantages(batch, self._buffer, self._indices)
-            for rows in self._minibatches(len(games), batch_size):
-                loss, log = self._loss(games, batch, rows.to(games.tokens.device))
-                self.optim.step(loss)
-                logs.append(log)
-        table = torch.stack(logs).cpu()
+            lanes = self._lanes(games, batch)
+            advantage = self.processes.gather(lanes.advantage)
+            first, total = self.processes.span(len(lanes.advantage))
+            for rows in self._minibatches(total, batch_size):
+                rows = rows.to(games.tokens.device)
+                own = (rows >= first) & (rows < first + len(lanes.advantage))
+                some = normalized(advantage[rows], self._eps) if self.advantage_normalization else advantage[rows]
+                part = rows[own] - first, some[own], len(rows)
+                log, norm = step(partial(self._gradient, lanes, games.cls, *part), self.processes)
+                logs.append(torch.cat([log, norm[None]]))
+        table = torch.stack(logs)
+        table[:, :6] = self.processes.sum(table[:, :6])
+        table = table.cpu()
         if not torch.isfinite(table).all():
             bad = int((~torch.isfinite(table)).any(dim=1).sum())
             raise NumericalError(
                 f"loss: expected finite numbers, got NaN or infinity in {bad} of {len(table)} minibatches; "
                 "training stops and the last checkpoint is kept (a smaller learning rate may help)"
             )
-        loss, actor_loss, vf_loss, ent_loss, _, _ = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T)
-        approx_kl, clip_frac = table[last_epoch:, 4:].mean(0).tolist()
+        loss, actor_loss, vf_loss, ent_loss = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T[:4])
+        approx_kl, clip_frac = table[last_epoch:, 4:6].mean(0).tolist()
         return MAPPOStats(
             loss=loss,
             actor_loss=actor_loss,
@@ -246,29 +235,53 @@ class MAPPO(PPO):
             approx_kl=approx_kl,
             clip_frac=clip_frac,
             explained_variance=explained,
+            grad_norm=float(table[:, 6].mean()),
         )
 
     def _minibatches(self, length: int, size: int | None) -> Iterator[Tensor]:
-        """Random rows in groups of `size`; a remainder joins the last group, as `Batch.split(merge_last=True)` does."""
+        """Random rows in groups of `size`; a remainder joins the last group, as `Batch.split(merge_last=True)` does.
+
+        Within a group they are in order, so that chunks of it read memory front to back.
+        """
         order = torch.randperm(length, generator=self.generator)
         count = 1 if size is None else max(1, length // size)
         starts = [index * (size or 0) for index in range(count)]
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            yield order[start:stop]
+            yield order[start:stop].sort().values
 
-    def _loss(self, games: Trajectory, batch: LogpOldProtocol, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Total loss on some rows, and detached `[6]`: total, policy, value, entropy, approximate KL, clipped share."""
+    def _lanes(self, games: Trajectory, batch: LogpOldProtocol) -> Lanes:
         fields = cast(Any, batch)
-        advantage = fields.adv[rows]
-        if self.advantage_normalization:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + self._eps)
-        tokens = games.tokens[rows]
-        logit = self.actor.keep_logit(tokens)
-        log_ratio = keep_log_prob(logit, games.keep[rows]) - games.log_prob[rows]
+        return Lanes(self._seen, games.image, games.keep, games.log_prob, fields.adv, fields.v_s, fields.returns)
+
+    def _gradient(self, lanes: Lanes, cls: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
+        """Add the gradient of the loss to the parameters; see `_loss` for what is returned.
+
+        The loss is a mean over `everyones` rows of a minibatch, of which `rows`, with `advantage`, are this process's.
+        """
+        log = advantage.new_zeros(6)
+        if not len(rows):
+            return log
+        actor, critic = Shared(*self.actor.folded()), Shared(*self.token_critic.folded(cls))
+        size = self._chunk_size(len(rows))
+        for chunk, of_chunk in zip(rows.split(size), advantage.split(size), strict=True):
+            some = replace(lanes.take(chunk), advantage=of_chunk)
+            with self._autocast():
+                logit = self.actor.keep_logit_folded(some.tokens, *actor.leaves).float()
+                value = self.token_critic.value_folded(some.tokens, some.image, *critic.leaves).float()
+            loss, part = self._loss(some, logit, value)
+            share = len(chunk) / everyones
+            (share * loss).backward()
+            log += share * part
+        actor.backward()
+        critic.backward()
+        return log
+
+    def _loss(self, lanes: Lanes, logit: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Total loss on some rows, and detached `[6]`: total, policy, value, entropy, approximate KL, clipped share."""
+        log_ratio = keep_log_prob(logit, lanes.keep) - lanes.log_prob
         ratio = log_ratio.exp()
-        actor_loss = policy_loss(ratio, advantage, self.eps_clip, self.dual_clip)
-        value = self.critic(tokens, games.cls, games.image[rows])
-        vf_loss = value_loss(value, fields.v_s[rows], fields.returns[rows], self.value_eps, self.huber_delta)
+        actor_loss = policy_loss(ratio, lanes.advantage, self.eps_clip, self.dual_clip)
+        vf_loss = value_loss(value, lanes.value, lanes.target, self.value_eps, self.huber_delta)
         entropy = keep_entropy(logit).mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():
@@ -276,21 +289,12 @@ class MAPPO(PPO):
             clip_frac = ((ratio - 1).abs() > self.eps_clip).float().mean()
             return loss, torch.stack([loss, actor_loss, vf_loss, entropy, approx_kl, clip_frac])
 
+    def _chunk_size(self, most: int) -> int:
+        """Rows to compute on at once, at most so many."""
+        if self.update_chunk is not None:
+            return min(most, self.update_chunk)
+        widths = (2 * self.actor.embed_dim, *self.actor.hidden, *self.token_critic.hidden)
+        return min(most, chunk_rows(widths, self._seen.device.type))
 
-class _ActorOnRows(nn.Module):
-    """A `TokenActor` as tianshou calls actors: `(obs, state, info) -> (logits, state)`, `obs.token` `[rows, D]`."""
-
-    def __init__(self, actor: TokenActor) -> None:
-        super().__init__()
-        self.actor = actor
-
-    def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
-        return self.actor(obs.token), state
-
-
-class _TokenwisePolicy(DiscreteActorPolicy):
-    """tianshou's policy without its start-up: seconds of compiling numba kernels that dense games do not use."""
-
-    @staticmethod
-    def _compile() -> None:
-        """Nothing to compile."""
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._seen.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor, keep_log_prob
+from .noise import exploration_noise
 
 
 class TokenPolicy(BasePolicy, nn.Module):
@@ -76,27 +77,33 @@ class ExploringPolicy(BasePolicy):
     Attributes:
         actions: one `[sum n_i]` bool per step of the current games, True = keep.
         log_probs: one `[sum n_i]` float per step, log-probability of the actions.
+        next_game: number of the first game of the coming batch; the noise of a game follows from it.
 
     Args:
         actor: the network that decides.
-        generator: a CPU generator, so that the random stream is the same on every device.
+        generator: gives the noise its seed; nothing is drawn from it.
     """
 
     def __init__(self, actor: TokenActor, generator: torch.Generator) -> None:
         self.actor = actor
-        self.generator = generator
+        self.seed = generator.initial_seed()
+        self.next_game = 0
+        self._first_game = 0
         self.actions: list[Tensor] = []
         self.log_probs: list[Tensor] = []
 
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Forget the last games."""
+        self._first_game, self.next_game = self.next_game, self.next_game + batch_size
         self.actions, self.log_probs = [], []
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
         """Draw keep or prune for every alive token."""
-        logit = self.actor.keep_logit(obs.tokens)
-        noise = torch.rand(len(logit), generator=self.generator).to(logit.device)
+        # Log-probabilities in half precision would not be those that the update computes.
+        with full_precision(obs.tokens.device.type):
+            logit = self.actor.keep_logit(obs.tokens.float())
+        noise = exploration_noise(self.seed, self._first_game + obs.image, obs.step, obs.token)
         keep = noise < logit.sigmoid()
         self.actions.append(keep)
         self.log_probs.append(keep_log_prob(logit, keep))

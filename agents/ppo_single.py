@@ -10,23 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
-from gymnasium.spaces import Discrete
-from tianshou.algorithm import PPO
-from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
-from tianshou.algorithm.optim import AdamOptimizerFactory, OptimizerFactory
-from tianshou.data import ReplayBuffer, SequenceSummaryStats
+from tianshou.data import ReplayBuffer
 from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
 from torch import Tensor, nn
 
-from ..errors import NumericalError
 from ..tokens import segment_mean
 from .advantage import generalized_advantage
 from .buffer import GameBuffer, Trajectory
-from .mappo import _ActorOnRows, _TokenwisePolicy, policy_loss, value_loss
-from .networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob
-from .value_norm import ValueNorm
+from .losses import policy_loss, value_loss
+from .mappo import MAPPO
+from .networks import TokenCritic, keep_entropy, keep_log_prob
 
 
 class ImageCritic(nn.Module):
@@ -66,22 +60,45 @@ Critic = TokenCritic | ImageCritic
 
 @dataclass(frozen=True)
 class ImageSteps:
-    """The S = T * B joint decisions of a batch of games; that of image b in step t is row t * B + b."""
+    """The S = B * T joint decisions of a batch of games, image by image: that of image b in step t is row b * T + t."""
 
+    row: Tensor  # [M] int64, the joint decision that each agent-step is a part of
     mean: Tensor  # [S, D] mean of the alive tokens
+    cls: Tensor  # [S, D] class token
     left: Tensor  # [S] share of all tokens that are alive
-    value: Tensor  # [S] before the update, in the critic's (maybe normalised) units
+    reward: Tensor  # [S] sum over the tokens
+
+    @classmethod
+    def of(cls, games: Trajectory) -> ImageSteps:
+        """Put together what the tokens of an image saw and were paid."""
+        steps, images, _ = games.alive.shape
+        row = games.image % images * steps + games.image // images
+        return cls(
+            row=row,
+            mean=segment_mean(games.tokens, row, images * steps),
+            cls=games.cls.unflatten(0, (steps, images)).transpose(0, 1).flatten(0, 1),
+            left=games.alive.float().mean(dim=2).T.flatten(),
+            reward=games.reward.sum(dim=2).T.flatten(),
+        )
+
+
+@dataclass(frozen=True)
+class JointLanes:
+    """What an update looks at, beside the agent-steps themselves."""
+
+    seen: ImageSteps
     advantage: Tensor  # [S]
-    returns: Tensor  # [S] in the critic's units
+    value: Tensor  # [S] the critic's before the update
+    target: Tensor  # [S] returns, in the critic's units
 
 
 def joint_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sum what belongs to the same image and step.
+    """Sum what belongs to the same joint decision.
 
     Args:
         values: `[M]`, one per agent-step.
-        row: `[M]` int64, the image-step of each.
-        rows: S, number of image-steps.
+        row: `[M]` int64, the joint decision of each.
+        rows: S.
 
     Returns:
         `[S]`, zero where no token acted.
@@ -89,188 +106,79 @@ def joint_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return values.new_zeros(rows).index_add(0, row, values)
 
 
-@dataclass(kw_only=True)
-class PPOSingleStats(A2CTrainingStats):
-    """What an update did; the names are those of MAPPO's."""
-
-    approx_kl: float  # of joint actions: mean of (ratio - 1) - log(ratio) over the last epoch
-    clip_frac: float  # share of image-steps whose joint ratio lay outside the clipping range
-    explained_variance: float  # of the returns, by the critic before the update
-
-
-class PPOSingle(PPO):
+class PPOSingle(MAPPO):
     """PPO with joint actions: the log-probability of an action is the sum over the tokens it decides for.
 
     The rewards of all tokens of an image are summed to one (`TeamOutcome` is meant for that), GAE runs over the steps
     of an image, and Eq. 3 clips the joint ratio once per image and step. The entropy is that of the joint action, the
-    sum over its tokens.
-
-    Args:
-        actor: decides from a token alone, for every token.
-        critic: values an image; training only.
-        optim: of both networks together; None: Adam with `lr=1e-3, eps=1e-5`.
-        clip: range of the joint probability ratio.
-        value_clip: range of the new value around the old one; None: no clipping.
-        dual_clip: see `policy_loss`.
-        huber_delta: see `value_loss`.
-        value_norm: whether the critic learns returns of running zero mean and unit variance.
-        advantage_normalization: whether advantages are standardised in every minibatch.
-        recompute_advantage: whether values and advantages are computed anew before every epoch after the first.
-        vf_coef: weight of the value loss.
-        ent_coef: weight of the entropy bonus.
-        max_grad_norm: of the joint gradient; None: no clipping.
-        gae_lambda: lambda of the advantage estimate.
-        gamma: discount. Games are short, 1 is right.
-        generator: of the minibatches; a CPU generator. None: seeded with 0.
-
-    Raises:
-        ValueError: for a `dual_clip` of 1 or less.
+    sum over its tokens. Loop, optimiser and arguments are MAPPO's, the critic is an `ImageCritic`. A minibatch holds
+    whole images: as many as have its number of agent-steps on average, so that there are as many gradient steps, on as
+    many tokens, as in MAPPO.
     """
 
-    def __init__(
-        self,
-        *,
-        actor: TokenActor,
-        critic: ImageCritic,
-        optim: OptimizerFactory | None = None,
-        clip: float = 0.2,
-        value_clip: float | None = 0.2,
-        dual_clip: float | None = None,
-        huber_delta: float | None = None,
-        value_norm: bool = False,
-        advantage_normalization: bool = True,
-        recompute_advantage: bool = False,
-        vf_coef: float = 0.5,
-        ent_coef: float = 0.0,
-        max_grad_norm: float | None = 0.5,
-        gae_lambda: float = 0.95,
-        gamma: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if dual_clip is not None and dual_clip <= 1:
-            raise ValueError(f"dual_clip: expected above 1 or None, got {dual_clip!r}")
-        super().__init__(
-            # tianshou's policy holds the actor; joint actions are drawn by `ExploringPolicy`, token by token.
-            policy=_TokenwisePolicy(actor=cast(Any, _ActorOnRows(actor)), action_space=Discrete(2)),
-            critic=critic,
-            optim=AdamOptimizerFactory(lr=1e-3, eps=1e-5) if optim is None else optim,
-            eps_clip=clip,
-            dual_clip=dual_clip,
-            value_clip=value_clip is not None,
-            advantage_normalization=advantage_normalization,
-            recompute_advantage=recompute_advantage,
-            vf_coef=vf_coef,
-            ent_coef=ent_coef,
-            max_grad_norm=max_grad_norm,
-            gae_lambda=gae_lambda,
-            gamma=gamma,
-        )
-        self.actor = actor
-        self.value_eps = value_clip
-        self.huber_delta = huber_delta
-        self.value_norm = ValueNorm() if value_norm else None
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
-
-    def _preprocess_batch(
-        self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: np.ndarray
-    ) -> LogpOldProtocol:
-        """Prepare the image-steps; the log-probabilities of the rollout are reused as they are."""
-        return cast(LogpOldProtocol, self._add_returns_and_advantages(batch, buffer, indices))
-
-    def _add_returns_and_advantages(
-        self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: np.ndarray
-    ) -> BatchWithAdvantagesProtocol:
-        """Kept beside the batch, whose rows are agent-steps."""
-        assert isinstance(buffer, GameBuffer)
-        self._games = buffer.trajectory
-        self._seen = self._image_steps(self._games)
-        return cast(BatchWithAdvantagesProtocol, batch)
+    @property
+    def token_critic(self) -> TokenCritic:
+        """The part of the critic that looks at features."""
+        return cast(ImageCritic, self.critic).mean
 
     @torch.no_grad()
-    def _image_steps(self, games: Trajectory) -> ImageSteps:
-        """Values, and GAE on the table `[T, B]` of joint rewards."""
+    def _add_returns_and_advantages(
+        self, batch: RolloutBatchProtocol, buffer: ReplayBuffer, indices: Any
+    ) -> BatchWithAdvantagesProtocol:
+        """GAE on the table `[T, B]` of joint rewards; kept beside the batch, whose rows are agent-steps."""
+        assert isinstance(buffer, GameBuffer)
+        games, seen = buffer.trajectory, ImageSteps.of(buffer.trajectory)
         steps, images, _ = games.alive.shape
-        mean = segment_mean(games.tokens, games.image, steps * images)
-        left = games.alive.float().mean(dim=2).flatten()
-        predicted = self.critic(mean, games.cls, left)
+        predicted = self.critic(seen.mean, seen.cls, seen.left)
         value = predicted if self.value_norm is None else self.value_norm.denormalize(predicted)
-        ended = torch.zeros(steps, images, dtype=torch.bool, device=left.device)
+        reward, table = (column.view(images, steps).T for column in (seen.reward, value))
+        ended = torch.zeros(steps, images, dtype=torch.bool, device=value.device)
         ended[-1] = True
-        advantage = generalized_advantage(
-            games.reward.sum(dim=2),
-            value.view(steps, images),
-            torch.ones_like(ended),
-            ended,
-            self.gamma,
-            self.gae_lambda,
-        ).flatten()
-        returns = advantage + value
-        self._explained = float(1 - (returns - value).var() / returns.var().clamp(min=1e-12))
-        if self.value_norm is not None:
-            self.value_norm.update(returns)
-            returns = self.value_norm.normalize(returns)
-        return ImageSteps(mean, left, predicted, advantage, returns)
+        acted = torch.ones_like(ended)
+        advantage = generalized_advantage(reward, table, acted, ended, self.gamma, self.gae_lambda).T.flatten()
+        self._joint = JointLanes(seen, advantage, predicted, self._targets(advantage + value, value))
+        self._agent_steps = self.processes.span(len(games))[1]
+        return cast(BatchWithAdvantagesProtocol, batch)
 
-    def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> PPOSingleStats:
-        """`repeat` epochs of minibatches of whole images, with `batch_size` agent-steps in each on average.
+    def _lanes(self, games: Trajectory, batch: LogpOldProtocol) -> Any:
+        return self._joint
 
-        So there are as many gradient steps, on as many tokens, as MAPPO takes.
+    def _minibatches(self, length: int, size: int | None) -> Iterator[Tensor]:
+        """Random joint decisions in nearly equal groups, with `size` agent-steps in each on average."""
+        count = 1 if size is None else max(1, min(self._agent_steps // size, length // 2))
+        for group in torch.randperm(length, generator=self.generator).tensor_split(count):
+            yield group.sort().values
 
-        Raises:
-            NumericalError: if a loss is not finite.
-        """
-        games, explained = self._games, self._explained
-        count = 1 if batch_size is None else max(1, len(games) // batch_size)
-        logs: list[Tensor] = []
-        last_epoch = 0
-        for epoch in range(repeat):
-            last_epoch = len(logs)
-            if self.recompute_adv and epoch > 0:
-                self._seen = self._image_steps(games)
-            for rows in self._minibatches(len(games.cls), count):
-                loss, log = self._loss(games, self._seen, rows.to(games.tokens.device))
-                self.optim.step(loss)
-                logs.append(log)
-        table = torch.stack(logs).cpu()
-        if not torch.isfinite(table).all():
-            bad = int((~torch.isfinite(table)).any(dim=1).sum())
-            raise NumericalError(
-                f"loss: expected finite numbers, got NaN or infinity in {bad} of {len(table)} minibatches; "
-                "training stops and the last checkpoint is kept (a smaller learning rate may help)"
-            )
-        loss, actor_loss, vf_loss, ent_loss, _, _ = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T)
-        approx_kl, clip_frac = table[last_epoch:, 4:].mean(0).tolist()
-        return PPOSingleStats(
-            loss=loss,
-            actor_loss=actor_loss,
-            vf_loss=vf_loss,
-            ent_loss=ent_loss,
-            gradient_steps=len(table),
-            approx_kl=approx_kl,
-            clip_frac=clip_frac,
-            explained_variance=explained,
-        )
+    def _gradient(self, lanes: Any, cls: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
+        """As MAPPO's, but rows are joint decisions, and a chunk has all agent-steps of each of its rows."""
+        log = advantage.new_zeros(6)
+        games = cast(GameBuffer, self._buffer).trajectory
+        per_row = max(1, len(games) // len(lanes.advantage))
+        size = max(1, self._chunk_size(len(games)) // per_row)
+        for chunk, of_chunk in zip(rows.split(size), advantage.split(size), strict=True):
+            if len(chunk):
+                loss, part = self._joint_loss(games, lanes, chunk, of_chunk)
+                share = len(chunk) / everyones
+                (share * loss).backward()
+                log += share * part
+        return log
 
-    def _minibatches(self, length: int, count: int) -> Iterator[Tensor]:
-        """Random rows in `count` groups of nearly the same size, of two rows at least."""
-        order = torch.randperm(length, generator=self.generator)
-        yield from order.tensor_split(max(1, min(count, length // 2)))
-
-    def _loss(self, games: Trajectory, seen: ImageSteps, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Total loss on some image-steps, and detached `[6]`: total, policy, value, entropy, KL, clipped share."""
-        advantage = seen.advantage[rows]
-        if self.advantage_normalization:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + self._eps)
-        place = torch.full((len(games.cls),), -1, device=rows.device)
+    def _joint_loss(
+        self, games: Trajectory, lanes: JointLanes, rows: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Total loss on some joint decisions, and what `_loss` returns."""
+        seen = lanes.seen
+        place = torch.full((len(seen.left),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
-        mine = (place[games.image] >= 0).nonzero().squeeze(1)
-        row = place[games.image[mine]]
-        logit = self.actor.keep_logit(games.tokens[mine])
+        mine = (place[seen.row] >= 0).nonzero().squeeze(1)
+        row = place[seen.row[mine]]
+        with self._autocast():
+            logit = self.actor.keep_logit(games.tokens[mine]).float()
+            value = self.critic(seen.mean[rows], seen.cls[rows], seen.left[rows]).float()
         log_ratio = joint_sum(keep_log_prob(logit, games.keep[mine]) - games.log_prob[mine], row, len(rows))
         ratio = log_ratio.exp()
         actor_loss = policy_loss(ratio, advantage, self.eps_clip, self.dual_clip)
-        value = self.critic(seen.mean[rows], games.cls[rows], seen.left[rows])
-        vf_loss = value_loss(value, seen.value[rows], seen.returns[rows], self.value_eps, self.huber_delta)
+        vf_loss = value_loss(value, lanes.value[rows], lanes.target[rows], self.value_eps, self.huber_delta)
         entropy = joint_sum(keep_entropy(logit), row, len(rows)).mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():

@@ -1,12 +1,15 @@
-"""tianshou logger of a run: its history, its progress bar, and TensorBoard if there is an output folder."""
+"""tianshou logger of a run: passes every update on to its history, its progress bar, and whoever else listens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tianshou.utils import LazyLogger, TensorboardLogger
+from tianshou.utils import LazyLogger
 from tqdm import tqdm
+
+from ..errors import StorageError
+from .sinks import Sink
 
 AfterUpdate = Callable[[dict[str, Any], dict[str, float]], dict[str, float]]
 
@@ -19,9 +22,9 @@ class RunLog(LazyLogger):
         updates: of the whole run.
         done: updates done before.
         steps: environment steps (images times sites) of an update.
-        save_every: updates between checkpoints; the last update is always saved.
-        tensorboard: where to write besides; None: nowhere.
+        sinks: where rows are written.
         progress: whether to show a bar.
+        picture: every how many updates to show a picture, and how to make it; None: never.
     """
 
     def __init__(
@@ -30,15 +33,14 @@ class RunLog(LazyLogger):
         updates: int,
         done: int,
         steps: int,
-        save_every: int,
-        tensorboard: TensorboardLogger | None,
-        progress: bool,
+        sinks: Sequence[Sink] = (),
+        progress: bool = False,
+        picture: tuple[int, Callable[[], Any]] | None = None,
     ) -> None:
         super().__init__()
         self.after_update = after_update
-        self.updates = updates
-        self.save_every = save_every
-        self.tensorboard = tensorboard
+        self.sinks = sinks
+        self.picture = picture
         self.resume_from = (done, done * steps, done)
         self._bar = tqdm(total=updates, initial=done, desc="train", unit="update", disable=not progress)
         self._learnt: dict[str, float] = {}
@@ -50,14 +52,12 @@ class RunLog(LazyLogger):
     def log_training_data(self, log_data: dict[str, Any], step: int) -> None:
         """Called last in an update."""
         row = self.after_update(log_data, self._learnt)
-        keep = " ".join(f"{rate:.2f}" for name, rate in row.items() if name.startswith("keep/"))
-        self._bar.set_postfix_str(
-            f"accuracy {row['accuracy']:.3f}, GMACs {row['gmacs']:.4f} ({row['share']:.0%} of dense, "
-            f"target {row['target_share']:.0%}), keep {keep}, price {row['price']:.3g}"
-        )
+        self._bar.set_postfix_str(postfix(row))
         self._bar.update()
-        if self.tensorboard is not None:
-            self.tensorboard.log_training_data(dict(row), step)
+        self._tell(lambda sink: sink.write(row, step))
+        if self.sinks and self.picture is not None and row["update"] % self.picture[0] == 0:
+            picture = self.picture[1]()
+            self._tell(lambda sink: sink.show(picture, step))
 
     def save_data(
         self,
@@ -66,8 +66,8 @@ class RunLog(LazyLogger):
         update_step: int,
         save_checkpoint_fn: Callable[[int, int, int], str] | None = None,
     ) -> None:
-        """Let a checkpoint be written when one is due."""
-        if save_checkpoint_fn is not None and (epoch % self.save_every == 0 or epoch == self.updates):
+        """Called after an update; what it is given decides whether a checkpoint is due."""
+        if save_checkpoint_fn is not None:
             save_checkpoint_fn(epoch, env_step, update_step)
 
     def restore_data(self) -> tuple[int, int, int]:
@@ -77,10 +77,36 @@ class RunLog(LazyLogger):
     def finalize(self) -> None:
         """Close bar and files."""
         self._bar.close()
-        if self.tensorboard is not None:
-            self.tensorboard.finalize()
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in self.sinks:
+            try:
+                what(sink)
+            except OSError as error:
+                raise StorageError(f"{type(sink).__name__}: could not be written ({error})") from error
 
 
+def postfix(row: Mapping[str, float]) -> str:
+    """The metrics of an update in one line, for the progress bar."""
+    keep = " ".join(f"{rate:.2f}" for name, rate in row.items() if name.startswith("keep/"))
+    parts = [
+        f"accuracy {row['accuracy']:.3f}",
+        f"GMACs {row['gmacs']:.4f} ({row['share']:.0%} of dense, target {row['target_share']:.0%})",
+        f"keep {keep}",
+        f"price {row['price']:.3g}",
+        *(f"{name} {row[key]:.3g}" for name, key in _SHOWN.items() if key in row),
+    ]
+    return ", ".join(parts)
+
+
+_SHOWN = {
+    "loss": "loss",
+    "entropy": "ent_loss",
+    "kl": "approx_kl",
+    "clip": "clip_frac",
+    "ev": "explained_variance",
+}
 _LEARNT = (
     "loss",
     "actor_loss",
@@ -89,6 +115,7 @@ _LEARNT = (
     "approx_kl",
     "clip_frac",
     "explained_variance",
+    "grad_norm",
     "gradient_steps",
     "train_time",
 )

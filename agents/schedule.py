@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import exp
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..reward import PaperReward, RewardFn, SharedOutcome
+from ..reward import PaperReward, RewardFn, SharedOutcome, correct, log_probability
+from ..team_reward import TeamOutcome
 from .budget import PolicyCost
+from .config import TrainConfig
 
 
 class CollapseWarning(UserWarning):
@@ -165,3 +167,22 @@ class CollapseDetector:
                 stacklevel=2,
             )
         return self.streak >= self.patience
+
+
+def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
+    """What play costs where the paper's reward is in equilibrium, were every image classified correctly."""
+    assert config.keep_cost is not None
+    fraction = min(1.0, config.outcome_bonus / config.keep_cost)
+    return min(cost.at_fraction(fraction), cost.model.dense())
+
+
+def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
+    """The reward that a configuration asks for, and how it moves towards the budget."""
+    outcome: Callable[..., Any] = correct if config.outcome == "correct" else log_probability
+    if config.reward == "paper":
+        reward = PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome)
+        if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
+            return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
+        return FedForwardKeepCost(reward, cost)
+    shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
+    return DualPrice(shared(price=config.price, outcome=outcome), config.price_rate, config.price_gain)

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tianshou.algorithm.optim import AdamOptimizerFactory
 from tianshou.trainer import OnPolicyTrainerParams
-from tianshou.utils import TensorboardLogger
 from tianshou.utils.torch_utils import torch_train_mode
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from ..backbone import Backbone
-from ..errors import CheckpointError
 from ..game import TokenGame
-from ..reward import PaperReward, SharedOutcome, correct, log_probability
 from ..rollout import evaluate
-from ..team_reward import TeamOutcome
+from ..storage import PathLike
 from .budget import PolicyCost, annealed, calibrate_threshold, target_macs
-from .checkpoint import PathLike, load_state, save_policy, save_state
 from .collector import GameCollector
 from .config import TrainConfig
+from .health import check_health
 from .images import BatchedDataset, TrainingImages
 from .mappo import MAPPO, LinearDecay
 from .networks import TokenActor, TokenCritic, paper_sizes
+from .parallel import Processes
+from .pictures import PICTURES, tokens_picture
 from .policy import ExploringPolicy, TokenPolicy
 from .ppo_single import Critic, ImageCritic, PPOSingle
+from .run_folder import RunFolder
 from .run_log import RunLog
-from .schedule import CollapseDetector, DualPrice, FedForwardKeepCost, RewardSchedule
-
-STATE_FILE = "training.safetensors"
-POLICY_FILE = "policy.safetensors"
+from .run_state import facts, restore, state_of
+from .schedule import CollapseDetector, make_schedule, settled_macs
+from .signals import StopSignals
+from .sinks import Sink
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume: bool = False,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train a token policy for a backbone, which itself stays as it is.
 
@@ -65,43 +64,56 @@ def train(
         backbone: the network to prune; moved to `device`.
         dataset: training images, normalised as the backbone wants them, with labels.
         config: settings; None: the defaults.
-        output: folder for checkpoints, TensorBoard events and the policy; None: nothing is written.
+        output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
+            SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
         progress: whether to show a progress bar.
         resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh.
+        processes: those that train together (`parallel.launched`); each gets the same arguments and the same result.
 
     Returns:
         The calibrated policy, the critic and the history.
 
     Raises:
+        TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
+        StorageError: for an `output` that cannot be written, at once; when the disk is full, as soon as it is.
         ValueError: for `resume` without `output`, an empty dataset, or settings that do not fit.
         BudgetError: for a budget that no policy can meet.
         CheckpointError: for a checkpoint that cannot be read or belongs to other settings.
-        NumericalError: for NaN in logits, rewards or losses; the last checkpoint is kept.
+        NumericalError: for NaN in logits, rewards or losses, or losses that explode; the last checkpoint is kept.
     """
     if resume and output is None:
         raise ValueError("resume: expected an output folder to resume from, got output=None")
+    processes = Processes() if processes is None else processes
+    folder = None if output is None else RunFolder(output, processes)
+    config = TrainConfig() if config is None else config
     with torch_train_mode(backbone.to(device), enabled=False):
-        run = _Run(backbone, dataset, TrainConfig() if config is None else config, output, torch.device(device))
+        run = Run(backbone, dataset, config, folder, torch.device(device), processes)
         if resume:
             run.resume()
-        run.learn(progress)
+        run.learn(progress and processes.is_main)
         return run.finish()
 
 
-class _Run:
-    """The parts of one training run."""
+class Run:
+    """The parts of one training run; `train` puts it together and sees it through."""
 
     def __init__(
         self,
         backbone: Backbone,
         dataset: BatchedDataset | Dataset[Any],
         config: TrainConfig,
-        output: PathLike | None,
+        folder: RunFolder | None,
         device: torch.device,
+        processes: Processes,
     ) -> None:
+        if config.images < processes.size:
+            raise ValueError(
+                f"images: expected at least one for each of {processes.size} processes, got {config.images}"
+            )
         self.config = config
-        self.output = None if output is None else Path(output)
+        self.folder = folder
+        self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         self.actor, critic = make_networks(backbone.embed_dim, config, self.generator)
         self.game = TokenGame(backbone, config.sites or None)
@@ -109,16 +121,26 @@ class _Run:
         self.target = settled_macs(config, self.cost) if config.is_free else target_macs(self.cost, **config.budget)
         self.schedule = make_schedule(config, self.cost)
         self.collapse = CollapseDetector()
-        self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device)
+        self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device, processes)
         self.algorithm = make_algorithm(self.actor, critic, config, self.generator).to(device)
+        self.algorithm.processes = processes
+        processes.same(self.algorithm)
+        explorer = ExploringPolicy(self.actor, self.generator)
         self.collector = GameCollector(
-            self.algorithm, ExploringPolicy(self.actor, self.generator), self.game, self.images.draw
+            self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
         )
         self.history: list[dict[str, float]] = []
+        self.signals = StopSignals()
 
     @property
     def updates_done(self) -> int:
+        """Rows of the history."""
         return len(self.history)
+
+    @property
+    def steps(self) -> int:
+        """Environment steps of an update, as tianshou counts them: images times sites."""
+        return self.config.images * self.game.num_steps
 
     @property
     def target_share(self) -> float:
@@ -129,22 +151,25 @@ class _Run:
 
     def learn(self, progress: bool) -> None:
         """Run tianshou's trainer over the updates that remain; one of its epochs is one update."""
+        if self.folder is None:
+            return self._learn([], progress)
+        with self.folder.explaining(self.config), self.signals:
+            return self._learn(self.folder.sinks(self.config, self.history, self.steps), progress)
+
+    def _learn(self, sinks: list[Sink], progress: bool) -> None:
         config = self.config
-        writer = None if self.output is None else TensorboardLogger(SummaryWriter(self.output / "tensorboard"), 1, 1, 1)
-        steps = config.images * self.game.num_steps
-        log = RunLog(
-            self.after_update, config.updates, self.updates_done, steps, config.checkpoint_every, writer, progress
-        )
+        picture = (config.log_images_every, self.picture) if config.log_images_every else None
+        log = RunLog(self.after_update, config.updates, self.updates_done, self.steps, sinks, progress, picture)
         params = OnPolicyTrainerParams(
             training_collector=self.collector,
             max_epochs=config.updates,
-            epoch_num_steps=steps,
+            epoch_num_steps=self.steps,
             collection_step_num_env_steps=None,
             collection_step_num_episodes=config.images,
             batch_size=config.minibatch,
             update_step_num_repetitions=config.epochs,
             training_fn=self.before_update,
-            save_checkpoint_fn=None if self.output is None else self.save,
+            save_checkpoint_fn=self.save_if_due,
             logger=log,
             resume_from_log=True,
             verbose=False,
@@ -154,6 +179,10 @@ class _Run:
             self.algorithm.run_training(params)
         finally:
             log.finalize()
+
+    def picture(self) -> np.ndarray:
+        """What the greedy policy prunes of a few training images."""
+        return tokens_picture(self.game, TokenPolicy(self.actor), self.images.raw(PICTURES))
 
     def before_update(self, epoch: int, env_step: int) -> None:
         """Set the reward of the coming games."""
@@ -177,52 +206,29 @@ class _Run:
             "collapsed": float(self.collapse.observe(kept[0], kept[-1], fraction, played["accuracy"])),
             **learnt,
         }
+        check_health(row, self.history, self.algorithm)
         self.schedule.observe(share, played["accuracy"], target)
         self.history.append(row)
         return row
 
-    def save(self, epoch: int, env_step: int, gradient_step: int) -> str:
-        """Write all that the coming updates depend on; tianshou's `save_checkpoint_fn`."""
-        assert self.output is not None
-        state = {
-            "config": self.config.as_json(),
-            "backbone": self.game.backbone.name,
-            "target_macs": self.target,
-            "algorithm": self.algorithm.state_dict(),
-            "lr_schedule": [_plain(scheduler.state_dict()) for scheduler in self.algorithm.lr_schedulers],
-            "generator": self.generator.get_state(),
-            "images": self.images.state(),
-            "schedule": self.schedule.state(),
-            "collapse_streak": self.collapse.streak,
-            "history": self.history,
-        }
-        return str(save_state(state, self.output / STATE_FILE))
+    def save_if_due(self, epoch: int, env_step: int, gradient_step: int) -> str:
+        """Save every so many updates, after the last one, and when a signal came: then training ends here."""
+        if self.folder is None:
+            return ""
+        done = self.updates_done
+        number = self.processes.largest(self.signals.received)  # all processes stop where one is asked to
+        if number or done % self.config.checkpoint_every == 0 or done == self.config.updates:
+            self.folder.save(state_of(self))
+        if number and done < self.config.updates:
+            raise self.folder.stopped(number, self.config.updates)
+        return ""
 
     def resume(self) -> None:
         """Go on from the checkpoint in the output folder, if there is one."""
-        assert self.output is not None
-        path = self.output / STATE_FILE
-        if not path.exists():
-            return
-        state = load_state(path)
-        self._check_same(path, state)
-        self.algorithm.load_state_dict(state["algorithm"])
-        for scheduler, saved in zip(self.algorithm.lr_schedulers, state["lr_schedule"], strict=True):
-            scheduler.load_state_dict({**scheduler.state_dict(), **saved})
-        self.generator.set_state(state["generator"])
-        self.images.restore(state["images"])
-        self.schedule.restore(state["schedule"])
-        self.collapse.streak = state["collapse_streak"]
-        self.history = list(state["history"])
-
-    def _check_same(self, path: Path, state: dict[str, Any]) -> None:
-        differences = self.config.differences(state.get("config", {}))
-        if state.get("backbone") != self.game.backbone.name:
-            differences.append(f"backbone ({state.get('backbone')!r})")
-        if differences:
-            raise CheckpointError(
-                f"{path}: expected a checkpoint of the same run to resume, got one with other {', '.join(differences)}"
-            )
+        assert self.folder is not None
+        state = self.folder.load(self.config, facts(self))
+        if state is not None:
+            restore(self, state)
 
     def finish(self) -> TrainResult:
         """Calibrate the threshold on training images, if there is a budget, and measure there."""
@@ -238,8 +244,8 @@ class _Run:
         if not self.config.is_free:
             policy = calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
         measured = evaluate(self.game, policy, batches)
-        if self.output is not None:
-            save_policy(policy, self.output / POLICY_FILE)
+        if self.folder is not None:
+            self.folder.save_policy(policy)
         critic = self.algorithm.critic
         assert isinstance(critic, Critic)
         history = tuple(self.history)
@@ -252,25 +258,6 @@ def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generato
     actor = TokenActor(embed_dim, config.actor_hidden or default, config.keep_bias, generator)
     kind = ImageCritic if config.algorithm == "ppo_single" else TokenCritic
     return actor, kind(embed_dim, config.critic_hidden or default, generator)
-
-
-def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
-    """What play costs where the paper's reward is in equilibrium, were every image classified correctly."""
-    assert config.keep_cost is not None
-    fraction = min(1.0, config.outcome_bonus / config.keep_cost)
-    return min(cost.at_fraction(fraction), cost.model.dense())
-
-
-def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
-    """The reward that a configuration asks for, and how it moves towards the budget."""
-    outcome: Callable[..., Any] = correct if config.outcome == "correct" else log_probability
-    if config.reward == "paper":
-        reward = PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome)
-        if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
-            return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
-        return FedForwardKeepCost(reward, cost)
-    shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
-    return DualPrice(shared(price=config.price, outcome=outcome), config.price_rate, config.price_gain)
 
 
 def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, generator: torch.Generator) -> Any:
@@ -293,8 +280,3 @@ def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, gener
         gamma=config.discount,
         generator=generator,
     )
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a scheduler's state is numbers; its functions are made anew."""
-    return {name: value for name, value in state.items() if name != "lr_lambdas"}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from failures import Hostile, fill_the_disk
 from helpers import random_images, toy
+from vitprune_env import PrunedViT, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, load_policy, save_policy
 from vitprune_env.agents.checkpoint import load_state, save_state
-from vitprune_env.errors import CheckpointError
+from vitprune_env.errors import CheckpointError, StorageError
 from vitprune_env.game import TokenGame
+from vitprune_env.storage import prepare_folder, replace_file
 
 
 def policy() -> TokenPolicy:
@@ -52,17 +59,81 @@ def test_a_tree_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded["rng"], tree["rng"])
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_policy(policy(), tmp_path / "p.safetensors")
     before = path.read_bytes()
-
-    def full(*_: object) -> int:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="disk full"):
+    fill_the_disk(monkeypatch, tmp_path)
+    with pytest.raises(StorageError, match=r"p\.safetensors: could not be written \(No space left on device\)"):
         save_policy(TokenPolicy(TokenActor(8)), path)
+    monkeypatch.undo()
     assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_content_reaches_the_disk_before_its_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file is flushed, then renamed, then the folder is flushed: what a power cut needs."""
+    calls: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        calls.append("folder" if Path(f"/proc/self/fd/{handle}").resolve().is_dir() else "file")
+        flush(handle)
+
+    def replace(old: Path, new: Path) -> None:
+        assert old.read_bytes() == b"new"
+        assert new.read_bytes() == b"old"
+        calls.append("rename")
+        rename(old, new)
+
+    path = replace_file(tmp_path / "a", b"old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    assert replace_file(path, b"new").read_bytes() == b"new"
+    assert calls == ["file", "rename", "folder"]
+
+
+def test_a_folder_is_tried_and_tidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "new" / "run"
+    prepare_folder(folder)
+    for name in (".p.safetensors.17.vitprune.tmp", "mine.tmp"):
+        (folder / name).write_text("half")
+    prepare_folder(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["mine.tmp"]
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"output: expected a folder that can be written, got .*(Not a dir|exists)"):
+        prepare_folder(tmp_path / "file")
+    fill_the_disk(monkeypatch, tmp_path)
+    with pytest.raises(StorageError, match=r"output: expected a folder that can be written, .*No space left"):
+        prepare_folder(folder)
+
+
+LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "policy": ("p.safetensors", load_policy),
+    "state": ("s.safetensors", load_state),
+    "weights": ("w.safetensors", lambda path: load_backbone("vit_tiny_patch16_224", checkpoint=path)),
+    "torch": ("w.pth", lambda path: load_backbone("vit_tiny_patch16_224", checkpoint=path)),
+    "numpy": ("w.npz", lambda path: load_backbone("vit_tiny_patch16_224", checkpoint=path)),
+    "model": ("model.safetensors", lambda path: PrunedViT.from_pretrained(path.parent)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("write", ["pickle", "torch", "legacy", "numpy"])
+def test_nothing_is_ever_unpickled(loader: str, write: str, tmp_path: Path) -> None:
+    name, load = LOADERS[loader]
+    path, trace = tmp_path / name, tmp_path / "touched"
+    content = {"model": {"cls_token": Hostile(trace)}}
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif write == "numpy":
+        with path.open("wb") as file:
+            np.savez(file, **{"head/bias": np.array([content], dtype=object)})
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=write == "torch")
+    (tmp_path / "config.json").write_text('{"vitprune_env": {"format": 1}}')
+    with pytest.raises(CheckpointError):
+        load(path)
+    assert not trace.exists()
 
 
 def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -87,6 +158,9 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         load_policy(path)
     path.write_bytes(whole.replace(b'\\"embed_dim\\": 48', b'\\"embed_dim\\": 84'))
     with pytest.raises(CheckpointError, match="does not fit together"):
+        load_policy(path)
+    path.write_bytes(whole.replace(b'\\"kind\\"', b'\\"kind\\\\'))
+    with pytest.raises(CheckpointError, match="JSON object"):
         load_policy(path)
     path.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(CheckpointError, match="another version"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -54,10 +54,10 @@ def update(algorithm: Any, buffer: ReplayBuffer, batch_size: int | None = None, 
 
 
 def prepared(algorithm: PPOSingle, rows: Trajectory) -> Any:
-    """The image-steps as an update sees them."""
+    """The joint decisions as an update sees them."""
     buffer = buffer_of(rows)
     algorithm._preprocess_batch(*buffer.sample(0)[:1], buffer, np.arange(len(rows)))
-    return algorithm._seen
+    return algorithm._joint
 
 
 # By hand
@@ -71,7 +71,8 @@ def by_hand() -> Trajectory:
     image = torch.tensor([0, 2, 4, 0, 2, 4, 1, 1, 3, 5])  # agent by agent: rows t * B + b
     keep = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
     tokens = torch.arange(10.0)[:, None] + torch.arange(float(DIM))
-    return Trajectory(tokens, torch.zeros(6, DIM), image, keep, torch.full((10,), 0.5).log(), reward, alive, alive)
+    classes = torch.arange(6.0)[:, None].expand(6, DIM)
+    return Trajectory(tokens, classes, image, keep, torch.full((10,), 0.5).log(), reward, alive, alive)
 
 
 class Constant(ImageCritic):
@@ -86,20 +87,21 @@ class Constant(ImageCritic):
 
 
 def test_advantages_by_hand() -> None:
-    critic = Constant([0.5, 1.0, 1.0, 0.0, 2.0, 3.0])  # step 0: images 0, 1; then steps 1, 2
+    critic = Constant([0.5, 1.0, 2.0, 1.0, 0.0, 3.0])  # image 0, steps 0 to 2; then image 1
     algorithm = PPOSingle(actor=TokenActor(DIM), critic=critic, gamma=0.5, gae_lambda=0.8)
-    seen = prepared(algorithm, by_hand())
+    lanes = prepared(algorithm, by_hand())
     # Joint rewards: image 0: 1.5, 2, 3; image 1: 1, 2, 4. Errors of image 0: 1.5 + .5 * 1 - .5 = 1.5; 2 + .5 * 2 - 1
     # = 2; 3 - 2 = 1; of image 1: 1 + 0 - 1 = 0; 2 + .5 * 3 - 0 = 3.5; 4 - 3 = 1. Decay .4.
-    expected = [1.5 + 0.4 * 2.4, 0.4 * 3.9, 2 + 0.4, 3.5 + 0.4, 1.0, 1.0]
-    assert seen.advantage.tolist() == pytest.approx(expected)
-    assert seen.returns.tolist() == pytest.approx(
-        [a + v for a, v in zip(expected, critic.values.tolist(), strict=True)]
-    )
-    assert seen.left.tolist() == [1.0, 1.0, 1.0, 0.5, 1.0, 0.5]
+    expected = [1.5 + 0.4 * 2.4, 2 + 0.4, 1.0, 0.4 * 3.9, 3.5 + 0.4, 1.0]
+    assert lanes.advantage.tolist() == pytest.approx(expected)
+    returns = [advantage + value for advantage, value in zip(expected, critic.values.tolist(), strict=True)]
+    assert lanes.target.tolist() == pytest.approx(returns)
+    assert lanes.seen.left.tolist() == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
     # Image 0 at the first step holds rows 0 and 3, image 1 at the second only row 8.
-    assert seen.mean[0, 0] == 1.5
-    assert seen.mean[3, 0] == 8.0
+    assert lanes.seen.mean[0, 0] == 1.5
+    assert lanes.seen.mean[4, 0] == 8.0
+    assert lanes.seen.row.tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4, 5]
+    assert lanes.seen.cls[:, 0].tolist() == [0, 2, 4, 1, 3, 5]
 
 
 class Fixed(TokenActor):
@@ -116,24 +118,23 @@ class Fixed(TokenActor):
 def test_joint_ratio_and_loss_by_hand() -> None:
     rows = by_hand()
     now = torch.tensor([0.6, 0.55, 0.5, 0.45, 0.5, 0.52, 0.5, 0.7, 0.3, 0.5])  # probability of keeping; 0.5 when drawn
-    algorithm = PPOSingle(
-        actor=Fixed(now.logit()), critic=Constant([0.0] * 6), advantage_normalization=False, gamma=1.0, gae_lambda=1.0
-    )
-    seen = replace(prepared(algorithm, rows), advantage=torch.tensor([1.0, 2.0, -1.0, 3.0, 1.0, -2.0]))
-    _, log = algorithm._loss(rows, seen, torch.arange(6))
+    algorithm = PPOSingle(actor=Fixed(now.logit()), critic=Constant([0.0] * 6))
+    lanes, advantage = prepared(algorithm, rows), torch.tensor([1.0, -1.0, 1.0, 2.0, 3.0, -2.0])
+    _, log = algorithm._joint_loss(rows, lanes, torch.arange(6), advantage)
     # Ratio of an action: its probability now over 0.5, multiplied over the tokens of an image and step.
-    ratios = [0.6 * 0.55 * 4, 0.5 * 0.7 * 4, 0.55 * 0.5 * 4, 0.3 * 2, 0.5 * 0.52 * 4, 0.5 * 2]
-    assert ratios == pytest.approx([1.32, 1.4, 1.1, 0.6, 1.04, 1.0])
-    # Clipped to 0.8 .. 1.2 where that is worse for the agent: 1.2, 2.4, -1.1, min(1.8, 2.4), 1.04, -2.
-    gains = [1.2, 2 * 1.2, -1.1, 3 * 0.6, 1.04, -2.0]
+    ratios = [0.6 * 0.55 * 4, 0.55 * 0.5 * 4, 0.5 * 0.52 * 4, 0.5 * 0.7 * 4, 0.3 * 2, 0.5 * 2]
+    assert ratios == pytest.approx([1.32, 1.1, 1.04, 1.4, 0.6, 1.0])
+    # Clipped to 0.8 .. 1.2 where that is worse for the agent: the first and the fourth.
+    gains = [1.2, -1.1, 1.04, 2 * 1.2, 3 * 0.6, -2.0]
     assert float(log[1]) == pytest.approx(-sum(gains) / 6, abs=1e-5)
     entropy = -(now * now.log() + (1 - now) * (1 - now).log())
     assert float(log[3]) == pytest.approx(float(entropy.sum()) / 6, abs=1e-5)
     kl = sum(ratio - 1 - np.log(ratio) for ratio in ratios) / 6
     assert float(log[4]) == pytest.approx(kl, abs=1e-5)
     assert float(log[5]) == pytest.approx(3 / 6)
-    _, some = algorithm._loss(rows, seen, torch.tensor([5, 1, 2]))
-    assert float(some[1]) == pytest.approx(-(gains[5] + gains[1] + gains[2]) / 3, abs=1e-5)
+    few = torch.tensor([1, 3, 5])
+    _, some = algorithm._joint_loss(rows, lanes, few, advantage[few])
+    assert float(some[1]) == pytest.approx(-(gains[1] + gains[3] + gains[5]) / 3, abs=1e-5)
 
 
 def test_joint_sum_by_hand() -> None:
@@ -141,22 +142,23 @@ def test_joint_sum_by_hand() -> None:
     assert joint_sum(values, row, 4).tolist() == [10.0, 0.0, 5.0, 0.0]
 
 
-def test_first_gradient_is_the_joint_score_times_the_advantage() -> None:
-    """At ratio 1 the gradient is the mean over images and steps of A times that of sum_i log pi(a_i)."""
+@pytest.mark.parametrize("chunk", [None, 60])
+def test_first_gradient_is_the_joint_score_times_the_advantage(chunk: int | None) -> None:
+    """At ratio 1 the gradient is the mean over joint decisions of A times that of sum_i log pi(a_i)."""
     actor, critic = networks()
     _, rows = explored(team_game(), actor, seed=0)
-    algorithm = PPOSingle(actor=actor, critic=critic, vf_coef=0.0, advantage_normalization=False)
-    seen = prepared(algorithm, rows)
-    loss, log = algorithm._loss(rows, seen, torch.arange(len(rows.cls)))
-    mine = torch.autograd.grad(loss, list(actor.parameters()))
+    algorithm = PPOSingle(actor=actor, critic=critic, vf_coef=0.0, update_chunk=chunk)
+    lanes = prepared(algorithm, rows)
+    total = len(lanes.advantage)
+    log = algorithm._gradient(lanes, rows.cls, torch.arange(total), lanes.advantage, total)
+    mine = [cast(Tensor, parameter.grad).clone() for parameter in actor.parameters()]
     assert float(log[4]) == pytest.approx(0.0, abs=1e-6)
     objective = torch.zeros(())
-    for step in range(len(rows.cls)):
-        of = rows.image == step
-        objective = (
-            objective + seen.advantage[step] * keep_log_prob(actor.keep_logit(rows.tokens[of]), rows.keep[of]).sum()
-        )
-    theirs = torch.autograd.grad(-objective / len(rows.cls), list(actor.parameters()))
+    for decision in range(total):
+        of = lanes.seen.row == decision
+        score = keep_log_prob(actor.keep_logit(rows.tokens[of]), rows.keep[of]).sum()
+        objective = objective + lanes.advantage[decision] * score
+    theirs = torch.autograd.grad(-objective / total, list(actor.parameters()))
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
         assert other.abs().max() > 1e-4
@@ -186,12 +188,14 @@ def test_teacher_is_understood() -> None:
 
 def test_minibatches_are_whole_images_and_as_many_as_mappos() -> None:
     single = PPOSingle(actor=networks()[0], critic=networks()[1])
-    groups = list(single._minibatches(23, 4))
-    assert [len(group) for group in groups] == [6, 6, 6, 5]
-    assert torch.cat(groups).sort().values.tolist() == list(range(23))
-    assert [len(group) for group in single._minibatches(5, 9)] == [3, 2]
     _, rows = explored(team_game(), networks()[0], seed=0)
-    assert update(single, buffer_of(rows), batch_size=50).gradient_steps == min(len(rows) // 50, 9)
+    assert prepared(single, rows).advantage.shape == (18,)
+    groups = list(single._minibatches(18, len(rows) // 4))
+    assert [len(group) for group in groups] == [5, 5, 4, 4]
+    assert torch.cat(groups).sort().values.tolist() == list(range(18))
+    assert [len(group) for group in single._minibatches(18, 1)] == [2] * 9
+    assert [len(group) for group in single._minibatches(18, None)] == [18]
+    assert update(single, buffer_of(rows), batch_size=50, repeat=2).gradient_steps == 2 * (len(rows) // 50)
 
 
 def test_images_without_tokens_count_but_move_nothing() -> None:

@@ -38,6 +38,14 @@ class CheckpointError(VitPruneError):
     """An unreadable or foreign checkpoint."""
 
 
+class StorageError(VitPruneError, OSError):
+    """A file or folder that cannot be written: no space left, no permission, not a folder."""
+
+
+class MissingPackageError(VitPruneError, ImportError):
+    """Something was asked for that takes a package which is not installed."""
+
+
 class UnreadableImageError(VitPruneError):
     """An image file that cannot be decoded; the message begins with its name."""
 

@@ -1,6 +1,7 @@
-"""Tensors and JSON values on disk: one safetensors file each, with a JSON header, written atomically.
+"""Tensors and JSON values on disk: one safetensors file each, with a JSON header, written atomically and durably.
 
-Nothing is ever unpickled. A file says what it is, so that a foreign or damaged one is refused with a message.
+Nothing is ever unpickled. A file says what it is, so that a foreign or damaged one is refused with a message. Whatever
+happens while a file is written (SIGKILL, a full disk, a power cut), what was there before is there still.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitprune_env.errors import CheckpointError
+from vitprune_env.errors import CheckpointError, StorageError
 
 FORMAT = 1
 HEADER = "vitprune_env"
+SUFFIX = ".vitprune.tmp"  # of files that are not whole yet
+PROBE, PROBE_BYTES = ".writable", 1 << 16
 PathLike = str | os.PathLike[str]
 
 
@@ -78,7 +81,7 @@ def _graft(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write a safetensors file with a JSON header: to a neighbour first, then renamed, so that nobody sees half a file.
+    """Write a safetensors file with a JSON header, see `replace_file`.
 
     Args:
         path: file name; its folder is made.
@@ -87,14 +90,79 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]
 
     Returns:
         The path.
+
+    Raises:
+        StorageError: if it cannot be written.
     """
     flat = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     header = {"format": FORMAT, "versions": _versions(), **header}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(save(flat, metadata={HEADER: json.dumps(header)}))
-    os.replace(temporary, path)
+    return replace_file(path, save(flat, metadata={HEADER: json.dumps(header)}))
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file so that readers, and whoever comes after a crash, find the old content or the new, never a mixture.
+
+    A neighbour is written, flushed to the disk and renamed, then the folder is flushed: renamed before its content has
+    reached the disk, a file can be empty after a power cut.
+
+    Args:
+        path: file name; its folder is made.
+        content: what it shall hold.
+
+    Returns:
+        The path.
+
+    Raises:
+        StorageError: if the file cannot be written; the old one is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: could not be written ({error.strerror or error}); what was there is kept"
+        ) from error
     return path
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; systems that cannot open folders (Windows) have no need of it."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, see that files can be written there, and clear away what a killed process left half written.
+
+    Raises:
+        StorageError: if nothing can be written there.
+    """
+    try:
+        replace_file(folder / PROBE, bytes(PROBE_BYTES)).unlink()
+        for leftover in folder.glob(f".*{SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"output: expected a folder that can be written, got {folder} ({_reason(error)})") from error
+
+
+def _reason(error: OSError) -> str:
+    """What the system said, without our own sentence around it."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return cause.strerror or str(cause)
 
 
 def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,7 +185,10 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise CheckpointError(f"{path}: expected a safetensors file, got something unreadable ({error})") from error
     if HEADER not in metadata:
         raise CheckpointError(f"{path}: expected a file written by vitprune_env, got one without its header")
-    header = json.loads(metadata[HEADER])
+    try:
+        header = dict(json.loads(metadata[HEADER]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a JSON object as header, got something damaged ({error})") from error
     if header.get("kind") != kind:
         raise CheckpointError(f"{path}: expected a {kind} file, got a {header.get('kind')} file")
     if header.get("format") != FORMAT:
