@@ -8,7 +8,7 @@ that plays all images, and holds the same state; process 0 alone writes it down.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,20 +122,18 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError(
-            f"processes: another one of this run has ended, its own message says why ({str(error).splitlines()[0]})"
-        ) from error
+        raise ProcessError("processes: another one of this run has ended; its own message says why") from error
 
 
 @contextmanager
-def launched(device: str = "cpu", environment: Mapping[str, str] | None = None) -> Iterator[tuple[Processes, str]]:
+def launched(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     """The processes that torchrun or `accelerate launch` started; outside of them just this one.
 
-    gloo connects processes on CPUs, NCCL those on GPUs.
+    What the launcher has to say is in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). gloo
+    connects processes on CPUs, NCCL those on GPUs.
 
     Args:
         device: where to train; `cuda` means a GPU of its own for every process of a machine.
-        environment: what the launcher says (RANK, WORLD_SIZE, LOCAL_RANK); None: the environment variables.
 
     Yields:
         The processes, and the device of this one.
@@ -143,14 +141,13 @@ def launched(device: str = "cpu", environment: Mapping[str, str] | None = None) 
     Raises:
         ValueError: for more processes on a machine than it has GPUs.
     """
-    said = os.environ if environment is None else environment
-    size = int(said.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes(), device
         return
-    own = _own_device(device, int(said.get("LOCAL_RANK", "0")))
+    own = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=int(said["RANK"]), world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=int(os.environ["RANK"]), world_size=size, timeout=TIMEOUT)
     yield Processes(dist.get_rank(), size, own), str(own)
     # Only after success: a process that failed must end at once, not wait for peers that wait for it.
     dist.destroy_process_group()

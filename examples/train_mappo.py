@@ -4,10 +4,12 @@
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
     python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
     python examples/train_mappo.py --preset rl4evit-deit-s --data-dir /data/imagenet      # see docs/imagenet.md
+    python examples/train_mappo.py --resume               # goes on after Ctrl-C, a crash or a power cut, bit for bit
+    torchrun --nproc-per-node 2 examples/train_mappo.py   # data-parallel; or: accelerate launch
 
 Without image files: real handwritten digits on cluttered canvases, a small ViT that ships with the package, no
-downloads. The output folder holds summary.json, table.md, figures, TensorBoard logs and the policy, which
-examples/evaluate.py reloads.
+downloads. The output folder holds summary.json, table.md, figures, history.jsonl, TensorBoard logs, the checkpoint and
+the policy, which examples/evaluate.py reloads.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from image_task import ImageArgs, first_images, load_network, open_split
 from presets import TRAINING
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, play
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResult, calibrate_threshold, train
+from vitprune_env.agents.parallel import launched
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.data import Digits, data_config
 from vitprune_env.figures import learning_curve_figure, tokens_figure
@@ -180,16 +183,8 @@ def summarise(args: Args, rows: list[Row], result: TrainResult, seconds: float) 
     }
 
 
-def main() -> None:
-    """Train, compare, draw."""
-    start = time.perf_counter()
-    args = parse(sys.argv[1:])
-    args.prepare(built_in=not args.reads_files)
-    backbone = load_network(args, "vit_digits", args.seed, args.device)
-    task = image_task(args, backbone) if args.reads_files else built_in_task(args)
-    result = train(
-        backbone, task.training, args.config, output=args.output, device=args.device, resume=args.resume, progress=True
-    )
+def report(args: Args, backbone: Backbone, result: TrainResult, task: Task, start: float) -> None:
+    """Compare with what has to be beaten, draw, and write it all down."""
     rows = compare(args, backbone, result.policy, task)
     draw(args, backbone, result, rows[0], task.test)
     text = table(rows, dense_gmacs=rows[0].gmacs)
@@ -197,6 +192,28 @@ def main() -> None:
     seconds = time.perf_counter() - start
     write_json(args.output / "summary.json", summarise(args, rows, result, seconds))
     print(f"\n{text}\n\n{seconds:.0f} s; figures, logs, policy and summary.json are in {args.output}/")
+
+
+def main() -> None:
+    """Train, over all processes that a launcher started; the first of them compares and draws."""
+    start = time.perf_counter()
+    args = parse(sys.argv[1:])
+    with launched(args.device) as (processes, device):
+        args = replace(args, device=device)
+        args.prepare(built_in=not args.reads_files)
+        backbone = load_network(args, "vit_digits", args.seed, device)
+        task = image_task(args, backbone) if args.reads_files else built_in_task(args)
+        result = train(
+            backbone,
+            task.training,
+            args.config,
+            output=args.output,
+            device=device,
+            resume=args.resume,
+            processes=processes,
+        )
+    if processes.is_main:
+        report(args, backbone, result, task, start)
 
 
 if __name__ == "__main__":
