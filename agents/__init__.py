@@ -6,10 +6,13 @@ from .config import TrainConfig
 from .mappo import MAPPO
 from .networks import TokenActor, TokenCritic
 from .policy import TokenPolicy
+from .ppo_single import ImageCritic, PPOSingle
 from .trainer import TrainResult, train
 
 __all__ = [
     "MAPPO",
+    "ImageCritic",
+    "PPOSingle",
     "TokenActor",
     "TokenCritic",
     "TokenPolicy",

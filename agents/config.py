@@ -12,12 +12,16 @@ MAY_CHANGE = frozenset({"checkpoint_every", "log_images_every", "wandb", "lr", "
 
 REWARDS = ("shared_outcome", "paper", "attribution")
 OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability": probability, "margin": margin}
+ALGORITHMS = ("mappo", "ppo_single")
 FINETUNE = ("off", "alternate", "after")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `train`; the defaults are what learnt best in minutes on the built-in task."""
+
+    algorithm: Literal["mappo", "ppo_single"] = "mappo"
+    """Who learns: every token for itself (MAPPO), or one agent that decides for all tokens of an image."""
 
     # Budget: give at most one of the three; without any, the share is 0.35, or 0.6 with paper_sizes.
     target_gmacs: float | None = None
@@ -152,8 +156,11 @@ class TrainConfig:
         _check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
         _check(self, "price", self.price > 0, "above 0")
         _check(self, "cache_images", self.cache_images >= 0, "at least 0")
-        for name, known in (("reward", REWARDS), ("outcome", tuple(OUTCOMES)), ("finetune", FINETUNE)):
+        named = {"reward": REWARDS, "outcome": tuple(OUTCOMES), "finetune": FINETUNE, "algorithm": ALGORITHMS}
+        for name, known in named.items():
             _check(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        fits = self.algorithm == "mappo" or self.reward == "shared_outcome"
+        _check(self, "reward", fits, "'shared_outcome' with algorithm='ppo_single' (the others pay token by token)")
         for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part", "distill"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         _check(self, "outcome_bonus", self.outcome_bonus > 0, "above 0")

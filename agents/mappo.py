@@ -167,15 +167,18 @@ class MAPPO(PPO):
             games.reward, games.dense(value), games.alive, games.terminated, self.gamma, self.gae_lambda
         )
         out.adv = games.flat(table)
-        returns = out.adv + value
+        out.returns = self._targets(out.adv + value, value)
+        return cast(BatchWithAdvantagesProtocol, batch)
+
+    def _targets(self, returns: Tensor, value: Tensor) -> Tensor:
+        """Returns in the critic's units, and how much of their variance it explained."""
         everyones = self.processes.gather(returns)
         error = everyones - self.processes.gather(value)
         self._explained = float(1 - error.var() / everyones.var().clamp(min=1e-12))
-        if self.value_norm is not None:
-            self.value_norm.update(everyones)
-            returns = self.value_norm.normalize(returns)
-        out.returns = returns
-        return cast(BatchWithAdvantagesProtocol, batch)
+        if self.value_norm is None:
+            return returns
+        self.value_norm.update(everyones)
+        return self.value_norm.normalize(returns)
 
     def _values(self, games: Trajectory) -> Tensor:
         """The critic on all live agent-steps, `[M]`."""
@@ -197,18 +200,17 @@ class MAPPO(PPO):
         games = cast(GameBuffer, self._buffer).trajectory
         step = cast(GradientStep, self.optim).step_along
         logs: list[Tensor] = []
-        explained = self._explained
-        last_epoch = 0
+        explained, last_epoch = self._explained, 0
         for epoch in range(repeat):
             last_epoch = len(logs)
             if self.recompute_adv and epoch > 0:
                 self._add_returns_and_advantages(batch, self._buffer, self._indices)
             lanes = self._lanes(games, batch)
             advantage = self.processes.gather(lanes.advantage)
-            first, total = self.processes.span(len(games))
+            first, total = self.processes.span(len(lanes.advantage))
             for rows in self._minibatches(total, batch_size):
                 rows = rows.to(games.tokens.device)
-                own = (rows >= first) & (rows < first + len(games))
+                own = (rows >= first) & (rows < first + len(lanes.advantage))
                 some = normalized(advantage[rows], self._eps) if self.advantage_normalization else advantage[rows]
                 part = rows[own] - first, some[own], len(rows)
                 log, norm = step(partial(self._gradient, lanes, games.cls, *part), self.processes)

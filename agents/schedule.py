@@ -9,6 +9,7 @@ from math import exp
 from typing import Protocol
 
 from ..reward import Attribution, PaperReward, RewardFn, SharedOutcome
+from ..team_reward import TeamOutcome
 from .budget import PolicyCost
 from .config import OUTCOMES, TrainConfig
 
@@ -183,6 +184,8 @@ def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
         if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
             return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
         return FedForwardKeepCost(reward, cost)
-    shared = SharedOutcome(config.price, outcome, config.merge_cost, config.charge_overhead)
-    reward = Attribution(config.price) if config.reward == "attribution" else shared
+    if config.reward == "attribution":
+        return DualPrice(Attribution(config.price), config.price_rate, config.price_gain)
+    shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
+    reward = shared(config.price, outcome, config.merge_cost, config.charge_overhead)
     return DualPrice(reward, config.price_rate, config.price_gain)

@@ -29,6 +29,7 @@ from .networks import TokenActor, TokenCritic, paper_sizes
 from .parallel import Processes
 from .pictures import PICTURES, tokens_picture
 from .policy import ExploringPolicy, TokenPolicy
+from .ppo_single import Critic, ImageCritic, PPOSingle
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .run_state import facts, restore, state_of
@@ -42,7 +43,7 @@ class TrainResult:
     """What training leaves behind."""
 
     policy: TokenPolicy  # greedy, its threshold calibrated to the budget
-    critic: TokenCritic
+    critic: Critic
     history: tuple[dict[str, float], ...]  # one row of metrics per update
     target_macs: float  # the budget, or where `keep_cost` alone should lead, MACs per image
     train_macs: float  # what the policy costs on the calibration images
@@ -259,7 +260,7 @@ class Run:
             if self.config.finetune != "off":
                 self.folder.save_backbone(self.game.backbone)
         critic = self.algorithm.critic
-        assert isinstance(critic, TokenCritic)
+        assert isinstance(critic, Critic)
         history = tuple(self.history)
         return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy, self.game.backbone)
 
@@ -285,17 +286,19 @@ class Run:
         self.game.backbone.load_state_dict(tuned.backbone.state_dict())
 
 
-def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, TokenCritic]:
+def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, Critic]:
     """Actor and critic of the sizes that a configuration asks for."""
     default = paper_sizes(embed_dim) if config.paper_sizes else None
     actor = TokenActor(embed_dim, config.actor_hidden or default, config.keep_bias, generator)
-    return actor, TokenCritic(embed_dim, config.critic_hidden or default, generator)
+    kind = ImageCritic if config.algorithm == "ppo_single" else TokenCritic
+    return actor, kind(embed_dim, config.critic_hidden or default, generator)
 
 
-def make_algorithm(actor: TokenActor, critic: TokenCritic, config: TrainConfig, generator: torch.Generator) -> MAPPO:
-    """MAPPO with the optimiser and the learning-rate schedule of a configuration."""
+def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, generator: torch.Generator) -> Any:
+    """MAPPO or single-agent PPO with the optimiser and the learning-rate schedule of a configuration."""
     adam = AdamOptimizerFactory(lr=config.lr, eps=config.adam_eps)
-    return MAPPO(
+    kind: Any = PPOSingle if config.algorithm == "ppo_single" else MAPPO
+    return kind(
         actor=actor,
         critic=critic,
         optim=adam.with_lr_scheduler_factory(LinearDecay(config.updates, config.lr_final)),

@@ -8,11 +8,13 @@ policies to beat.
 from vitprune_env.backbone import Backbone
 from vitprune_env.checks import check_policy
 from vitprune_env.game import TokenGame
+from vitprune_env.gym_env import SingleAgentEnv, register_gym_env
 from vitprune_env.parallel_env import parallel_env, register_envs
 from vitprune_env.policy import BasePolicy, KeepAll, Policy
 from vitprune_env.pruned import PrunedViT
 from vitprune_env.reward import PaperReward, SharedOutcome
 from vitprune_env.rollout import evaluate, play
+from vitprune_env.team_reward import TeamOutcome
 from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 from vitprune_env.vector_env import TokenVectorEnv
 from vitprune_env.zoo import load_backbone
@@ -29,7 +31,9 @@ __all__ = [
     "Policy",
     "PrunedViT",
     "SharedOutcome",
+    "SingleAgentEnv",
     "Site",
+    "TeamOutcome",
     "TokenGame",
     "TokenVectorEnv",
     "check_policy",
@@ -40,3 +44,4 @@ __all__ = [
 ]
 
 register_envs()
+register_gym_env()
