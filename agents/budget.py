@@ -128,7 +128,7 @@ def calibrate_threshold(
         raise ValueError(f"steps: expected at least {MIN_CALIBRATION_STEPS}, got {steps}")
 
     def at(threshold: float) -> tuple[TokenPolicy, float]:
-        candidate = TokenPolicy(policy.actor, threshold, policy.sites, policy.info)
+        candidate = policy.with_threshold(threshold)
         macs = [play(game, candidate, batch).outcome.macs for batch in batches]
         return candidate, float(torch.cat(macs).mean())
 

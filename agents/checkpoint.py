@@ -8,9 +8,13 @@ import torch
 
 from ..errors import CheckpointError
 from ..storage import PathLike, load_state, read_file, save_state, write_file
+from .adaptive import AdaptivePolicy
 from .policy import TokenPolicy
 
 __all__ = ["PathLike", "load_policy", "load_state", "save_policy", "save_state"]
+
+COMMON = ("embed_dim", "hidden", "sites", "info")
+ADAPTIVE = ("shares", "thresholds", "share")
 
 
 def save_policy(policy: TokenPolicy, path: PathLike) -> Path:
@@ -34,8 +38,8 @@ def load_policy(path: PathLike, device: str | torch.device = "cpu") -> TokenPoli
     """
     tensors, header = read_file(Path(path), "policy")
     try:
-        settings = {name: header[name] for name in ("embed_dim", "hidden", "threshold", "sites", "info")}
-        policy = TokenPolicy.from_config(**settings)
+        kind, own = (AdaptivePolicy, ADAPTIVE) if "shares" in header else (TokenPolicy, ("threshold",))
+        policy = kind.from_config(**{name: header[name] for name in (*COMMON, *own)})
         policy.actor.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: a policy file whose content does not fit together ({error})") from error

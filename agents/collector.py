@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -69,6 +69,7 @@ class GameCollector(BaseCollector[GameStats]):
         self.processes = Processes() if processes is None else processes
         self.amp = amp
         self.played = 0
+        self.macs = torch.empty(0, dtype=torch.float64)
         self.explorer = explorer
         self.game = game
         self.draw = draw
@@ -112,7 +113,8 @@ class GameCollector(BaseCollector[GameStats]):
         images, labels = self.draw(n_episode)
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
             episode = play(self.game, self.explorer, images, labels, record=True)
-        self.games.store(Trajectory.of(episode, self.explorer.actions, self.explorer.log_probs))
+        seen = replace(episode, observations=tuple(map(self.explorer.view, episode.observations)))
+        self.games.store(Trajectory.of(seen, self.explorer.actions, self.explorer.log_probs))
         self.collect_step += n_episode * self.game.num_steps
         self.collect_episode += n_episode
         return self._stats(episode)
@@ -123,6 +125,7 @@ class GameCollector(BaseCollector[GameStats]):
         assert episode.reward is not None
         assert outcome.correct is not None
         n_kept = everyone(outcome.n_kept)
+        self.macs = everyone(outcome.macs)
         batch, steps = n_kept.shape
         rates = (n_kept.double().mean(dim=0) / self.game.num_agents).tolist()
         return GameStats(
@@ -131,7 +134,7 @@ class GameCollector(BaseCollector[GameStats]):
             returns=everyone(episode.reward.sum(dim=0).mean(dim=1).double()).cpu().numpy(),
             lens=np.full(batch, steps),
             accuracy=float(everyone(outcome.correct).double().mean()),
-            macs=float(everyone(outcome.macs).mean()),
+            macs=float(self.macs.mean()),
             policy_macs=float(everyone(outcome.policy_macs).mean()),
             keep={site.label: rate for site, rate in zip(self.game.sites, rates, strict=True)},
         )

@@ -31,6 +31,10 @@ class TrainConfig:
     target_share: float | None = None
     """Budget as a share of the dense network's MACs."""
 
+    adaptive: tuple[float, ...] = ()
+    """Smallest and largest budget, as shares of dense, of one policy that serves all in between, instead of the three;
+    empty: one budget."""
+
     # Game
     sites: tuple[str, ...] = ()
     """Where tokens are pruned, such as 3 6 9 or 4.attn; empty: the backbone's own sites."""
@@ -166,9 +170,17 @@ class TrainConfig:
         _check(self, "outcome_bonus", self.outcome_bonus > 0, "above 0")
         if self.keep_cost is not None:
             _check(self, "keep_cost", self.keep_cost > 0 and self.reward == "paper", "above 0, with reward='paper'")
+        if self.adaptive:
+            low, high = (*self.adaptive, 0.0, 0.0)[:2]
+            fine = len(self.adaptive) == 2 and 0 < low < high <= 1
+            _check(self, "adaptive", fine, "two shares of dense, increasing, above 0 and at most 1")
+            plain = self.algorithm == "mappo" and self.reward != "paper" and self.finetune == "off"
+            _check(self, "adaptive", plain, "algorithm='mappo', a reward with a price, finetune='off', or no range")
         given = [name for name in ("target_gmacs", "target_keep", "target_share") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"budget: expected at most one of target_gmacs, target_keep, target_share, got {given}")
+        if given and self.adaptive:
+            raise ValueError(f"budget: expected {given[0]} or the range adaptive={self.adaptive}, got both")
 
     @property
     def is_free(self) -> bool:
@@ -182,6 +194,8 @@ class TrainConfig:
         given = {"gmacs": self.target_gmacs, "keep": self.target_keep, "share": self.target_share}
         if any(value is not None for value in given.values()) or self.is_free:
             return given
+        if self.adaptive:
+            return {**given, "share": sum(self.adaptive) / 2}
         # The paper's actor looking at every token once costs a quarter of the small built-in backbone.
         return {**given, "share": 0.6 if self.paper_sizes else 0.35}
 

@@ -50,6 +50,15 @@ class TokenPolicy(BasePolicy, nn.Module):
             keep = self.actor.keep_logit(obs.tokens) > self.threshold
         return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
 
+    def with_threshold(self, threshold: float) -> TokenPolicy:
+        """The same policy, sharing its weights, with another threshold."""
+        return TokenPolicy(self.actor, threshold, self.sites, self.info)
+
+    @property
+    def width(self) -> int:
+        """Embedding width of the networks that it can prune."""
+        return self.actor.embed_dim
+
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs beside the actor's weights, as JSON values."""
         return {
@@ -96,6 +105,10 @@ class ExploringPolicy(BasePolicy):
         """Forget the last games."""
         self._first_game, self.next_game = self.next_game, self.next_game + batch_size
         self.actions, self.log_probs = [], []
+
+    def view(self, obs: Observation) -> Observation:
+        """What actor and critic see of an observation."""
+        return obs
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:

@@ -9,9 +9,7 @@ from math import exp
 from typing import Protocol
 
 from ..reward import Attribution, PaperReward, RewardFn, SharedOutcome
-from ..team_reward import TeamOutcome
 from .budget import PolicyCost
-from .config import OUTCOMES, TrainConfig
 
 
 class CollapseWarning(UserWarning):
@@ -61,7 +59,7 @@ class DualPrice:
         self._reward = reward
         self._rate = rate
         self._gain = gain
-        self._dual = self._price = reward.price
+        self._dual = self._price = float(reward.price)
 
     def reward(self, target: float) -> RewardFn:
         """The reward at the current price."""
@@ -167,25 +165,3 @@ class CollapseDetector:
                 stacklevel=2,
             )
         return self.streak >= self.patience
-
-
-def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
-    """What play costs where the paper's reward is in equilibrium, were every image classified correctly."""
-    assert config.keep_cost is not None
-    fraction = min(1.0, config.outcome_bonus / config.keep_cost)
-    return min(cost.at_fraction(fraction), cost.model.dense())
-
-
-def make_schedule(config: TrainConfig, cost: PolicyCost) -> RewardSchedule:
-    """The reward that a configuration asks for, and how it moves towards the budget."""
-    outcome = OUTCOMES[config.outcome]
-    if config.reward == "paper":
-        reward = PaperReward(outcome_bonus=config.outcome_bonus, outcome=outcome)
-        if config.is_free:  # as if every image came out right, so that the annealing ends at `keep_cost` itself
-            return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
-        return FedForwardKeepCost(reward, cost)
-    if config.reward == "attribution":
-        return DualPrice(Attribution(config.price), config.price_rate, config.price_gain)
-    shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
-    reward = shared(config.price, outcome, config.merge_cost, config.charge_overhead)
-    return DualPrice(reward, config.price_rate, config.price_gain)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tianshou.algorithm.optim import AdamOptimizerFactory
 from tianshou.trainer import OnPolicyTrainerParams
 from tianshou.utils.torch_utils import torch_train_mode
 from torch.utils.data import Dataset
@@ -17,23 +16,23 @@ from ..backbone import Backbone
 from ..game import TokenGame
 from ..rollout import evaluate
 from ..storage import PathLike
-from .alternate import Alternation, finetune_settings
-from .budget import PolicyCost, annealed, calibrate_threshold, target_macs
+from .adaptive import AdaptivePrice
+from .alternate import Alternation
+from .budget import PolicyCost, annealed, target_macs
 from .collector import GameCollector
 from .config import TrainConfig
-from .finetune import finetune
+from .deployment import deploy, greedy
+from .factory import make_algorithm, make_explorer, make_networks, make_schedule, settled_macs
 from .health import check_health
 from .images import BatchedDataset, TrainingImages
-from .mappo import MAPPO, LinearDecay
-from .networks import TokenActor, TokenCritic, paper_sizes
 from .parallel import Processes
 from .pictures import PICTURES, tokens_picture
-from .policy import ExploringPolicy, TokenPolicy
-from .ppo_single import Critic, ImageCritic, PPOSingle
+from .policy import TokenPolicy
+from .ppo_single import Critic
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .run_state import facts, restore, state_of
-from .schedule import CollapseDetector, make_schedule, settled_macs
+from .schedule import CollapseDetector
 from .signals import StopSignals
 from .sinks import Sink
 
@@ -124,13 +123,13 @@ class Run:
         self.game = TokenGame(backbone, config.sites or None)
         self.cost = PolicyCost(self.game.cost, self.game.sites, self.actor.macs_per_token)
         self.target = settled_macs(config, self.cost) if config.is_free else target_macs(self.cost, **config.budget)
-        self.schedule = make_schedule(config, self.cost)
+        explorer = make_explorer(self.actor, config, self.generator)
+        self.schedule = make_schedule(config, self.cost, explorer, self.generator, processes)
         self.collapse = CollapseDetector()
         self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device, processes)
         self.algorithm = make_algorithm(self.actor, critic, config, self.generator).to(device)
         self.algorithm.processes = processes
         processes.same(self.algorithm)
-        explorer = ExploringPolicy(self.actor, self.generator)
         self.collector = GameCollector(
             self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
         )
@@ -189,7 +188,7 @@ class Run:
 
     def picture(self) -> np.ndarray:
         """What the greedy policy prunes of a few training images."""
-        return tokens_picture(self.game, TokenPolicy(self.actor), self.images.raw(PICTURES))
+        return tokens_picture(self.game, greedy(self), self.images.raw(PICTURES))
 
     def before_update(self, epoch: int, env_step: int) -> None:
         """Set the reward of the coming games."""
@@ -216,6 +215,8 @@ class Run:
         if self.alternation is not None:
             row |= self.alternation.after(self.updates_done + 1)
         check_health(row, self.history, self.algorithm)
+        if isinstance(self.schedule, AdaptivePrice):
+            self.schedule.costs = self.collector.macs / dense
         self.schedule.observe(share, played["accuracy"], target)
         self.history.append(row)
         return row
@@ -240,20 +241,9 @@ class Run:
             restore(self, state)
 
     def finish(self, progress: bool, resume: bool) -> TrainResult:
-        """Calibrate the threshold on training images, if there is a budget, fine-tune if asked to, and measure."""
+        """Calibrate to the budget on training images, fine-tune the network if asked to, measure, save."""
+        policy = deploy(self, progress, resume)
         batches = self.images.first(self.config.calibration_images)
-        info = {
-            "backbone": self.game.backbone.name,
-            "target_macs": self.target,
-            "seed": self.config.seed,
-            "reward": self.config.reward,
-            "updates": self.updates_done,
-            "finetune": self.config.finetune,
-        }
-        policy = self._calibrated(TokenPolicy(self.actor, sites=self.game.sites, info=info).eval())
-        if self.config.finetune == "after":
-            self._finetune(policy, progress, resume)
-            policy = self._calibrated(policy)  # other features, other decisions at the later sites
         measured = evaluate(self.game, policy, batches)
         if self.folder is not None:
             self.folder.save_policy(policy)
@@ -263,56 +253,3 @@ class Run:
         assert isinstance(critic, Critic)
         history = tuple(self.history)
         return TrainResult(policy, critic, history, self.target, measured.macs, measured.accuracy, self.game.backbone)
-
-    def _calibrated(self, policy: TokenPolicy) -> TokenPolicy:
-        if self.config.is_free:
-            return policy
-        batches = self.images.first(self.config.calibration_images)
-        return calibrate_threshold(self.game, policy, [images for images, _ in batches], self.target)
-
-    def _finetune(self, policy: TokenPolicy, progress: bool, resume: bool) -> None:
-        """Let the network learn from what the finished policy leaves; what comes before the first site stays."""
-        tuned = finetune(
-            self.game.backbone,
-            policy,
-            self.images.dataset,
-            config=finetune_settings(self.config, self.config.finetune_steps),
-            output=None if self.folder is None else self.folder.path / "finetune",
-            device=self.images.device,
-            progress=progress,
-            resume=resume and self.folder is not None,
-            processes=self.processes,
-        )
-        self.game.backbone.load_state_dict(tuned.backbone.state_dict())
-
-
-def make_networks(embed_dim: int, config: TrainConfig, generator: torch.Generator) -> tuple[TokenActor, Critic]:
-    """Actor and critic of the sizes that a configuration asks for."""
-    default = paper_sizes(embed_dim) if config.paper_sizes else None
-    actor = TokenActor(embed_dim, config.actor_hidden or default, config.keep_bias, generator)
-    kind = ImageCritic if config.algorithm == "ppo_single" else TokenCritic
-    return actor, kind(embed_dim, config.critic_hidden or default, generator)
-
-
-def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, generator: torch.Generator) -> Any:
-    """MAPPO or single-agent PPO with the optimiser and the learning-rate schedule of a configuration."""
-    adam = AdamOptimizerFactory(lr=config.lr, eps=config.adam_eps)
-    kind: Any = PPOSingle if config.algorithm == "ppo_single" else MAPPO
-    return kind(
-        actor=actor,
-        critic=critic,
-        optim=adam.with_lr_scheduler_factory(LinearDecay(config.updates, config.lr_final)),
-        clip=config.clip,
-        value_clip=config.value_clip,
-        huber_delta=config.huber_delta,
-        value_norm=config.value_norm,
-        advantage_normalization=config.normalize_advantages,
-        vf_coef=config.value_coef,
-        ent_coef=config.entropy,
-        max_grad_norm=config.max_grad_norm,
-        gae_lambda=config.trace,
-        gamma=config.discount,
-        update_chunk=config.update_chunk,
-        precision=config.precision,
-        generator=generator,
-    )

@@ -259,7 +259,7 @@ def test_what_is_refused() -> None:
     actor, critic = networks()
     with pytest.raises(ValueError, match="dual_clip"):
         PPOSingle(actor=actor, critic=critic, dual_clip=0.5)
-    with pytest.raises(ValueError, match=r"algorithm: expected 'mappo' or 'ppo_single', got 'ppo'"):
+    with pytest.raises(ValueError, match=r"algorithm: expected one of mappo, ppo_single, got 'ppo'"):
         TrainConfig(algorithm="ppo")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"reward: expected 'shared_outcome' with algorithm='ppo_single'"):
         TrainConfig(algorithm="ppo_single", reward="paper")

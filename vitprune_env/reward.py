@@ -111,7 +111,7 @@ class SharedOutcome:
     the same price as the network's.
     """
 
-    price: float = 0.035
+    price: float | Tensor = 0.035  # the same for all images, or [B]
     outcome: OutcomeFn = correct
     merge_cost: float = 0.0  # paid once by a token that merges into another, in units of the outcome
     charge_overhead: bool = False  # whether the MACs of evidence and policy are charged
@@ -122,19 +122,25 @@ class SharedOutcome:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, and of merging and deciding, `[B, N]`."""
-        paid = -self.price * step.share * step.carried.float()
+        price = _per_token(self.price)
+        paid = -price * step.share * step.carried.float()
         if self.merge_cost and step.merged is not None:
             paid = paid - self.merge_cost * step.merged
         if self.charge_overhead and step.overhead is not None:
             # In tokens carried through the whole network, to which the price refers, and split among those who decide.
             tokens = step.overhead * step.acted.shape[1] / step.acted.sum(dim=1).clamp(min=1)
-            paid = paid - self.price * tokens[:, None] * step.acted
+            paid = paid - price * tokens[:, None] * step.acted
         return paid
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """The outcome in the last step that each agent acted in, `[T, B, N]`."""
         last = [step.acted & ~step.kept for step in steps[:-1]] + [steps[-1].acted]
         return torch.stack(last).to(score) * score[None, :, None]
+
+
+def _per_token(price: float | Tensor) -> float | Tensor:
+    """A price per image as one that multiplies `[B, N]`."""
+    return price[:, None] if isinstance(price, Tensor) else price
 
 
 @runtime_checkable
@@ -162,7 +168,7 @@ class Attribution:
     maximises is the log-probability, not the accuracy. Tokens may be dropped, not merged.
     """
 
-    price: float = 0.035
+    price: float | Tensor = 0.035  # the same for all images, or [B]
     potential: OutcomeFn = unclamped_log_probability
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -171,7 +177,7 @@ class Attribution:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
-        return -self.price * step.share * step.carried.float()
+        return -_per_token(self.price) * step.share * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """Nothing, `[T, B, N]`: the outcome as such is not paid."""
