@@ -22,6 +22,8 @@ from ..cost import mlp_macs
 LIGHT_CRITIC = (64, 64)  # learns as well as the paper's widths, at a fraction of the update's cost
 HIDDEN_GAIN = 2**0.5
 ACTOR_GAIN = 0.01
+# Where all hidden units of the actor are dead, tokens get the very same logit, and no threshold can keep some of them.
+LEAK = 0.01
 
 
 def light_sizes(embed_dim: int) -> tuple[int, ...]:
@@ -58,7 +60,7 @@ class TokenActor(nn.Module):
         self.embed_dim = embed_dim
         self.hidden = light_sizes(embed_dim) if hidden is None else tuple(hidden)
         self.norm = nn.LayerNorm(embed_dim)
-        self.layers = _chain((embed_dim, *self.hidden, 2), ACTOR_GAIN, _own(generator))
+        self.layers = _chain((embed_dim, *self.hidden, 2), ACTOR_GAIN, _own(generator), LEAK)
         with torch.no_grad():
             self._last.bias.copy_(torch.tensor([0.0, keep_bias]))
 
@@ -185,12 +187,12 @@ def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) 
     return layer
 
 
-def _chain(sizes: Sequence[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+def _chain(sizes: Sequence[int], last_gain: float, generator: torch.Generator, leak: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU between them, leaky if asked for."""
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         is_last = index == len(sizes) - 2
         layers.append(_linear(inputs, outputs, last_gain if is_last else HIDDEN_GAIN, generator))
         if not is_last:
-            layers.append(nn.ReLU())
+            layers.append(nn.LeakyReLU(leak) if leak else nn.ReLU())
     return nn.Sequential(*layers)
