@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone
-from ..cost import CostModel
-from ..data import ImageDataset
-from ..game import TokenGame
-from ..rollout import play
-from ..storage import PathLike
-from ..tokens import start_state
-from ..types import Observation, Site, parse_sites
+from ..types import Observation
 from .decouple import DecoupleAndMerge, Merged
-from .fit import FitConfig, ModuleTask, PreparedTokens, fit, frozen
 from .mergers import runs
 from .token_lists import TokenLists
-from .topk import attention_sites
 
 KERNELS = {"convolution": 3, "mlp": 1}
 
@@ -81,9 +71,6 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
         seed: of the initial weights.
     """
-
-    __hash__ = nn.Module.__hash__  # a dataclass compares settings; modules are themselves only
-    __eq__ = object.__eq__
 
     def __init__(
         self,
