@@ -26,6 +26,7 @@ from .tri_level import TriLevel
 __all__ = [
     "ATS",
     "DPCKNN",
+    "LTMP",
     "DPCMerge",
     "DynamicViT",
     "DynamicViTConfig",
@@ -33,7 +34,6 @@ __all__ = [
     "EvoViT",
     "KMeansMerge",
     "Knob",
-    "LTMP",
     "LTMPFitConfig",
     "LifeConfig",
     "LifeRegression",
