@@ -13,9 +13,12 @@ from .knobs import Knob
 from .life_fit import LifeConfig, finetune_life_regression, fit_life_regression
 from .life_regression import LifeRegression
 from .ltmp import LTMP
+from .ltmp_fit import LTMPFitConfig, fit_ltmp
 from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
+from .subsample import SubSampleMerge
+from .subsample_fit import MergerConfig, fit_merger
 from .tome import ToMe
 from .topk import TopK
 from .tri_level import TriLevel
@@ -31,11 +34,14 @@ __all__ = [
     "EvoViT",
     "KMeansMerge",
     "Knob",
+    "LTMPFitConfig",
     "LifeConfig",
     "LifeRegression",
+    "MergerConfig",
     "Method",
     "PoolMerge",
     "RandomDrop",
+    "SubSampleMerge",
     "ToMe",
     "TopK",
     "TriLevel",
@@ -46,6 +52,8 @@ __all__ = [
     "finetune_life_regression",
     "fit_dynamicvit",
     "fit_life_regression",
+    "fit_ltmp",
+    "fit_merger",
     "make",
     "read_from_patches",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ..backbone import Backbone
@@ -13,7 +14,7 @@ from ..data import ImageDataset, batches_of
 from ..errors import BudgetError
 from ..game import TokenGame
 from ..policy import Policy
-from ..rollout import evaluate
+from ..rollout import play
 from ..tokens import TokenState
 from ..types import Site, parse_sites
 from .knobs import Knob, Setting
@@ -43,7 +44,7 @@ def calibrate(
         policy_factory: a baseline's name, its class, or anything that builds the policy from the knob's value.
         target_gmacs: mean GMACs per image, policy and evidence included.
         backbone: the network.
-        data: labelled images to measure the cost on, a data set or a list of batches; not the ones that accuracies
+        data: images to measure the cost on, a data set or a list of batches with labels; not the ones that accuracies
             are reported for.
         sites: where to prune; None: where the policy wants to.
         steps: bisection steps.
@@ -58,29 +59,50 @@ def calibrate(
         BudgetError: if the budget is below what the method's cheapest setting costs, or above what the dearest does;
             the message gives the range.
         UnknownNameError: for the name of no baseline.
+        ValueError: for no images.
     """
     if isinstance(target_gmacs, bool) or not isinstance(target_gmacs, int | float) or not isfinite(target_gmacs):
         raise BudgetError(f"target_gmacs: expected a finite number of GMACs, got {target_gmacs!r}")
     build, turned = _builder(policy_factory, knob, parameters)
     dial = _Dial(build, turned, backbone, sites)
-    batches = dial.prepare(_as_batches(data))
-    low, high = 0.0, 1.0
-    cheapest, dearest = dial.cost(low, batches), dial.cost(high, batches)
-    if not cheapest <= target_gmacs <= dearest:
+    batches = _as_batches(data)
+    if not batches:
+        raise ValueError("data: expected at least one image, got an empty dataset")
+    everything = dial.prepare([images for images, _ in batches])
+    # Most methods take as many tokens from every image, so that one image tells.
+    position = _bisect(dial, dial.prepare([batches[0][0][:1]]), target_gmacs, steps, tolerance)
+    if position is None or len(dial.macs(position, everything).unique()) > 1:
+        position = _bisect(dial, everything, target_gmacs, steps, tolerance)
+    if position is None:
+        cheapest, dearest = (float(dial.macs(end, everything).mean()) / 1e9 for end in (0.0, 1.0))
         raise BudgetError(
-            f"target_gmacs: {type(dial.policy(high)).__name__} reaches {cheapest:.5g} to {dearest:.5g} GMACs here, "
+            f"target_gmacs: {type(dial.policy(1.0)).__name__} reaches {cheapest:.5g} to {dearest:.5g} GMACs here, "
             f"got {target_gmacs:.5g}"
         )
+    return dial.policy(position)
+
+
+def _bisect(
+    dial: _Dial[Any], states: Sequence[TokenState], target_gmacs: float, steps: int, tolerance: float
+) -> float | None:
+    """The smallest position that does not spend less than the budget; None where it is out of reach."""
+
+    def cost(position: float) -> float:
+        return float(dial.macs(position, states).mean()) / 1e9
+
+    low, high, dearest = 0.0, 1.0, cost(1.0)
+    if not cost(low) <= target_gmacs <= dearest:
+        return None
     for _ in range(steps):
         if dearest <= (1 + tolerance) * target_gmacs or dial.setting(low) == dial.setting(high):
             break
         middle = (low + high) / 2
-        spent = dial.cost(middle, batches)
+        spent = cost(middle)
         if spent < target_gmacs:
             low = middle
         else:
             high, dearest = middle, spent
-    return dial.policy(high)
+    return high
 
 
 def _builder(
@@ -120,14 +142,16 @@ class _Dial(Generic[P]):
     def game(self, policy: Policy) -> TokenGame:
         return TokenGame.for_policy(self.backbone, policy, sites=self.sites)
 
-    def prepare(self, batches: Batches) -> list[tuple[TokenState, Tensor]]:
+    def prepare(self, batches: Sequence[Tensor]) -> list[TokenState]:
         """Run once what lies before the first site."""
         game = self.game(self.policy(1.0))
-        return [(game.prepare(images), labels) for images, labels in batches]
+        return [game.prepare(images) for images in batches]
 
-    def cost(self, position: float, batches: list[tuple[TokenState, Tensor]]) -> float:
+    def macs(self, position: float, states: Sequence[TokenState]) -> Tensor:
+        """MACs of each image, `[images]`."""
         policy = self.policy(position)
-        return evaluate(self.game(policy), policy, batches).gmacs
+        game = self.game(policy)
+        return torch.cat([play(game, policy, state).outcome.macs for state in states])
 
 
 def _as_batches(data: ImageDataset | Batches) -> Batches:

@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         return self.attentive + self.clusters - self.pairs
 
 
-@dataclass
+@dataclass(eq=False)  # mergers with weights are modules, which are hashed and equal to themselves only
 class DecoupleAndMerge(BasePolicy):
     """The frame that the method shares with the other mergers of its Table 4; a subclass says how to `merge`.
 

@@ -97,15 +97,22 @@ def fit_dynamicvit(
     policy = at_budget(start.at, target_gmacs, backbone, dataset, parsed)
     with frozen(backbone):
         inputs = inputs_of(backbone, dataset, parsed[0].half, config.images)
-        task = _Task(policy, TokenGame.for_policy(backbone, policy), inputs, config)
+        task = DynamicViTTask(policy, TokenGame.for_policy(backbone, policy), inputs, config)
         settings = {**asdict(config), "fit": None, **policy.config(), "backbone": backbone.name}
         options: dict[str, Any] = {"output": output, "resume": resume, "progress": progress, "settings": settings}
         fit(task, inputs, replace(config.fit, seed=seed), device=device_of(backbone), **options)
     return policy.eval()
 
 
-class _Task(ModuleTask):
-    """Sum of class, distillation and ratio losses of the training form."""
+class DynamicViTTask(ModuleTask):
+    """Weighted sum of class, ratio and distillation losses of the training form.
+
+    Args:
+        policy: whose predictors learn.
+        game: gives backbone and sites.
+        inputs: the training images.
+        config: weights of the losses, temperature.
+    """
 
     def __init__(self, policy: DynamicViT, game: TokenGame, inputs: Inputs, config: DynamicViTConfig) -> None:
         super().__init__(policy)

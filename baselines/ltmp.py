@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class LTMP(BasePolicy):
         self.sites = None if self.sites is None else tuple(str(Site.parse(site)) for site in self.sites)
         evidence = {"keys": self.merge_thresholds, "mean_attention": self.prune_thresholds}
         self.needs = frozenset(name for name, thresholds in evidence.items() if thresholds is not None)
-        self.attention_bias = None if self.merge_thresholds is None else "log_size"
+        self.attention_bias: Literal["log_size"] | None = None if self.merge_thresholds is None else "log_size"
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Those it was given, or inside every block."""

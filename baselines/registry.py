@@ -6,7 +6,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from ..backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
@@ -23,8 +24,11 @@ from .knobs import Knob
 from .life_fit import LifeConfig, fit_life_regression
 from .life_regression import LifeRegression
 from .ltmp import LTMP
+from .ltmp_fit import LTMPFitConfig, fit_ltmp
 from .mergers import KMeansMerge, PoolMerge
 from .random_drop import RandomDrop
+from .subsample import SubSampleMerge
+from .subsample_fit import MergerConfig, fit_merger
 from .tome import ToMe
 from .topk import TopK
 from .tri_level import TriLevel
@@ -118,6 +122,34 @@ class Method:
         return self.make(**parameters)
 
 
+def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary: str) -> Method:
+    """LTMP with thresholds of both kinds or one; before training they are the same in every block."""
+    merges_only = variant == "merge"
+    return Method(
+        name,
+        LTMP,
+        f"{summary}; thresholds are trained",
+        "Bonnaerens & Dambre, 2023",
+        Knob("merge_thresholds" if merges_only else "prune_thresholds", 0, 1, rising=merges_only),
+        every_block,
+        start={"merge_thresholds": LTMPFitConfig().merge_init} if variant == "merge+prune" else {},
+        fit=fit_ltmp,
+        fit_config=partial(LTMPFitConfig, variant=variant, calibration=0),  # `calibrate` turns what `at` turns
+        fitted_knob=Knob("offset", -4, 4, rising=False),
+    )
+
+
+def _merger(name: str, kind: Literal["convolution", "mlp"]) -> Method:
+    return Method(
+        name,
+        partial(SubSampleMerge, kind=kind),
+        f"the same with a trained {kind} in place of the clusters",
+        "Long et al., 2023, Table 4",
+        fit=partial(fit_merger, kind=kind),
+        fit_config=MergerConfig,
+    )
+
+
 METHODS: tuple[Method, ...] = (
     Method("random", RandomDrop, "keeps a share of the tokens, drawn uniformly: the control", "-"),
     Method("topk", TopK, "keeps a share of the original tokens, by class attention", "Haurum et al., 2023"),
@@ -131,6 +163,8 @@ METHODS: tuple[Method, ...] = (
     ),
     Method("dpc_pool", PoolMerge, "the same with pooling in place of the clusters", "Long et al., 2023, Table 4"),
     Method("dpc_kmeans", KMeansMerge, "the same with k-means in place of density peaks", "Long et al., 2023, Table 4"),
+    _merger("dpc_convolution", "convolution"),
+    _merger("dpc_mlp", "mlp"),
     Method("dpcknn", DPCKNN, "clusters all tokens by density peaks, keeps the means", "Haurum et al., 2023"),
     Method(
         "tome",
@@ -140,14 +174,9 @@ METHODS: tuple[Method, ...] = (
         Knob("r", 0, None, rising=False, kind="schedule"),
         every_block,
     ),
-    Method(
-        "ltmp",
-        LTMP,
-        "merges above a similarity, prunes below an importance, in every block; thresholds are trained",
-        "Bonnaerens & Dambre, 2023",
-        Knob("prune_thresholds", 0, 1, rising=False),
-        every_block,
-    ),
+    _ltmp("ltmp", "merge+prune", "merges above a similarity, prunes below an importance, in every block"),
+    _ltmp("ltmp_merge", "merge", "merges above a similarity, in every block"),
+    _ltmp("ltmp_prune", "prune", "prunes below an importance, in every block"),
     Method(
         "ats",
         ATS,

@@ -72,9 +72,6 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         seed: of the initial weights.
     """
 
-    __hash__ = nn.Module.__hash__  # a dataclass compares settings; modules are themselves only
-    __eq__ = object.__eq__
-
     def __init__(
         self,
         keep_rate: float,

@@ -110,4 +110,5 @@ def mean_weights(merge_into: Tensor, importance: Tensor) -> Tensor:
     joins, target = merge_into >= 0, merge_into.clamp(min=0)
     share = importance.clamp(min=torch.finfo(importance.dtype).tiny) * joins
     total = torch.zeros_like(share).scatter_add(1, target, share).gather(1, target)
-    return torch.where(joins, share / total, torch.ones_like(share))
+    # Not divided by what may be 0, not even where it is thrown away: its gradient would be NaN.
+    return torch.where(joins, share / torch.where(joins, total, 1), 1)

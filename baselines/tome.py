@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
@@ -43,7 +44,7 @@ class ToMe(BasePolicy):
             raise ValueError(f"inflect: expected -1 to 1, got {self.inflect!r}")
         if self.inflect and isinstance(self.r, tuple):
             raise ValueError(f"inflect: expected 0 with one r per site, got {self.inflect!r}")
-        self.attention_bias = "log_size" if self.proportional_attention else None
+        self.attention_bias: Literal["log_size"] | None = "log_size" if self.proportional_attention else None
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Inside every block, between attention and MLP."""

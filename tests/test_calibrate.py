@@ -43,6 +43,35 @@ def test_budget_is_met_from_above_by_less_than_a_token_per_site(
 def test_unreachable_budget_names_the_range(backbone: Backbone, batches: list) -> None:
     with pytest.raises(BudgetError, match=r"target_gmacs: EViT reaches .* to .* GMACs here, got 1e-06"):
         calibrate(EViT, 1e-6, backbone, batches, sites=backbone.default_sites)
+    dense = TokenGame(backbone).cost.dense() / 1e9
+    with pytest.raises(BudgetError, match="RandomDrop reaches"):
+        calibrate(RandomDrop, 1.01 * dense, backbone, batches)
+
+
+def test_images_are_needed(backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match="data: expected at least one image"):
+        calibrate(EViT, 0.1, backbone, [])
+
+
+@dataclass
+class Brightest(BasePolicy):
+    """Keeps tokens that are longer than a threshold: how many depends on the image."""
+
+    threshold: float
+
+    def decide(self, obs: Observation) -> Decision:
+        return Decision(keep=obs.scatter(obs.tokens.norm(dim=1) > self.threshold, fill=False))
+
+
+def test_what_depends_on_the_image_is_calibrated_on_all_images(backbone: Backbone, batches: list) -> None:
+    (images, labels), knob = batches[0], Knob("threshold", 0, 50, rising=False)
+    images = images * torch.tensor([0.2, 1.0, 2.0, 4.0])[:, None, None, None]
+    cases = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    budget = 0.7 * TokenGame(backbone).cost.dense() / 1e9
+    policy = calibrate(Brightest, budget, backbone, cases, sites=backbone.default_sites, knob=knob)
+    assert budget <= spent(backbone, policy, cases) <= 1.02 * budget
+    alone = calibrate(Brightest, budget, backbone, [(images[:1], labels[:1])], sites=backbone.default_sites, knob=knob)
+    assert not 0.98 * budget <= spent(backbone, alone, cases) <= 1.02 * budget
 
 
 @pytest.mark.parametrize("budget", [float("nan"), float("inf"), "0.5", None, True])

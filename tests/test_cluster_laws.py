@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +12,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import permuted, random_images, toy
 from ragged import check_batch_independence, play_ragged, ragged_keep
-from vitprune_env.baselines import ATS, DPCKNN, DPCMerge, TriLevel
+from vitprune_env.baselines import ATS, DPCKNN, DPCMerge, KMeansMerge, PoolMerge, SubSampleMerge, TriLevel
+from vitprune_env.baselines.subsample import SubSample
 from vitprune_env.export import export_program
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.pruned import PrunedViT
 from vitprune_env.rollout import play
+
+
+def trained(kind: Any) -> SubSampleMerge:
+    """A merger for two sites whose layers do something."""
+    policy = SubSampleMerge(0.6, embed_dim=48, num_sites=2, kind=kind)
+    for layer in policy.layers:
+        torch.nn.init.normal_(cast(SubSample, layer).out.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    return policy.requires_grad_(False)
+
+
+def name_of(policy: Any) -> str:
+    """What to call a policy in a test's name."""
+    return policy.kind if isinstance(policy, SubSampleMerge) else repr(policy)
+
 
 NAMES = ["golden", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
 TOKEN_WISE = [
@@ -29,8 +46,16 @@ TOKEN_WISE = [
     ATS(samples=9),
     TriLevel(0.6),
 ]
-POLICIES = TOKEN_WISE
-every_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
+IN_PATCH_ORDER = [
+    PoolMerge(0.6),
+    PoolMerge(0.6, pooling="max"),
+    PoolMerge(0.6, pooling="spatial"),
+    KMeansMerge(0.5),
+    KMeansMerge(0.5, iterations=3),
+    trained("convolution"),
+    trained("mlp"),
+]
+every_policy = pytest.mark.parametrize("policy", TOKEN_WISE + IN_PATCH_ORDER, ids=name_of)
 seeds = st.integers(0, 2**31)
 
 

@@ -105,3 +105,11 @@ def test_mean_weights_by_hand() -> None:
     importance = torch.tensor([[0.1, 0.3, 0.02, 5.0, 0.0, 0.0]])
     weight = mean_weights(merge_into, importance)
     torch.testing.assert_close(weight, torch.tensor([[0.25, 0.75, 1.0, 1.0, 0.5, 0.5]]))
+
+
+def test_mean_weights_have_gradients_where_nobody_stays() -> None:
+    importance = torch.rand(2, 3, requires_grad=True)
+    mean_weights(torch.tensor([[-1, -1, -1], [-1, 2, 2]]), importance).square().sum().backward()
+    assert importance.grad is not None
+    assert torch.isfinite(importance.grad).all()
+    assert importance.grad[1, 1:].any()

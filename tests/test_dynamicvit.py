@@ -16,12 +16,14 @@ from vitprune_env.backbone import Backbone
 from vitprune_env.baselines.dynamicvit import DynamicViT
 from vitprune_env.baselines.dynamicvit_fit import (
     DynamicViTConfig,
+    DynamicViTTask,
     forward_train,
     living_mean,
     ratio_loss,
     sample_keep,
     token_loss,
 )
+from vitprune_env.baselines.fit_data import ImageInputs
 from vitprune_env.checks import check_policy
 from vitprune_env.errors import CheckpointError, SiteError
 from vitprune_env.game import TokenGame
@@ -101,6 +103,40 @@ def test_losses_by_hand() -> None:
     teacher[0, 0] = torch.tensor([2.0, 4.0])  # mean square 10
     teacher[1, 2] = 100  # of a removed token
     assert token_loss(tokens, teacher, kept[1]).item() == pytest.approx((10 + 1 + 1) / 3)
+
+
+def test_the_loss_is_the_weighted_sum_and_vanishes_for_the_teacher_itself(
+    golden_backbone: Backbone, golden_images: Tensor
+) -> None:
+    images, labels = golden_images[:4], torch.tensor([1, 2, 3, 4])
+    inputs = ImageInputs(golden_backbone, [(image, 0) for image in images], half=6)
+    policy = DynamicViT(1.0).load_published(golden("dynamicvit_rho07"))
+    config = DynamicViTConfig(ratio_weight=2.0, logit_weight=0.3, token_weight=0.7)
+    task = DynamicViTTask(policy, TokenGame.for_policy(golden_backbone, policy), inputs, config)
+    total, found = task.loss(images, labels, torch.Generator().manual_seed(0))
+    parts = found["class"] + 2 * found["ratio"] + 0.3 * found["logits"] + 0.7 * found["tokens"]
+    assert total.item() == pytest.approx(parts, rel=1e-5)
+    assert min(found["ratio"], found["logits"], found["tokens"]) > 1e-3
+    with torch.no_grad():
+        dense = golden_backbone(images)
+        for module in policy.score_predictor:
+            module.out_conv[4].bias.add_(torch.tensor([100.0, -100.0]))  # type: ignore[index,union-attr]
+    total, found = task.loss(images, labels, torch.Generator().manual_seed(0))
+    assert max(abs(found[name]) for name in ("ratio", "logits", "tokens")) < 1e-6
+    assert total.item() == pytest.approx(torch.nn.functional.cross_entropy(dense, labels).item(), rel=1e-4)
+    assert [found[f"keep/{site}"] for site in (3, 6, 9)] == [1, 1, 1]
+
+
+def test_distillation_is_the_divergence_of_the_student_from_the_teacher(golden_backbone: Backbone) -> None:
+    policy = DynamicViT(0.5)
+    inputs = ImageInputs(golden_backbone, [(torch.zeros(3, 64, 64), 0)], half=6)
+    task = DynamicViTTask(policy, TokenGame.for_policy(golden_backbone, policy), inputs, DynamicViTConfig())
+    state = start_soft(golden_backbone, torch.zeros(1, 3, 64, 64))
+    student, teacher = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    found = task.losses(student, [torch.ones(1, 64)], state, torch.tensor([0]), teacher, state.tokens)
+    expected = 0.5 * torch.tensor(0.5 / 0.9).log() + 0.5 * torch.tensor(0.5 / 0.1).log()
+    assert found["logits"].item() == pytest.approx(expected.item())
+    assert found["class"].item() == pytest.approx(-torch.tensor(0.9).log().item())
 
 
 def test_sampled_decisions_are_hard_with_soft_gradients_and_the_right_frequency() -> None:
