@@ -7,6 +7,7 @@ one `[rows, D]` tensor, image by image; only attention needs to know where an im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -159,13 +160,13 @@ class Backbone(nn.Module):
         """
         return Observation(
             tokens=state.tokens,
-            image=state.image,
-            token=state.token,
-            offsets=state.offsets,
+            image=partial(getattr, state, "image"),
+            token=partial(getattr, state, "token"),
+            offsets=partial(getattr, state, "offsets"),
             cls=self.cls(state),
             alive=state.alive,
-            size=state.size,
-            order=state.order,
+            size=partial(getattr, state, "size"),
+            order=partial(getattr, state, "order"),
             position=self.position,
             site=site,
             step=step,

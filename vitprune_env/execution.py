@@ -41,8 +41,7 @@ def add_branch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
 
 def drop_factor(module: nn.Module, x: Tensor, rows: Rows) -> Tensor | None:
     """timm's stochastic depth on packed rows `x`, `[rows, 1]`: a whole image keeps or drops the branch; None: keep."""
-    rate = getattr(module, "drop_prob", 0.0)
-    if not (module.training and rate):
+    if not (module.training and getattr(module, "drop_prob", 0.0)):
         return None
     return module(x.new_ones(rows.num_images, 1))[rows.image(x.device)]
 

@@ -8,13 +8,15 @@ moved together, so that they can attend in one call; nobody sees that but `layou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from vitprune_env.types import later
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class TokenState:
 
     x: Tensor  # [rows, D] packed: per image P prefix rows, then n_i alive patch tokens
     alive: Tensor  # [B, N] bool
-    size: Tensor  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
-    source: Tensor  # [B, N] int64, token that each original patch is in now, alive or waiting; -1 = pruned
+    size: Tensor = later()  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
+    source: Tensor = later()  # [B, N] int64, token that each original patch is in now, alive or waiting; -1 = pruned
     groups: tuple[tuple[int, int], ...]  # (images, rows of each) of images with equally many rows, as they lie in `x`
     num_prefix: int  # P
     half: int = 0  # half-blocks that have run
@@ -166,8 +168,8 @@ class TokenState:
 
     def with_rows(self, x: Tensor, half: int | None = None) -> TokenState:
         """The same tokens with new features, `x` of the same shape, after `half` half-blocks (None: as before)."""
-        new = copy(self)  # unlike `replace` this takes along what has been worked out about the tokens
-        vars(new).update(x=x, half=self.half if half is None else half)
+        new = object.__new__(TokenState)  # unlike `replace` this takes along what has been worked out about the tokens
+        vars(new).update(vars(self), x=x, half=self.half if half is None else half)
         return new
 
 
@@ -184,12 +186,17 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
     return TokenState(
         x=x.flatten(0, 1),
         alive=torch.ones(batch, num_tokens, dtype=torch.bool, device=x.device),
-        size=torch.ones(batch, num_tokens, device=x.device),
-        source=torch.arange(num_tokens, device=x.device).expand(batch, num_tokens),
+        size=partial(torch.ones, batch, num_tokens, device=x.device),
+        source=partial(_own_numbers, batch, num_tokens, x.device),
         groups=((batch, rows),),
         num_prefix=num_prefix,
         half=half,
     )
+
+
+def _own_numbers(batch: int, num_tokens: int, device: torch.device) -> Tensor:
+    """`[B, N]` int64, every token its own source."""
+    return torch.arange(num_tokens, device=device).expand(batch, num_tokens)
 
 
 def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenState:
@@ -209,6 +216,18 @@ def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenSt
         index = index.index_copy(0, new.prefix_rows.flatten(), old.prefix_rows.flatten())
         index = index.index_copy(0, new.patch_rows, rows)
     return new.with_rows(x.index_select(0, index))
+
+
+def drop_rows(old: TokenState, new: TokenState) -> TokenState:
+    """Leave out the rows of the tokens that are not alive in `new`, where the images lie in the same order in both."""
+    if old.is_uniform:
+        stays = new.alive if old.count == new.alive.shape[1] else new.alive[old.image, old.token]
+        stays = F.pad(stays.view(new.batch_size, -1), (old.num_prefix, 0), value=True).flatten()
+    else:
+        stays = new.alive.new_ones(old.x.shape[0])
+        stays = stays.index_copy(0, old.patch_rows, new.alive[old.image, old.token])
+    index = torch.nonzero_static(stays, size=sum(images * rows for images, rows in new.groups))
+    return new.with_rows(old.x.index_select(0, index.view(-1)))
 
 
 def follow(values: Tensor, before: TokenState, after: TokenState) -> Tensor:
