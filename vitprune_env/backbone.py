@@ -7,7 +7,6 @@ one `[rows, D]` tensor, image by image; only attention needs to know where an im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from vitprune_env.attention import Rows, attend_packed
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
 from vitprune_env.execution import PLAIN, Execution, add_branch, drop_factor, feed_forward
+from vitprune_env.lazy import on_demand
 from vitprune_env.parking import recall
 from vitprune_env.tokens import TokenState, segment_mean, start_state
 from vitprune_env.types import EVIDENCE, Observation, Site, parse_sites
@@ -160,13 +160,13 @@ class Backbone(nn.Module):
         """
         return Observation(
             tokens=state.tokens,
-            image=partial(getattr, state, "image"),
-            token=partial(getattr, state, "token"),
-            offsets=partial(getattr, state, "offsets"),
+            image=on_demand(getattr, state, "image"),
+            token=on_demand(getattr, state, "token"),
+            offsets=on_demand(getattr, state, "offsets"),
             cls=self.cls(state),
             alive=state.alive,
-            size=partial(getattr, state, "size"),
-            order=partial(getattr, state, "order"),
+            size=on_demand(getattr, state, "size"),
+            order=on_demand(getattr, state, "order"),
             position=self.position,
             site=site,
             step=step,

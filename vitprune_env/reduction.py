@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from vitprune_env.errors import DecisionError
+from vitprune_env.lazy import given, on_demand
 from vitprune_env.parking import park, recall
 from vitprune_env.tokens import TokenState, arrange, drop_rows, repack
-from vitprune_env.types import Decision, given
+from vitprune_env.types import Decision
 
 
 def check_decision(decision: Decision, alive: Tensor, parked: Tensor | None = None) -> None:
@@ -156,12 +156,12 @@ def _moves_nobody(state: TokenState, decision: Decision) -> bool:
 
 def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> TokenState:
     """Apply a decision to tokens of which nobody waits."""
-    kept = chosen = survivors(decision, state.alive)
-    if keep_one and not decision.count:
-        kept = rescue_empty(chosen, state)
-        decision = replace(decision, count=None)  # where the policy said 0
+    kept, count = survivors(decision, state.alive), decision.count
+    chosen = kept
+    if keep_one and not count:
+        kept, count = rescue_empty(chosen, state), None  # also where the policy said 0
     rank = state.rank if decision.order is None else decision.order
-    groups, layout = _arrangement(state, decision, kept)
+    groups, layout = _arrangement(state, count, kept)
     if decision.merge_into is None and decision.weight is None:
         if _total(groups) == _total(state.groups):  # nobody left
             return state if rank is state.rank else replace(state, rank=rank)
@@ -170,8 +170,8 @@ def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> Tok
             TokenState(
                 x=state.x,
                 alive=kept,
-                size=partial(_left_size, given(state, "size"), kept),
-                source=partial(_left_source, given(state, "source"), kept),
+                size=on_demand(_left_size, given(state, "size"), kept),
+                source=on_demand(_left_source, given(state, "source"), kept),
                 groups=groups,
                 num_prefix=state.num_prefix,
                 half=state.half,
@@ -238,11 +238,11 @@ def _merge(state: TokenState, target: Tensor, new: TokenState, weight: Tensor | 
 
 
 def _arrangement(
-    state: TokenState, decision: Decision, kept: Tensor
+    state: TokenState, count: int | None, kept: Tensor
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
     """Groups and layout of the tokens that stay."""
-    if decision.count is not None:
-        return ((state.batch_size, state.num_prefix + decision.count),), None
+    if count is not None:
+        return ((state.batch_size, state.num_prefix + count),), None
     lengths = [state.num_prefix + count for count in kept.sum(dim=1).tolist()]
     # Other devices have attention that takes ragged rows as they lie.
     return arrange(lengths, sort=kept.device.type == "cpu")

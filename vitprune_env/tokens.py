@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitprune_env.types import later
+from vitprune_env.lazy import lazily, on_demand
 
 
+@lazily("size", "source")
 @dataclass(frozen=True)
 class TokenState:
     """The tokens of B images between two half-blocks."""
 
     x: Tensor  # [rows, D] packed: per image P prefix rows, then n_i alive patch tokens
     alive: Tensor  # [B, N] bool
-    size: Tensor = later()  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
-    source: Tensor = later()  # [B, N] int64, token that each original patch is in now, alive or waiting; -1 = pruned
+    size: Tensor  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
+    source: Tensor  # [B, N] int64, token that each original patch is in now, alive or waiting; -1 = pruned
     groups: tuple[tuple[int, int], ...]  # (images, rows of each) of images with equally many rows, as they lie in `x`
     num_prefix: int  # P
     half: int = 0  # half-blocks that have run
@@ -186,8 +187,8 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
     return TokenState(
         x=x.flatten(0, 1),
         alive=torch.ones(batch, num_tokens, dtype=torch.bool, device=x.device),
-        size=partial(torch.ones, batch, num_tokens, device=x.device),
-        source=partial(_own_numbers, batch, num_tokens, x.device),
+        size=on_demand(torch.ones, batch, num_tokens, device=x.device),
+        source=on_demand(_own_numbers, batch, num_tokens, x.device),
         groups=((batch, rows),),
         num_prefix=num_prefix,
         half=half,

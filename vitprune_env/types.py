@@ -9,45 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitprune_env.errors import SiteError
-
-
-class _Later:
-    """A field that may be given as a function without arguments, which is called when the field is first read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = "_" + name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            raise AttributeError(self.name)  # tells `dataclass` that the field has no default
-        value = vars(instance)[self.name]
-        if callable(value):
-            value = vars(instance)[self.name] = value()
-        return value
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        vars(instance)[self.name] = value
-
-
-def later() -> Any:
-    """A field of a frozen dataclass that costs nothing where nobody reads it.
-
-    The constructor takes its value, or a function without arguments that gives it (a `partial` of something that can
-    be pickled). `given` says what it took.
-    """
-    return _Later()
-
-
-def given(instance: Any, name: str) -> Any:
-    """What the constructor took for a field made by `later`, or its value if somebody has read it."""
-    return vars(instance)["_" + name]
-
+from vitprune_env.lazy import lazily
 
 EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
 
@@ -115,18 +82,19 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     return parsed
 
 
+@lazily("image", "token", "offsets", "size", "order")
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees at a site: the alive tokens as packed rows, so that nobody computes on the dead."""
 
     tokens: Tensor  # [sum n_i, D] alive patch tokens, image by image, in token order
-    image: Tensor = later()  # [sum n_i] int64, the image of each row
-    token: Tensor = later()  # [sum n_i] int64, the patch number of each row
-    offsets: Tensor = later()  # [B + 1] int64, rows offsets[b] to offsets[b + 1] belong to image b
+    image: Tensor  # [sum n_i] int64, the image of each row
+    token: Tensor  # [sum n_i] int64, the patch number of each row
+    offsets: Tensor  # [B + 1] int64, rows offsets[b] to offsets[b + 1] belong to image b
     cls: Tensor  # [B, D] class token, or the mean of the alive tokens where the model has none
     alive: Tensor  # [B, N] bool
-    size: Tensor = later()  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
-    order: Tensor = later()  # [B, N] int64, rank of the alive tokens in the current sequence; -1 for all others
+    size: Tensor  # [B, N] float, patches that each alive or waiting token stands for; 0 for the dead
+    order: Tensor  # [B, N] int64, rank of the alive tokens in the current sequence; -1 for all others
     position: Tensor  # [N, 2] float, row and column of each patch, 0 to 1
     site: Site  # where in the network this is
     step: int  # which step of the game this is, 0 to num_steps - 1
