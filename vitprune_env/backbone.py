@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitprune_env.attention import Rows
 from vitprune_env.errors import EvidenceError, UnsupportedBackboneError
 from vitprune_env.execution import PLAIN, Execution, drop_factor
+from vitprune_env.lazy import on_demand
 from vitprune_env.parking import recall
 from vitprune_env.soft import classify_soft, run_soft, start_soft
 from vitprune_env.tokens import TokenState, segment_mean, start_state
@@ -160,13 +161,13 @@ class Backbone(nn.Module):
         """
         return Observation(
             tokens=state.tokens,
-            image=state.image,
-            token=state.token,
-            offsets=state.offsets,
+            image=on_demand(getattr, state, "image"),
+            token=on_demand(getattr, state, "token"),
+            offsets=on_demand(getattr, state, "offsets"),
             cls=self.cls(state),
             alive=state.alive,
-            size=state.size,
-            order=state.order,
+            size=on_demand(getattr, state, "size"),
+            order=on_demand(getattr, state, "order"),
             position=self.position,
             site=site,
             step=step,

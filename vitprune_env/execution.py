@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from vitprune_env.attention import Kernel, Rows, dropout_rate, evidence_of, packed, project_in, project_out
+from vitprune_env.attention import Kernel, Rows, dropout_rate, evidence_of, packed, project_in, project_out, through
 
 
 def before_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,12 +26,12 @@ def after_attention(block: Block, x: Tensor, y: Tensor, factor: Tensor | None = 
     """Projection of the mixed values `y` `[rows, width]` and the residual, `[rows, D]`."""
     attn = cast(Attention, block.attn)
     normed = block.norm1(x) if getattr(attn, "gate", None) is not None else x  # only a gate looks at the input again
-    return add_branch(x, block.ls1(project_out(attn, normed, y)), factor)
+    return add_branch(x, through(block.ls1, project_out(attn, normed, y)), factor)
 
 
 def feed_forward(block: Block, x: Tensor, factor: Tensor | None = None) -> Tensor:
     """MLP half of a block on rows `[rows, D]`."""
-    return add_branch(x, block.ls2(block.mlp(block.norm2(x))), factor)
+    return add_branch(x, through(block.ls2, block.mlp(block.norm2(x))), factor)
 
 
 def add_branch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
@@ -41,8 +41,7 @@ def add_branch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
 
 def drop_factor(module: nn.Module, x: Tensor, rows: Rows) -> Tensor | None:
     """timm's stochastic depth on packed rows `x`, `[rows, 1]`: a whole image keeps or drops the branch; None: keep."""
-    rate = getattr(module, "drop_prob", 0.0)
-    if not (module.training and rate):
+    if not (module.training and getattr(module, "drop_prob", 0.0)):
         return None
     return module(x.new_ones(rows.num_images, 1))[rows.image(x.device)]
 

@@ -39,6 +39,8 @@ def kernel(name: str) -> Kernel:
 
 def auto(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Whatever suits device and dtype, see `choose`; arguments as for `attention.packed`."""
+    if len(rows.groups) == 1:  # nothing to choose
+        return packed(q, k, v, rows, key_bias, dropout)
     name = choose(q.device, q.dtype, len(rows.groups), biased=key_bias is not None, dropout=dropout)
     return KERNELS[name](q, k, v, rows, key_bias, dropout)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vitprune_env.errors import DecisionError
+from vitprune_env.lazy import given, on_demand
 from vitprune_env.parking import park, recall
-from vitprune_env.tokens import TokenState, arrange, repack
+from vitprune_env.tokens import TokenState, arrange, drop_rows, repack
 from vitprune_env.types import Decision
 
 
@@ -169,20 +171,30 @@ def _moves_nobody(state: TokenState, decision: Decision) -> bool:
 
 def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> TokenState:
     """Apply a decision to tokens of which nobody waits."""
-    kept = chosen = survivors(decision, state.alive)
-    if keep_one and not decision.count:
-        kept = rescue_empty(chosen, state)
-        decision = replace(decision, count=None)  # where the policy said 0
+    kept, count = survivors(decision, state.alive), decision.count
+    chosen = kept
+    if keep_one and not count:
+        kept, count = rescue_empty(chosen, state), None  # also where the policy said 0
     rank = state.rank if decision.order is None else decision.order
-    groups, layout = _arrangement(state, decision, kept)
-    only_drops = decision.merge_into is None and decision.weight is None and decision.features is None
-    if only_drops and _total(groups) == _total(state.groups):  # nobody left
-        return state if rank is state.rank else replace(state, rank=rank)
+    groups, layout = _arrangement(state, count, kept)
+    if decision.merge_into is None and decision.weight is None and decision.features is None:
+        if _total(groups) == _total(state.groups):  # nobody left
+            return state if rank is state.rank else replace(state, rank=rank)
+        return _drop(
+            state,
+            TokenState(
+                x=state.x,
+                alive=kept,
+                size=on_demand(_left_size, given(state, "size"), kept),
+                source=on_demand(_left_source, given(state, "source"), kept),
+                groups=groups,
+                num_prefix=state.num_prefix,
+                half=state.half,
+                rank=rank,
+                layout=layout,
+            ),
+        )
     new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)
-    if only_drops:
-        source = torch.where(_gather(kept, state.source), state.source, -1)
-        rows = state.row_of[new.image, new.token]
-        return repack(state, replace(new, size=state.size * kept, source=source), state.x, rows)
     target = _targets(decision, state.alive, chosen, kept)
     # A rescued token stays as it is: alone, its weight 1.
     weight = None if decision.weight is None else decision.weight.masked_fill(kept & ~chosen, 1)
@@ -191,6 +203,25 @@ def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> Tok
     source = torch.where(state.source >= 0, target.gather(1, state.source.clamp(min=0)), -1)
     rows = state.x.shape[0] + torch.arange(merged.shape[0], device=merged.device)
     return repack(state, replace(new, size=size, source=source), torch.cat([state.x, merged]), rows)
+
+
+def _drop(state: TokenState, new: TokenState) -> TokenState:
+    """The rows of `state` that `new` still has."""
+    # ONNX does not know `nonzero_static`, by which rows stay where they are.
+    if state.layout is None and new.layout is None and not torch.compiler.is_compiling():
+        return drop_rows(state, new)
+    return repack(state, new, state.x, state.row_of[new.image, new.token])
+
+
+def _left_size(size: Tensor | Callable[[], Tensor], kept: Tensor) -> Tensor:
+    """Sizes before a drop to those after it, `[B, N]`; only worked out when somebody asks."""
+    return (size if isinstance(size, Tensor) else size()) * kept
+
+
+def _left_source(source: Tensor | Callable[[], Tensor], kept: Tensor) -> Tensor:
+    """The same for the sources."""
+    source = source if isinstance(source, Tensor) else source()
+    return torch.where(_gather(kept, source), source, -1)
 
 
 def _gather(flags: Tensor, source: Tensor) -> Tensor:
@@ -224,11 +255,11 @@ def _merge(
 
 
 def _arrangement(
-    state: TokenState, decision: Decision, kept: Tensor
+    state: TokenState, count: int | None, kept: Tensor
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | None]:
     """Groups and layout of the tokens that stay."""
-    if decision.count is not None:
-        return ((state.batch_size, state.num_prefix + decision.count),), None
+    if count is not None:
+        return ((state.batch_size, state.num_prefix + count),), None
     lengths = [state.num_prefix + count for count in kept.sum(dim=1).tolist()]
     # Other devices have attention that takes ragged rows as they lie.
     return arrange(lengths, sort=kept.device.type == "cpu")

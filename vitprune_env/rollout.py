@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def play(
     observations = []
     while obs is not None:
         if record:
-            observations.append(obs)
+            observations.append(replace(obs))  # reads every field, lest one hold on to all that the game knows
         obs, _, _, _, _ = game.step(policy.decide(obs))
     outcome = game.outcome()
     return Episode(

@@ -8,15 +8,18 @@ moved together, so that they can attend in one call; nobody sees that but `layou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vitprune_env.lazy import lazily, on_demand
 
+
+@lazily("size", "source")
 @dataclass(frozen=True)
 class TokenState:
     """The tokens of B images between two half-blocks."""
@@ -166,8 +169,8 @@ class TokenState:
 
     def with_rows(self, x: Tensor, half: int | None = None) -> TokenState:
         """The same tokens with new features, `x` of the same shape, after `half` half-blocks (None: as before)."""
-        new = copy(self)  # unlike `replace` this takes along what has been worked out about the tokens
-        vars(new).update(x=x, half=self.half if half is None else half)
+        new = object.__new__(TokenState)  # unlike `replace` this takes along what has been worked out about the tokens
+        vars(new).update(vars(self), x=x, half=self.half if half is None else half)
         return new
 
 
@@ -184,12 +187,17 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
     return TokenState(
         x=x.flatten(0, 1),
         alive=torch.ones(batch, num_tokens, dtype=torch.bool, device=x.device),
-        size=torch.ones(batch, num_tokens, device=x.device),
-        source=torch.arange(num_tokens, device=x.device).expand(batch, num_tokens),
+        size=on_demand(torch.ones, batch, num_tokens, device=x.device),
+        source=on_demand(_own_numbers, batch, num_tokens, x.device),
         groups=((batch, rows),),
         num_prefix=num_prefix,
         half=half,
     )
+
+
+def _own_numbers(batch: int, num_tokens: int, device: torch.device) -> Tensor:
+    """`[B, N]` int64, every token its own source."""
+    return torch.arange(num_tokens, device=device).expand(batch, num_tokens)
 
 
 def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenState:
@@ -209,6 +217,18 @@ def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenSt
         index = index.index_copy(0, new.prefix_rows.flatten(), old.prefix_rows.flatten())
         index = index.index_copy(0, new.patch_rows, rows)
     return new.with_rows(x.index_select(0, index))
+
+
+def drop_rows(old: TokenState, new: TokenState) -> TokenState:
+    """Leave out the rows of the tokens that are not alive in `new`, where the images lie in the same order in both."""
+    if old.is_uniform:
+        stays = new.alive if old.count == new.alive.shape[1] else new.alive[old.image, old.token]
+        stays = F.pad(stays.view(new.batch_size, -1), (old.num_prefix, 0), value=True).flatten()
+    else:
+        stays = new.alive.new_ones(old.x.shape[0])
+        stays = stays.index_copy(0, old.patch_rows, new.alive[old.image, old.token])
+    index = torch.nonzero_static(stays, size=sum(images * rows for images, rows in new.groups))
+    return new.with_rows(old.x.index_select(0, index.view(-1)))
 
 
 def follow(values: Tensor, before: TokenState, after: TokenState) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.errors import SiteError
+from vitprune_env.lazy import lazily
 
 EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
 
@@ -81,6 +82,7 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     return parsed
 
 
+@lazily("image", "token", "offsets", "size", "order")
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees at a site: the alive tokens as packed rows, so that nobody computes on the dead."""
