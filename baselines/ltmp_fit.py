@@ -25,6 +25,7 @@ from .ltmp_walk import ThresholdWalk
 from .tome import every_block
 
 EVALUATION_BATCH = 128
+OFFSETS = (-4.0, 1.0)  # from hardly anything to nearly everything
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def fit_ltmp(
 
 
 def at_budget(
-    policy: LTMP, backbone: Backbone, target_gmacs: float, batches: Sequence[tuple[Tensor, Tensor]], steps: int = 12
+    policy: LTMP, backbone: Backbone, target_gmacs: float, batches: Sequence[tuple[Tensor, Tensor]], steps: int = 14
 ) -> LTMP:
     """Bring all thresholds of a policy to a budget by one number, the offset of `LTMP.at`.
 
@@ -212,14 +213,14 @@ def at_budget(
         The policy that came closest.
 
     Raises:
-        BudgetError: if ten times as strict or as lax thresholds are not enough.
+        BudgetError: if even ten times as strict thresholds cost more, or some that hardly remove anybody cost less.
     """
 
     def cost(offset: float) -> float:
         moved = policy.at(offset)
         return evaluate(TokenGame.for_policy(backbone, moved), moved, batches).gmacs
 
-    low, high = -1.0, 1.0
+    low, high = OFFSETS
     dearest, cheapest = cost(low), cost(high)
     if not cheapest <= target_gmacs <= dearest:
         raise BudgetError(

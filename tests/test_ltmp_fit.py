@@ -113,7 +113,7 @@ def test_thresholds_stay_in_range() -> None:
     assert task.policy(None) == LTMP((1.0,), (0.0,))
 
 
-QUICK = LTMPFitConfig(calibration=64, checkpoint_every=3, validate_every=3).quick(6)
+QUICK = LTMPFitConfig(calibration=32, checkpoint_every=2, validate_every=2).quick(4)
 
 
 def test_fit_meets_the_budget_and_can_be_resumed(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_fit_meets_the_budget_and_can_be_resumed(tmp_path: Path) -> None:
     where = ("1.attn", "3.attn", "6.attn")
     policy = fit_ltmp(backbone, data, target, sites=where, output=tmp_path, config=QUICK)
     assert policy.default_sites(8) == where
-    found = evaluate(TokenGame.for_policy(backbone, policy), policy, batches_of(data, 64, images=64))
+    found = evaluate(TokenGame.for_policy(backbone, policy), policy, batches_of(data, 32, images=32))
     assert found.gmacs == pytest.approx(target, rel=0.03)
     assert policy.merge_thresholds != pytest.approx((QUICK.merge_init,) * 3), "they have been trained"
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
