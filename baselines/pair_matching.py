@@ -21,12 +21,13 @@ def match_pairs(similarity: Tensor, valid: Tensor, count: Tensor, most: int) -> 
     size = similarity.shape[1]
     upper = torch.ones(size, size, dtype=torch.bool, device=valid.device).triu(1)
     table = similarity.masked_fill(~(upper & valid[:, :, None] & valid[:, None, :]), float("-inf"))
-    image = torch.arange(len(valid), device=valid.device)[:, None]
     partner = torch.arange(size, device=valid.device).expand(valid.shape)
     for step in range(most):
-        first = table.amax(dim=2).argmax(dim=1, keepdim=True)  # quicker than one argmax over the whole table
-        pair = torch.cat([first, table[image, first].argmax(dim=2)], dim=1)
-        partner = torch.where(count[:, None] > step, partner.scatter(1, pair, pair.flip(1)), partner)
-        table[image, pair] = float("-inf")  # in place: a copy per pair would take most of the time
-        table[image, :, pair] = float("-inf")
+        first = table.amax(dim=2).argmax(dim=1)[:, None, None]  # quicker than one argmax over the whole table
+        row = table.gather(1, first.expand(-1, 1, size))
+        pair = torch.cat([first, row.argmax(dim=2, keepdim=True)], dim=1)  # [B, 2, 1]
+        mate = partner.scatter(1, pair[..., 0], pair[..., 0].flip(1))
+        partner = torch.where(count[:, None] > step, mate, partner)
+        table.scatter_(1, pair.expand(-1, 2, size), float("-inf"))  # in place: copies would take most of the time
+        table.scatter_(2, pair.mT.expand(-1, size, 2), float("-inf"))
     return partner
