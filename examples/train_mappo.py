@@ -2,6 +2,7 @@
 
     python examples/train_mappo.py                        # 35 % of the dense model's MACs, a minute or two
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
+    python examples/train_mappo.py --algorithm ppo_single # one agent decides for all tokens of an image
     python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
     python examples/train_mappo.py --preset rl4evit-deit-s --data-dir /data/imagenet      # see docs/imagenet.md
     python examples/train_mappo.py --resume               # goes on after Ctrl-C, a crash or a power cut, bit for bit
@@ -38,6 +39,7 @@ from vitprune_env.figures import learning_curve_figure, tokens_figure
 
 TUNE_SEED = 1_000_003  # scenes that baselines are calibrated on: training digits, other compositions
 TEST_SEED = 2_000_003
+LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,11 @@ def image_task(args: Args, backbone: Backbone) -> Task:
 
 
 def compare(args: Args, backbone: Backbone, policy: TokenPolicy, task: Task) -> list[Row]:
-    """Dense, random, untrained, EViT and MAPPO at MAPPO's measured GMACs."""
+    """Dense, random, untrained, EViT and the learnt policy at its measured GMACs."""
     sites = backbone.default_sites if policy.sites is None else policy.sites
     game = TokenGame(backbone, sites)
     tune, test = task.tune, task.test
-    learned = Row.of("MAPPO", evaluate(game, policy, test))
+    learned = Row.of(LEARNERS[args.algorithm], evaluate(game, policy, test))
     dense = Row.of("dense", evaluate(game, KeepAll(), test))
     budget = learned.gmacs
     few = [(images[:32], labels[:32]) for images, labels in tune]  # these two keep the same number in every image

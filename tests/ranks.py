@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[TrainConfig, tuple[int, ...]]] = {  # settings, numbers of
     "uneven": (SEVERAL, (1, 2, 3)),  # 7 images: 3 + 4, 2 + 2 + 3
     "cached": (replace(SEVERAL, cache_images=15, minibatch=None, images=8), (1, 2)),
     "tiny_minibatches": (replace(SEVERAL, minibatch=2, images=2, updates=1, epochs=1), (1, 2)),  # some have no rows
+    "ppo_single": (replace(SEVERAL, algorithm="ppo_single"), (1, 2)),
     "paper": (replace(SEVERAL, reward="paper", normalize_advantages=False, value_norm=False), (1, 2)),
 }
 Work = Callable[[Processes], object]

@@ -66,7 +66,7 @@ def test_several_processes_come_to_what_one_comes_to(name: str, ranks: tuple[Pat
         assert report["codes"][f"{name}{size}"] == [0] * size, errors[-2000:]
         for rank in range(size):
             assert_close(one, ended(folder, f"{name}{size}", rank), atol=1e-5)
-    least = {"uneven": 4, "cached": 2, "tiny_minibatches": 25, "paper": 4}
+    least = {"uneven": 4, "cached": 2, "tiny_minibatches": 25, "ppo_single": 4, "paper": 4}
     assert one["history"][0]["gradient_steps"] >= least[name]
 
 
