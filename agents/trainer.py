@@ -275,5 +275,7 @@ def make_algorithm(actor: TokenActor, critic: TokenCritic, config: TrainConfig, 
         max_grad_norm=config.max_grad_norm,
         gae_lambda=config.trace,
         gamma=config.discount,
+        update_chunk=config.update_chunk,
+        precision=config.precision,
         generator=generator,
     )
