@@ -129,7 +129,7 @@ class Run:
             self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
         )
         self.history: list[dict[str, float]] = []
-        self.signals = StopSignals()
+        self.signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
 
     @property
     def updates_done(self) -> int:
