@@ -132,7 +132,7 @@ def test_an_unwritable_folder_is_noticed_before_training(tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="output: expected a folder that can be written"):
         run(output=tmp_path / "file" / "run")
-    with pytest.raises(StorageError, match="output: expected a folder, got .*Not a directory"):
+    with pytest.raises(StorageError, match=r"output: expected a folder, got .*Not a directory"):
         CommonArgs(output=tmp_path / "file" / "run").prepare()
     fill_the_disk(monkeypatch, tmp_path)
     with pytest.raises(StorageError, match="No space left"):
