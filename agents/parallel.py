@@ -32,7 +32,7 @@ class ProcessError(VitPruneError):
 class Processes:
     """The processes that train together, and which of them this is; by default there is only one.
 
-    Every method is a collective: all processes call it, in the same sequence.
+    Every method but `share` is a collective: all processes call it, in the same sequence.
     """
 
     rank: int = 0
@@ -45,7 +45,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` rows are this process's: consecutive ones, as evenly as possible. Not a collective."""
+        """Which of `count` rows are this process's: consecutive ones, as evenly as possible."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -98,10 +98,6 @@ class Processes:
                     with _peers():
                         dist.broadcast(here, src=0)
                     tensor.copy_(here)
-
-    def wait(self) -> None:
-        """Until all processes have come here."""
-        self.largest(0)
 
     def _gather_counts(self, count: int) -> list[int]:
         counts = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,10 +36,16 @@ class StopSignals:
 
     Attributes:
         received: number of the signal, 0 if none came.
+
+    Args:
+        grace: seconds during which further signals are taken for the first one. Launchers pass on to each process the
+            signal that a cluster has already sent it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
         self.received = 0
+        self.grace = grace
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -53,8 +60,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in SIGNALS:  # the system's own answer comes even in the middle of a long computation
-            signal.signal(each, signal.SIG_DFL)
+        if self.received:
+            if time.monotonic() - self._since > self.grace:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.received, self._since = number, time.monotonic()
+        if not self.grace:  # the system's own answer comes even in the middle of a long computation
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
         _log.warning("%s: finishing the update, then saving; once more ends the run at once", name)

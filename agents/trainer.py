@@ -136,7 +136,7 @@ class Run:
         alternates = config.finetune == "alternate"
         self.alternation = Alternation(backbone, self.actor, config, self.images) if alternates else None
         self.history: list[dict[str, float]] = []
-        self.signals = StopSignals()
+        self.signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
 
     @property
     def updates_done(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from vitprune_env import Backbone, Policy, TokenGame, play
 from vitprune_env.baselines import calibrate
 from vitprune_env.data import batches_of as batches_of  # the examples take it from here
-from vitprune_env.errors import VitPruneError
+from vitprune_env.errors import StorageError, VitPruneError
 from vitprune_env.rollout import Evaluation, evaluate
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # iterated more than once
@@ -45,8 +45,15 @@ class CommonArgs:
     """A small run that shows that everything works; its numbers mean nothing."""
 
     def prepare(self, built_in: bool = True) -> None:
-        """Make the output folder and set the number of threads, for the built-in model or another."""
-        self.output.mkdir(parents=True, exist_ok=True)
+        """Make the output folder and set the number of threads, for the built-in model or another.
+
+        Raises:
+            StorageError: if the folder cannot be made.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"output: expected a folder, got {self.output} ({error.strerror})") from error
         threads = 1 if self.threads is None and built_in else self.threads
         if threads is not None:
             torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ from vitprune_env.agents.checkpoint import load_state
 
 CONFIG = TrainConfig(
     updates=8,
-    images=8,
+    images=7,  # so that a part of the 16 cached ones is always left over
     minibatch=256,
     critic_hidden=(8,),
     actor_hidden=(4,),

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import CommonArgs
 from failures import Hostile, fill_the_disk
+from games import OwnLabels
 from test_trainer import DATA, TINY, assert_same, run
 from vitprune_env.agents import MAPPO
 from vitprune_env.agents.checkpoint import load_state
-from vitprune_env.agents.signals import TrainingStopped
+from vitprune_env.agents.signals import StopSignals, TrainingStopped
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
 
 KILLS = Path(__file__).with_name("kills.py")
@@ -82,14 +85,18 @@ def test_a_signal_lets_the_update_finish_and_saves(
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
-    def twice() -> None:
-        from vitprune_env.agents.signals import StopSignals
+@pytest.mark.parametrize("grace", [0.0, 0.2])
+def test_a_second_signal_quits_at_once(grace: float, tmp_path: Path) -> None:
+    """But not one that a launcher passes on a moment after the first."""
 
-        with StopSignals() as signals:
+    def twice() -> None:
+        with StopSignals(grace) as signals:
             signal.raise_signal(signal.SIGTERM)
+            if grace:
+                signal.raise_signal(signal.SIGTERM)
             assert signals.received == signal.SIGTERM
             (tmp_path / "still there").touch()
+            time.sleep(1.5 * grace)
             signal.raise_signal(signal.SIGINT)
             (tmp_path / "survived").touch()
 
@@ -125,6 +132,8 @@ def test_an_unwritable_folder_is_noticed_before_training(tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="output: expected a folder that can be written"):
         run(output=tmp_path / "file" / "run")
+    with pytest.raises(StorageError, match=r"output: expected a folder, got .*Not a directory"):
+        CommonArgs(output=tmp_path / "file" / "run").prepare()
     fill_the_disk(monkeypatch, tmp_path)
     with pytest.raises(StorageError, match="No space left"):
         run(output=tmp_path / "new")
@@ -188,8 +197,6 @@ def test_a_hostile_checkpoint_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_another_dataset_is_not_resumed(tmp_path: Path) -> None:
-    from games import OwnLabels
-
     run(replace(TINY, updates=1), output=tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(f"other dataset_size ({len(DATA)})")):
         run(replace(TINY, updates=1), OwnLabels(50), output=tmp_path, resume=True)
