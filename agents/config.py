@@ -66,6 +66,12 @@ class TrainConfig:
     """Passes over the agent-steps of an update (K in the paper)."""
     minibatch: int | None = 2048
     """Agent-steps per gradient step; None: all at once."""
+    update_chunk: int | None = None
+    """Agent-steps whose gradient is computed at once and summed over a minibatch: less memory, the same gradient. None:
+    as many as fit the cache."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrix products of an update: bf16 is faster where the processor has it, gradients then differ by per
+    cents."""
     lr: float = 3e-3
     """Learning rate of Adam at the start."""
     lr_final: float = 0.05
@@ -115,6 +121,8 @@ class TrainConfig:
         for name in ("updates", "images", "epochs", "calibration_images", "checkpoint_every"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         _check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
+        _check(self, "update_chunk", self.update_chunk is None or self.update_chunk >= 1, "at least 1 or None")
+        _check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         _check(self, "lr", self.lr > 0, "above 0")
         _check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
         _check(self, "price", self.price > 0, "above 0")

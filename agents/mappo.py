@@ -183,10 +183,10 @@ class MAPPO(PPO):
     def _values(self, games: Trajectory) -> Tensor:
         """The critic on all live agent-steps, `[M]`."""
         with self._autocast():
-            shared = self.token_critic.folded(games.cls)
-            parts = (rows.split(self._chunk_size(self.max_batchsize)) for rows in (self._seen, games.image))
-            chunks = zip(*parts, strict=True)
-            return torch.cat([self.token_critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
+            critic, size = self.token_critic, self._chunk_size(self.max_batchsize)
+            shared = critic.folded(games.cls)
+            chunks = zip(self._seen.split(size), games.image.split(size), strict=True)
+            return torch.cat([critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
 
     def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> MAPPOStats:
         """`repeat` epochs of minibatches of `batch_size` agent-steps.
@@ -285,8 +285,7 @@ class MAPPO(PPO):
         entropy = keep_entropy(logit).mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clip_frac = ((ratio - 1).abs() > self.eps_clip).float().mean()
+            approx_kl, clip_frac = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > self.eps_clip).float().mean()
             return loss, torch.stack([loss, actor_loss, vf_loss, entropy, approx_kl, clip_frac])
 
     def _chunk_size(self, most: int) -> int:

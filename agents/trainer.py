@@ -278,5 +278,7 @@ def make_algorithm(actor: TokenActor, critic: Critic, config: TrainConfig, gener
         max_grad_norm=config.max_grad_norm,
         gae_lambda=config.trace,
         gamma=config.discount,
+        update_chunk=config.update_chunk,
+        precision=config.precision,
         generator=generator,
     )

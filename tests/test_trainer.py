@@ -61,7 +61,7 @@ def test_a_run_meets_its_budget_and_says_what_happened(tmp_path: Path) -> None:
     assert len(result.history) == 6
     row = result.history[0]
     assert {"accuracy", "gmacs", "keep/1", "keep/3", "price", "loss", "ent_loss", "approx_kl"} <= set(row)
-    assert {"clip_frac", "explained_variance", "actor_loss", "vf_loss"} <= set(row)
+    assert {"clip_frac", "explained_variance", "actor_loss", "vf_loss", "grad_norm"} <= set(row)
     assert [round(row["target_share"], 4) for row in result.history] == [0.7, 0.6333, 0.5667, 0.5, 0.5, 0.5]
     loaded = load_policy(tmp_path / "policy.safetensors")
     assert torch.equal(play(game, loaded, DATA.images).keep, play(game, result.policy, DATA.images).keep)
@@ -170,7 +170,14 @@ def test_what_is_refused() -> None:
         run(replace(TINY, target_share=0.2))
     with pytest.raises(ValueError, match="at most one of target_gmacs"):
         TrainConfig(target_gmacs=1.0, target_keep=0.5)
-    for bad in ({"updates": 0}, {"lr": -1.0}, {"discount": 2.0}, {"reward": "fame"}, {"minibatch": 1}):
+    for bad in (
+        {"updates": 0},
+        {"lr": -1.0},
+        {"discount": 2.0},
+        {"reward": "fame"},
+        {"minibatch": 1},
+        {"update_chunk": 0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
             TrainConfig(**bad)
 

@@ -94,11 +94,11 @@ def torchrl_ppo(
     Raises:
         ImportError: without torchrl.
     """
-    from tensordict import TensorDict  # optional
-    from tensordict.nn import TensorDictModule
-    from torchrl.modules import ProbabilisticActor, ValueOperator
-    from torchrl.objectives import ClipPPOLoss
-    from torchrl.objectives.value.functional import generalized_advantage_estimate
+    from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
+    from tensordict.nn import TensorDictModule  # pyright: ignore[reportMissingImports]
+    from torchrl.modules import ProbabilisticActor, ValueOperator  # pyright: ignore[reportMissingImports]
+    from torchrl.objectives import ClipPPOLoss  # pyright: ignore[reportMissingImports]
+    from torchrl.objectives.value.functional import generalized_advantage_estimate  # pyright: ignore[reportMissingImports]
 
     obs, half, column = joint_rows(rows), TokenHalf(actor), Column(critic)
     policy = ProbabilisticActor(
@@ -149,7 +149,7 @@ def torchrl_ppo(
         for _ in range(epochs):
             parts = loss(batch)
             optimizer.zero_grad()
-            sum(part for name, part in parts.items() if name.startswith("loss_")).backward()
+            torch.stack([part for name, part in parts.items() if name.startswith("loss_")]).sum().backward()
             nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
 
