@@ -129,7 +129,8 @@ class PPOSingle(MAPPO):
         assert isinstance(buffer, GameBuffer)
         games, seen = buffer.trajectory, ImageSteps.of(buffer.trajectory)
         steps, images, _ = games.alive.shape
-        predicted = self.critic(seen.mean, seen.cls, seen.left)
+        with self._autocast():
+            predicted = self.critic(seen.mean, seen.cls, seen.left).float()
         value = predicted if self.value_norm is None else self.value_norm.denormalize(predicted)
         reward, table = (column.view(images, steps).T for column in (seen.reward, value))
         ended = torch.zeros(steps, images, dtype=torch.bool, device=value.device)

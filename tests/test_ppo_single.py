@@ -164,6 +164,18 @@ def test_first_gradient_is_the_joint_score_times_the_advantage(chunk: int | None
         assert other.abs().max() > 1e-4
 
 
+def test_half_precision_learns_nearly_the_same() -> None:
+    results = []
+    for precision in ("fp32", "bf16"):
+        actor, critic = networks()
+        _, rows = explored(team_game(), actor, seed=0)
+        stats = update(PPOSingle(actor=actor, critic=critic, precision=precision), buffer_of(rows))
+        results.append((stats.loss.mean, stats.grad_norm))
+        assert all(parameter.dtype == torch.float32 for parameter in actor.parameters())
+    assert results[1] == pytest.approx(results[0], rel=0.05)
+    assert results[1] != results[0]
+
+
 # Learning
 
 

@@ -21,7 +21,7 @@ Action = int | np.int64
 
 WEIGHT_TOLERANCE = 1e-4  # relative; a policy may compute its means in another order than we do
 # Of a decision, what actions say, what `ask` hands over beside them, and what is bookkeeping.
-EXPRESSIBLE = {"keep", "merge_into", "weight", "order", "macs", "count"}
+EXPRESSIBLE = {"keep", "merge_into", "weight", "order", "macs", "count", "park_count"}
 
 
 class Actions(Protocol):
