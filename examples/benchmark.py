@@ -84,7 +84,7 @@ def checked(args: Args) -> Args:
     for name in ("images", "tune_images", "fit_images", "seeds", "batch_size", "pairs", "timed_images"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
-    small = {"images": 100, "tune_images": 16, "fit_images": 256, "seeds": 2, "pairs": 2, "timed_images": 16}
+    small = {"images": 64, "tune_images": 16, "fit_images": 256, "seeds": 2, "pairs": 2, "timed_images": 16}
     return replace(args, **small) if args.quick else args
 
 

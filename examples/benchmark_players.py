@@ -142,7 +142,8 @@ def _fitted(method: Method, task: Task, budget: float) -> list[Policy]:
         resume=task.resume,
         config=config.quick() if task.quick else config,
     )
-    return [calibrate(policy.at, budget, task.backbone, task.tune, where, knob=method.fitted_knob)]
+    options: dict[str, Any] = {"knob": method.fitted_knob, "tolerance": CALIBRATION_TOLERANCE}
+    return [calibrate(policy.at, budget, task.backbone, task.tune, where, **options)]
 
 
 def _untrained(task: Task, budget: float) -> list[Policy]:

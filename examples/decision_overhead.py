@@ -165,9 +165,12 @@ def players(args: Args, backbone: Backbone, images: Tensor) -> Iterator[Player |
     tune = [(images, torch.zeros(len(images), dtype=torch.int64, device=args.device))]
     budget = args.budget * CostModel.of(backbone).dense() / 1e9
     for name in args.methods or available():
-        sites = parse_sites(describe(name).sites(backbone), backbone.depth)
+        method = describe(name)
+        sites = parse_sites(method.sites(backbone), backbone.depth)
+        network: dict[str, Any] = {"embed_dim": backbone.embed_dim, "num_sites": len(sites)}
+        given = {} if method.needs_only_knob else {key: network[key] for key in network if key in method.parameters}
         try:
-            yield Player(name, calibrate(name, budget, backbone, tune, sites, tolerance=0.01), sites)
+            yield Player(name, calibrate(name, budget, backbone, tune, sites, tolerance=0.01, **given), sites)
         except BudgetError as error:
             yield Overhead(name, out_of_reach=str(error))
 

@@ -19,12 +19,13 @@ import benchmark_measure
 import benchmark_players
 import benchmark_report
 import common
+import decision_overhead
 from benchmark_measure import Result, difference, interval
 from vitprune_env import TokenGame, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy
 from vitprune_env.agents.checkpoint import save_policy
 from vitprune_env.data import Digits, batches_of
-from vitprune_env.errors import CheckpointError, UnknownNameError
+from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
 
 
 def marks(seeds: int, images: int, share: float, seed: int = 0) -> np.ndarray:
@@ -206,6 +207,39 @@ def test_measured_is_what_was_played(tmp_path: Path) -> None:
     assert Result.load(json.loads(json.dumps(asdict(found)))) == found
 
 
+def test_fitted_methods_are_fitted_for_the_budget_and_brought_to_it(tmp_path: Path) -> None:
+    task = small_task(tmp_path)
+    fitted, unfitted = benchmark_players.contestants(["life_regression"], [])[-1:1:-1]
+    assert (fitted.name, unfitted.name) == ("life_regression", "life_regression (unfitted)")
+    (policy,) = fitted.policies(task, 0.4 * task.dense_gmacs)
+    assert list((tmp_path / "fits").glob("life_regression-0.4/*.safetensors"))
+    found = benchmark_measure.measure(replace(fitted, policies=lambda *_: [policy]), 0.4, task, pairs=1, timed=4)
+    assert found.gmacs == pytest.approx(0.4 * task.dense_gmacs, rel=0.03)
+    assert len(unfitted.policies(task, 0.4 * task.dense_gmacs)) == task.seeds
+
+
+def test_overhead_of_every_method_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--quick", "--rounds", "1", "--methods", "evit", "tome", "dpc_mlp", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["decision_overhead.py", *flags])
+    common.run(decision_overhead.main)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
+    assert set(rows) == {"evit", "tome", "dpc_mlp"}
+    for row in rows.values():
+        assert min(row["half_ms"], row["decide_ms"], row["reduce_ms"]) > 0
+    assert rows["evit"]["sites"] == ["1", "3", "5"]
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_parameters_follow_a_name(tmp_path: Path) -> None:
+    player = benchmark_players.contestants(["dpc:strategy=cluster,clusters=2"], [])[-1]
+    (policy,) = cast(Any, player.policies(small_task(tmp_path), 0.012))
+    assert (player.name, policy.strategy, policy.clusters) == ("dpc:strategy=cluster,clusters=2", "cluster", 2)
+    with pytest.raises(ParameterError, match=r"strategi: no parameter of 'dpc', .* did you mean strategy"):
+        benchmark_players.contestants(["dpc:strategi=cluster"], [])
+
+
 def test_out_of_reach_is_a_result(tmp_path: Path) -> None:
     player = next(entry for entry in benchmark_players.contestants([], []) if entry.name == "evit")
     found = benchmark_measure.measure(player, 0.01, small_task(tmp_path), pairs=1, timed=4)
@@ -225,12 +259,10 @@ def test_a_whole_run_is_resumed_and_extended(
     first = command("--budgets", 0.4)
     assert [row["method"] for row in first] == ["dense", "random", "untrained actor", "topk"]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-    rows = command("--budgets", 0.4, 0.6, "--checkpoints", checkpoints[0.6], "--resume")
+    rows = command("--budgets", 0.4, "--checkpoints", checkpoints[0.6], "--resume")
     assert rows[:4] == first  # nothing was measured again
-    assert [(row["method"], row["share"]) for row in rows[4:]] == [
-        ("MAPPO", 0.4), ("random", 0.6), ("untrained actor", 0.6), ("topk", 0.6), ("MAPPO", 0.6)
-    ]  # fmt: skip
-    for name in ("pareto.png", "tokens-40.png", "tokens-60.png"):
+    assert [(row["method"], row["share"]) for row in rows[4:]] == [("MAPPO", 0.4)]
+    for name in ("pareto.png", "tokens-40.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"error: .* settings to resume, got other seed 0 \(now 1\)"):
         command("--resume", "--seed", 1)

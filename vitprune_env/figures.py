@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
 MARKERS = "osD^vP*X<>pd"
+GREYS = (14, 15)  # of matplotlib's tab20
 NEAR = 0.1  # accuracies this far below the reference are shown enlarged
 MAX_IMAGES = 8  # images of a figure that stay readable on a page
 
@@ -144,7 +145,7 @@ def pareto_figure(
     Args:
         lines: points of each method, in any order.
         reference: name and accuracy to compare with, drawn as a horizontal line.
-        muted: methods to draw in grey, such as controls.
+        muted: methods to draw in grey and without intervals, such as controls.
         title: of the figure.
 
     Raises:
@@ -160,14 +161,17 @@ def pareto_figure(
     figure = Figure(figsize=(12.0 if near else 7.5, 5.0), layout="constrained")
     panels = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
     coloured = [name for name in lines if name not in muted]
-    palette = colormaps["tab10" if len(coloured) <= colormaps["tab10"].N else "tab20"]
-    colours = {name: palette(index % palette.N) for index, name in enumerate(coloured)}
+    palette = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2)) if index not in GREYS]
+    colours = {name: palette[index % len(palette)] for index, name in enumerate(coloured)}
     for axes in panels:
         for index, (name, points) in enumerate(lines.items()):
             share, accuracy, low, high = np.array(sorted(points)).T
             style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
-            style |= {"color": colours[name]} if name in colours else {"color": "0.6", "linestyle": "--"}
-            axes.errorbar(share, accuracy, np.stack([accuracy - low, high - accuracy]), capsize=2, label=name, **style)
+            if name in colours:
+                error = np.stack([accuracy - low, high - accuracy])
+                axes.errorbar(share, accuracy, error, capsize=2, label=name, color=colours[name], **style)
+            else:
+                axes.plot(share, accuracy, label=name, color="0.6", linestyle="--", **style)
         if reference is not None:
             axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
         axes.set(xlabel="GMACs, share of dense, policy included")
