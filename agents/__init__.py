@@ -1,8 +1,10 @@
-"""Learning to prune: actor, critic, MAPPO on tianshou, training to a budget."""
+"""Learning to prune: actor, critic, MAPPO on tianshou, training to a budget, fine-tuning of the network."""
 
+from .adaptive import AdaptivePolicy
 from .budget import calibrate_threshold
 from .checkpoint import load_policy, save_policy
 from .config import TrainConfig
+from .finetune import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
 from .mappo import MAPPO
 from .networks import TokenActor, TokenCritic
 from .policy import TokenPolicy
@@ -11,6 +13,10 @@ from .trainer import TrainResult, train
 
 __all__ = [
     "MAPPO",
+    "AdaptivePolicy",
+    "CosineKeepRate",
+    "FinetuneConfig",
+    "FinetuneResult",
     "ImageCritic",
     "PPOSingle",
     "TokenActor",
@@ -19,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "calibrate_threshold",
+    "finetune",
     "load_policy",
     "save_policy",
     "train",

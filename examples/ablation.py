@@ -1,7 +1,8 @@
 """Train variants at several budgets with several seeds, and say with confidence intervals which differ.
 
     python examples/ablation.py                                     # MAPPO, single-agent PPO, Random: Table II
-    python examples/ablation.py --variants mappo finetune_after     # does fine-tuning gain?
+    python examples/ablation.py --variants mappo finetune_alternate finetune_after     # does fine-tuning gain?
+    python examples/ablation.py --variants mappo adaptive           # one policy for all budgets, one for each
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
 
 Every run is a file in the output folder, so that `--resume` does only what is missing. Reports table.md, results.csv
@@ -11,6 +12,7 @@ and accuracy.png. Design on the validation split (the default); the test split i
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import time
 from collections.abc import Iterable, Sequence
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from common import CommonArgs, run, write_json
 from train_mappo import TEST_SEED, TUNE_SEED
 from vitprune_env import Backbone, KeepAll, TokenGame, evaluate, load_backbone
-from vitprune_env.agents import TrainConfig, train
+from vitprune_env.agents import AdaptivePolicy, TrainConfig, train
 from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.data import Digits, batches_of
 
@@ -42,6 +44,7 @@ VARIANTS: dict[str, TrainConfig | None] = {
     "log_probability": TrainConfig(outcome="log_probability"),
     "probability": TrainConfig(outcome="probability"),
     "margin": TrainConfig(outcome="margin"),
+    "adaptive": TrainConfig(adaptive=(0.2, 0.6)),  # one policy asked for each of the budgets
     "finetune_alternate": TrainConfig(finetune="alternate"),
     "finetune_after": TrainConfig(finetune="after"),
 }
@@ -109,7 +112,8 @@ def jobs_of(args: Args) -> list[Job]:
                 if config is not None:
                     small = {"images": 32, "cache_images": 128, "calibration_images": 128} if args.quick else {}
                     length = {} if args.updates is None else {"updates": args.updates}
-                    config = replace(config, target_share=share, seed=seed, **small, **length)
+                    budget = {} if config.adaptive else {"target_share": share}
+                    config = replace(config, seed=seed, **budget, **small, **length)
                 path = args.output / f"{variant}-{100 * share:g}-{seed}.json"
                 made.append(Job(variant, share, seed, config, args.split, args.images, args.device, path))
     return made
@@ -132,6 +136,8 @@ def work(job: Job) -> dict[str, Any]:
         data = Digits("train", size=images, seed=job.seed)
         result = train(backbone, data, job.config, device=job.device, progress=False)
         backbone, policy = result.backbone, result.policy
+        if isinstance(policy, AdaptivePolicy):
+            policy = policy.at(job.share)
     seconds = time.perf_counter() - start
     found = {"settings": job.settings, "seconds": seconds, **measure(backbone, policy, held_out)}
     write_json(job.path, found)
@@ -148,8 +154,6 @@ def measure(backbone: Backbone, policy: Any, held_out: list[Any]) -> dict[str, f
 
 def stored(job: Job) -> dict[str, Any] | None:
     """The result of an earlier run with the same settings."""
-    import json
-
     if not job.path.exists():
         return None
     found = json.loads(job.path.read_text())

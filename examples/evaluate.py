@@ -27,7 +27,7 @@ from image_task import ImageArgs, first_images, load_network, open_split
 from presets import PUBLISHED
 from train_mappo import TEST_SEED, TUNE_SEED, token_figure
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate
-from vitprune_env.agents import TokenPolicy, calibrate_threshold, load_policy
+from vitprune_env.agents import AdaptivePolicy, TokenPolicy, calibrate_threshold, load_policy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.data import Digits, ImageBatches
 
@@ -58,7 +58,8 @@ class Args(ImageArgs, CommonArgs):
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Precision of the matrix products."""
     target_share: float | None = None
-    """Recalibrate the checkpoint's threshold to this share of the dense MACs; None: leave it as trained."""
+    """Another budget, as a share of the dense MACs: what an adaptive policy is asked for, or what the threshold of any
+    other is calibrated to anew; None: as trained."""
 
 
 def parse(argv: list[str]) -> Args:
@@ -87,8 +88,8 @@ def load(args: Args) -> tuple[Policy, Backbone]:
     if tuned.exists() and args.weights is None:
         args = replace(args, weights=tuned)
     backbone = load_network(args, policy.info.get("backbone", "vit_digits"), args.seed, args.device)
-    if policy.actor.embed_dim != backbone.embed_dim:
-        trained = f"{policy.info.get('backbone')} (width {policy.actor.embed_dim})"
+    if policy.width != backbone.embed_dim:
+        trained = f"{policy.info.get('backbone')} (width {policy.width})"
         raise ValueError(f"model: the policy was trained on {trained}, {backbone.name} has width {backbone.embed_dim}")
     return policy, backbone
 
@@ -148,6 +149,8 @@ def recalibrated(args: Args, policy: Policy, backbone: Backbone) -> TokenPolicy:
     """
     if not isinstance(policy, TokenPolicy):
         raise ValueError("target_share: expected a trained policy, whose threshold can be moved; got a keep rate")
+    if isinstance(policy, AdaptivePolicy):
+        return policy.at(args.target_share or policy.share)
     game = TokenGame.for_policy(backbone, policy)
     tune = batches(args, backbone, "train", 128 if args.quick else 512, TUNE_SEED)
     target = (args.target_share or 1.0) * game.cost.dense()

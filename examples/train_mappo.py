@@ -3,6 +3,8 @@
     python examples/train_mappo.py                        # 35 % of the dense model's MACs, a minute or two
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
     python examples/train_mappo.py --algorithm ppo_single # one agent decides for all tokens of an image
+    python examples/train_mappo.py --adaptive 0.2 0.6     # one policy for all budgets in between
+    python examples/train_mappo.py --finetune after       # the network learns, too, from what the policy leaves
     python examples/train_mappo.py --preset rl4evit       # reward, network sizes and K of the paper
     python examples/train_mappo.py --preset rl4evit-deit-s --data-dir /data/imagenet      # see docs/imagenet.md
     python examples/train_mappo.py --resume               # goes on after Ctrl-C, a crash or a power cut, bit for bit
@@ -31,7 +33,15 @@ from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_spee
 from image_task import ImageArgs, first_images, load_network, open_split
 from presets import TRAINING
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, play
-from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, TrainResult, calibrate_threshold, train
+from vitprune_env.agents import (
+    AdaptivePolicy,
+    TokenActor,
+    TokenPolicy,
+    TrainConfig,
+    TrainResult,
+    calibrate_threshold,
+    train,
+)
 from vitprune_env.agents.parallel import launched
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.data import Digits, data_config
@@ -105,12 +115,13 @@ def image_task(args: Args, backbone: Backbone) -> Task:
     return Task(training, batches_of(tune, batch, args.device), test.batches(batch, args.device))
 
 
-def compare(args: Args, backbone: Backbone, policy: TokenPolicy, task: Task) -> list[Row]:
-    """Dense, random, untrained, EViT and the learnt policy at its measured GMACs."""
+def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> list[Row]:
+    """Dense, random, untrained, EViT and the learnt policy at its measured GMACs, then `extras`."""
+    policy = result.policy
     sites = backbone.default_sites if policy.sites is None else policy.sites
     game = TokenGame(backbone, sites)
     tune, test = task.tune, task.test
-    learned = Row.of(LEARNERS[args.algorithm], evaluate(game, policy, test))
+    learned = Row.of(LEARNERS[args.algorithm], evaluate(TokenGame(result.backbone, sites), policy, test))
     dense = Row.of("dense", evaluate(game, KeepAll(), test))
     budget = learned.gmacs
     few = [(images[:32], labels[:32]) for images, labels in tune]  # these two keep the same number in every image
@@ -136,7 +147,24 @@ def compare(args: Args, backbone: Backbone, policy: TokenPolicy, task: Task) -> 
         control_row,
         timed(evit, evit_policy),
         timed(learned, policy),
+        *extras(result, test),
     ]
+
+
+def extras(result: TrainResult, test: Batches) -> list[Row]:
+    """The fine-tuned network without pruning, and an adaptive policy at other budgets."""
+    policy, backbone, rows = result.policy, result.backbone, []
+    if policy.info.get("finetune", "off") != "off":
+        rows.append(Row.of("fine-tuned, not pruned", evaluate(TokenGame(backbone), KeepAll(), test)))
+    if isinstance(policy, AdaptivePolicy):
+        others = [policy.at(share) for share in policy.shares]
+        rows += [
+            Row.of(
+                f"the same at {100 * other.share:.0f} %", evaluate(TokenGame.for_policy(backbone, other), other, test)
+            )
+            for other in others
+        ]
+    return rows
 
 
 def token_figure(backbone: Backbone, policy: Policy, batches: Batches) -> Figure:
@@ -152,9 +180,9 @@ def token_figure(backbone: Backbone, policy: Policy, batches: Batches) -> Figure
     return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2, **look)
 
 
-def draw(args: Args, backbone: Backbone, result: TrainResult, dense: Row, test: Batches) -> None:
+def draw(args: Args, result: TrainResult, dense: Row, test: Batches) -> None:
     """The figures: what is pruned where on eight images, and how learning went."""
-    token_figure(backbone, result.policy, test).savefig(args.output / "tokens.png", dpi=150)
+    token_figure(result.backbone, result.policy, test).savefig(args.output / "tokens.png", dpi=150)
     target = result.target_macs / (dense.gmacs * 1e9)
     updates, accuracy, share = ([row[name] for row in result.history] for name in ("update", "accuracy", "share"))
     curve = learning_curve_figure(updates, accuracy, share, references={"dense": dense.accuracy}, budget=target)
@@ -163,7 +191,7 @@ def draw(args: Args, backbone: Backbone, result: TrainResult, dense: Row, test: 
 
 def summarise(args: Args, rows: list[Row], result: TrainResult, seconds: float) -> dict[str, object]:
     """What other programs read: summary.json."""
-    dense, random, untrained, evit, learned = rows
+    dense, random, untrained, evit, learned, *_ = rows
     return {
         "dense_accuracy": dense.accuracy,
         "accuracy": learned.accuracy,
@@ -187,8 +215,8 @@ def summarise(args: Args, rows: list[Row], result: TrainResult, seconds: float) 
 
 def report(args: Args, backbone: Backbone, result: TrainResult, task: Task, start: float) -> None:
     """Compare with what has to be beaten, draw, and write it all down."""
-    rows = compare(args, backbone, result.policy, task)
-    draw(args, backbone, result, rows[0], task.test)
+    rows = compare(args, backbone, result, task)
+    draw(args, result, rows[0], task.test)
     text = table(rows, dense_gmacs=rows[0].gmacs)
     (args.output / "table.md").write_text(text + "\n")
     seconds = time.perf_counter() - start
