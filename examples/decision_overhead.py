@@ -52,7 +52,7 @@ class Args(CommonArgs):
     """Baselines to time; none: all."""
     model: str = "vit_digits"
     """Network, by its name in timm, or vit_digits."""
-    budget: float = 0.5
+    budget: float = 0.35
     """Mean GMACs per image as a share of the dense model's."""
     batch_size: int = 32
     """Images that are played at once."""
