@@ -162,11 +162,11 @@ def _moves_nobody(state: TokenState, decision: Decision) -> bool:
 
     Who waits is the observation's own tensor, so that nobody changed sides; the counts say that nobody left.
     """
-    aside, given = state.parked, decision
-    if aside is None or given.park is not aside.alive or None in (given.count, given.park_count):
+    aside, counts = state.parked, (decision.count, decision.park_count)
+    if aside is None or decision.park is not aside.alive or None in counts:
         return False
-    as_they_are = given.merge_into is None and given.weight is None and given.order is None
-    return as_they_are and (given.count, given.park_count) == (state.count, aside.count)
+    as_they_are = decision.merge_into is None and decision.weight is None and decision.order is None
+    return as_they_are and counts == (state.count, aside.count)
 
 
 def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> TokenState:
