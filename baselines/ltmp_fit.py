@@ -213,7 +213,7 @@ def at_budget(
         The policy that came closest.
 
     Raises:
-        BudgetError: if even a hundred times as strict thresholds cost more, or some that hardly remove anybody cost less.
+        BudgetError: if even 100 times as strict thresholds cost more, or some that hardly remove anybody cost less.
     """
 
     def cost(offset: float) -> float:
