@@ -25,7 +25,7 @@ from .ltmp_walk import ThresholdWalk
 from .tome import every_block
 
 EVALUATION_BATCH = 128
-OFFSETS = (-4.0, 1.0)  # from hardly anything to nearly everything
+OFFSETS = (-4.0, 2.0)  # from hardly anybody removed to nearly everybody
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def at_budget(
         The policy that came closest.
 
     Raises:
-        BudgetError: if even ten times as strict thresholds cost more, or some that hardly remove anybody cost less.
+        BudgetError: if even 100 times as strict thresholds cost more, or some that hardly remove anybody cost less.
     """
 
     def cost(offset: float) -> float:
