@@ -150,6 +150,16 @@ def test_k_means_is_lloyds_on_coordinates(seed: int, iterations: int, count: int
     assert len(set(target)) == count, "no group is ever empty"
 
 
+def test_the_token_nearest_to_a_mean_stays_with_it() -> None:
+    # First groups: -6 5 5, mean 4/3, and 16.1 6 6 6 6, mean 8.02, which is nearer to 5. One of the two stays.
+    points = torch.tensor([-6.0, 5.0, 5.0, 16.1, 6.0, 6.0, 6.0, 6.0])
+    distances = (points[:, None] - points[None]).square()[None]
+    target = k_means(distances, torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3]]), iterations=2)[0].tolist()
+    assert target[:2] == [1, 1]
+    assert len(set(target[2:])) == 1
+    assert target[2] >= 3
+
+
 def test_k_means_merges_by_attention(golden_backbone: Backbone, golden_images: Tensor) -> None:
     obs, decision, _ = decided(golden_backbone, golden_images, KMeansMerge(0.7, pairs=0))
     attention, target, weight = obs.scatter(obs.evidence["cls_attention"]), decision.merge_into, decision.weight
