@@ -23,6 +23,7 @@ from vitprune_env.baselines import calibrate
 from vitprune_env.data import batches_of as batches_of  # the examples take it from here
 from vitprune_env.errors import StorageError, VitPruneError
 from vitprune_env.rollout import Evaluation, evaluate
+from vitprune_env.types import Site
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # iterated more than once
 
@@ -127,12 +128,16 @@ def at_budget(
 
 
 @torch.inference_mode()
-def measure_speedup(backbone: Backbone, policy: Policy, images: Tensor, pairs: int) -> float:
+def measure_speedup(
+    backbone: Backbone, policy: Policy, images: Tensor, pairs: int, sites: Sequence[int | str | Site] | None = None
+) -> float:
     """How many times faster the pruned model is than the plain timm model, on the same images.
 
-    Both run in turn in one process; the answer is the median over the pairs.
+    Both run in turn in one process; the answer is the median over the pairs. The policy acts at `sites`; None: where it
+    wants to.
     """
-    game = TokenGame.for_policy(backbone, policy, sites=backbone.default_sites, check=False)
+    where = {} if sites is None else {"sites": sites}
+    game = TokenGame.for_policy(backbone, policy, check=False, **where)
     times = race(lambda: backbone(images), lambda: play(game, policy, images), images.device, pairs)
     return statistics.median(dense / pruned for dense, pruned in times)
 

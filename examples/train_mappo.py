@@ -139,7 +139,8 @@ def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> 
     pairs = 3 if args.quick else 9
 
     def timed(row: Row, policy: Policy) -> Row:
-        return replace(row, speedup=measure_speedup(backbone, policy, images, pairs))
+        own = sites if isinstance(policy, TokenPolicy) else backbone.default_sites
+        return replace(row, speedup=measure_speedup(backbone, policy, images, pairs, own))
 
     return [
         replace(dense, speedup=1.0),

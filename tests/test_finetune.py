@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from math import cos, pi
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_kept_tokens_of_the_frozen_part_change_nothing() -> None:
 def test_loss_is_cross_entropy_mixed_with_the_dense_models_answer() -> None:
     config = replace(SHORT, distill=TEACHERS_WEIGHT, temperature=2.0, label_smoothing=0.1, cache_images=0)
     policy = EViT(0.6)
-    backbone = load_backbone(toy(NAME).model)
+    backbone = load_backbone(deepcopy(toy(NAME).model))  # a tuner freezes what it does not train
     tuner = FineTuner(backbone, DATA, config, policy, torch.Generator().manual_seed(0), SITES)
     images, labels = fetch(DATA, range(8))
     tuner.images.draw = lambda _: (images, labels)  # type: ignore[method-assign]

@@ -23,6 +23,13 @@ def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_p
         exec(re.sub(r"range\(200\)", "range(2)", snippet), namespace)
 
 
+def test_snippets_of_the_training_docs_run() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text("utf-8"), flags=re.DOTALL)
+    assert len(snippets) >= 2
+    for snippet in snippets:
+        exec(snippet, {"__name__": "docs"})
+
+
 def test_commands_name_scripts_and_flags_that_exist() -> None:
     assert len(COMMANDS) >= 5
     for script, rest in COMMANDS:
