@@ -11,46 +11,19 @@ import numpy as np
 import pytest
 import torch
 from tianshou.algorithm.optim import AdamOptimizerFactory
-from tianshou.data import ReplayBuffer
-from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
 from games import NAME, OwnLabels, Teacher, explored, toy_game
 from helpers import toy
+from teams import DIM, buffer_of, networks, team_game, update
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, train
-from vitprune_env.agents.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.buffer import Trajectory
 from vitprune_env.agents.networks import keep_entropy, keep_log_prob
 from vitprune_env.agents.policy import ExploringPolicy
 from vitprune_env.agents.ppo_single import ImageCritic, PPOSingle, joint_sum
 from vitprune_env.errors import NumericalError
-from vitprune_env.game import TokenGame
-from vitprune_env.reward import log_probability
 from vitprune_env.rollout import play
-from vitprune_env.team_reward import TeamOutcome
-
-DIM = 48
-
-
-def networks() -> tuple[TokenActor, ImageCritic]:
-    return TokenActor(DIM, (16,)), ImageCritic(DIM, (32, 16))
-
-
-def team_game() -> TokenGame:
-    game = toy_game()
-    game.reward = TeamOutcome(price=0.1, outcome=log_probability)
-    return game
-
-
-def buffer_of(rows: Trajectory) -> GameBuffer:
-    buffer = GameBuffer()
-    buffer.store(rows)
-    return buffer
-
-
-def update(algorithm: Any, buffer: ReplayBuffer, batch_size: int | None = None, repeat: int = 1) -> Any:
-    with policy_within_training_step(algorithm.policy):
-        return algorithm.update(buffer, batch_size, repeat)
 
 
 def prepared(algorithm: PPOSingle, rows: Trajectory) -> Any:

@@ -12,14 +12,14 @@ from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory
 from tianshou.data import Batch, ReplayBuffer
-from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
-from games import NAME, explored, toy_game
+from games import NAME, explored
 from helpers import make_model, random_images, toy
+from teams import DIM, buffer_of, networks, team_game, update
 from vitprune_env.agents import MAPPO, TokenActor, TokenCritic
-from vitprune_env.agents.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.buffer import Trajectory
 from vitprune_env.agents.policy import ExploringPolicy
 from vitprune_env.agents.ppo_single import ImageCritic, PPOSingle
 from vitprune_env.backbone import Backbone
@@ -29,29 +29,7 @@ from vitprune_env.rollout import play
 from vitprune_env.team_reward import TeamOutcome
 from vitprune_env.types import Episode
 
-DIM = 48
 DEAD = -40.0  # log-odds at which a token is pruned for certain, without a say
-
-
-def networks() -> tuple[TokenActor, ImageCritic]:
-    return TokenActor(DIM, (16,)), ImageCritic(DIM, (32, 16))
-
-
-def team_game() -> TokenGame:
-    game = toy_game()
-    game.reward = TeamOutcome(price=0.1, outcome=log_probability)
-    return game
-
-
-def buffer_of(rows: Trajectory) -> GameBuffer:
-    buffer = GameBuffer()
-    buffer.store(rows)
-    return buffer
-
-
-def update(algorithm: Any, buffer: ReplayBuffer, batch_size: int | None = None, repeat: int = 1) -> Any:
-    with policy_within_training_step(algorithm.policy):
-        return algorithm.update(buffer, batch_size, repeat)
 
 
 # The law of MAPPO (9), for joint actions: an update equals tianshou's stock PPO on the same image-steps
