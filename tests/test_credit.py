@@ -59,19 +59,33 @@ def test_credit_is_the_derivative_of_the_masked_forward(seed: int) -> None:
         backbone.float()
 
 
-def test_the_game_pays_kept_tokens_their_credit_and_charges_the_blocks() -> None:
+def paid(credit: torch.Tensor, episode: Episode, scale: float = 1.0) -> torch.Tensor:
+    """Plus the credit for staying, minus it for leaving, in units of 1 / N, at most 1; nothing for the dead."""
+    gain = (credit * credit.shape[2] * scale).clamp(-1, 1)
+    return episode.alive * gain * (2.0 * episode.keep - 1)
+
+
+def test_the_game_pays_choices_their_credit_and_charges_the_blocks() -> None:
     game, episode, images, labels = played(4, Attribution(price=0.3))
     credit = attribution(toy(NAME), game.prepare(images), game.steps, labels, unclamped_log_probability)
-    assert credit.abs().sum() > 0
+    assert (credit * credit.shape[2]).abs().max() > 1 > (credit * credit.shape[2]).abs().min() > 0
     shares = torch.tensor([step.share for step in game.steps])[:, None, None]
-    torch.testing.assert_close(episode.reward, episode.keep * (credit - 0.3 * shares), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(episode.reward, paid(credit, episode) - 0.3 * shares * episode.keep)
 
 
-def test_the_potential_can_be_chosen_and_parameters_get_no_gradient() -> None:
-    reward = Attribution(price=0.0, potential=lambda logits, labels: margin(logits, labels, width=50.0))
+def test_credits_of_those_who_stayed_cancel_but_for_the_class_token() -> None:
+    """Why the kept alone cannot be paid: only the class token's weight keeps their sum from being zero."""
+    game, episode, images, labels = played(4)
+    credit = attribution(toy(NAME), game.prepare(images), game.steps, labels, unclamped_log_probability)
+    kept = credit * episode.keep
+    assert kept.sum(dim=2).abs().mean() < 0.5 * kept.abs().sum(dim=2).mean()
+
+
+def test_the_potential_and_the_scale_can_be_chosen_and_parameters_get_no_gradient() -> None:
+    reward = Attribution(price=0.0, scale=0.1, potential=lambda logits, labels: margin(logits, labels, width=50.0))
     game, episode, images, labels = played(5, reward)
     credit = attribution(toy(NAME), game.prepare(images), game.steps, labels, reward.potential)
-    torch.testing.assert_close(episode.reward, episode.keep * credit)
+    torch.testing.assert_close(episode.reward, paid(credit, episode, scale=0.1))
     assert all(parameter.grad is None for parameter in toy(NAME).parameters())
 
 

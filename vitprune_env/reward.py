@@ -159,17 +159,21 @@ class CreditRewardFn(RewardFn, Protocol):
 
 @dataclass(frozen=True)
 class Attribution:
-    """Each kept token is paid what its presence contributed, to first order, and pays for the blocks it buys.
+    """Each agent is paid what its own choice did, to first order, and a kept token pays for the blocks it buys.
 
-    The contribution between a site and the next one is the derivative of the log-probability of the true class by the
-    token's weight as a key there (see `credit.attribution`), a first-order difference reward (Wolpert and Tumer,
-    2001): an agent's pay changes with its own action alone, so that there is little noise and learning is fast, at the
-    price of a backward pass through the network and of being blind to tokens that matter only together. What it
-    maximises is the log-probability, not the accuracy. Tokens may be dropped, not merged.
+    The derivative c of the log-probability of the true class by a token's weight as a key, between a site and the next
+    one (see `credit.attribution`), says about what the outcome would lose without it, or gain with it. Staying is paid
+    `c`, leaving `-c`: a first-order difference reward (Wolpert and Tumer, 2001), in units of 1 / N and bounded by 1,
+    because a derivative is no measure of a token whose coming would change everything. An agent's pay follows from its
+    own choice, so that there is little noise, at the price of a backward pass through the network and of being blind
+    to tokens that matter only together. What play maximises is the log-probability, not the accuracy. Paying the kept
+    alone does not work: softmax attention is indifferent to a common factor of all weights, so that the credits of
+    those who stayed cancel. Tokens may be dropped, not merged.
     """
 
     price: float | Tensor = 0.035  # the same for all images, or [B]
     potential: OutcomeFn = unclamped_log_probability
+    scale: float = 1.0  # of the credit before it is bounded
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """1 if the image is classified correctly, else 0, `[B]`; for the books, nobody is paid for it."""
@@ -184,5 +188,7 @@ class Attribution:
         return score.new_zeros(len(steps), *steps[0].kept.shape)
 
     def credited(self, steps: Sequence[Step], credit: Tensor) -> Tensor:
-        """The contribution of kept tokens, `[T, B, N]`."""
-        return credit * torch.stack([step.kept for step in steps])
+        """What staying gained, or leaving saved, `[T, B, N]`."""
+        kept, acted = (torch.stack(flags) for flags in zip(*((step.kept, step.acted) for step in steps), strict=True))
+        gain = (self.scale * credit * credit.shape[2]).clamp(-1.0, 1.0)
+        return torch.where(kept, gain, -gain) * acted
