@@ -10,7 +10,7 @@ from tianshou.algorithm.optim import AdamOptimizerFactory
 from ..reward import Attribution, PaperReward, SharedOutcome
 from ..team_reward import TeamOutcome
 from .adaptive import AdaptiveExplorer, AdaptivePrice
-from .budget import PolicyCost
+from .budget import PolicyCost, target_macs
 from .config import OUTCOMES, TrainConfig
 from .mappo import MAPPO, LinearDecay
 from .networks import TokenActor, TokenCritic, paper_sizes
@@ -65,6 +65,19 @@ def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
     assert config.keep_cost is not None
     fraction = min(1.0, config.outcome_bonus / config.keep_cost)
     return min(cost.at_fraction(fraction), cost.model.dense())
+
+
+def asked_macs(config: TrainConfig, cost: PolicyCost) -> float:
+    """What images shall cost on average, MACs; of a range of budgets, its middle.
+
+    Raises:
+        BudgetError: for a budget, or an end of the range, that no policy can meet.
+    """
+    if config.is_free:
+        return settled_macs(config, cost)
+    for share in config.adaptive:
+        target_macs(cost, share=share)
+    return target_macs(cost, **config.budget)
 
 
 def make_schedule(

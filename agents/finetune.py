@@ -28,6 +28,7 @@ from .finetune_config import CosineKeepRate, FinetuneConfig
 from .images import BatchedDataset
 from .parallel import Processes
 from .signals import StopSignals, TrainingStopped
+from .sinks import HistoryFile
 from .tuner import FineTuner
 
 __all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "finetune", "save_weights"]
@@ -68,7 +69,7 @@ def finetune(
             None: the policy as it is.
         config: settings; None: the defaults.
         sites: where to prune; None: where the policy wants to.
-        output: folder for checkpoints and, in the end, `backbone.safetensors`, which
+        output: folder for checkpoints, `history.jsonl` and, in the end, `backbone.safetensors`, which
             `load_backbone(name, checkpoint=...)` reads; None: nothing is written. With it, SIGTERM and Ctrl-C let the
             current step finish and save.
         device: where to train.
@@ -99,9 +100,11 @@ def finetune(
     state_file = None if folder is None else _prepared(folder, resume, processes)
     tuner = FineTuner(student, dataset, config, scheduled(0.0), generator, sites, device, processes)
     facts = _facts(tuner, policy)
+    drawn = getattr(policy, "generator", None)  # policies such as RandomDrop draw from a stream of their own
+    streams = [generator, *([drawn] if isinstance(drawn, torch.Generator) else [])]
     history: list[dict[str, float]] = []
     if resume and state_file is not None and state_file.exists():
-        history = _resume(state_file, tuner, facts, generator)
+        history = _resume(state_file, tuner, facts, streams)
     bar = tqdm(total=config.steps, initial=len(history), disable=not progress, desc="fine-tune", unit="step")
     signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
     with bar, nullcontext() if state_file is None else signals:
@@ -113,8 +116,10 @@ def finetune(
             done, number = step + 1, processes.largest(signals.received)
             due = number or done % config.checkpoint_every == 0 or done == config.steps
             if state_file is not None and processes.is_main and due:
-                state = {**facts, "tuner": tuner.state(), "generator": generator.get_state(), "history": history}
+                random = [stream.get_state() for stream in streams]
+                state = {**facts, "tuner": tuner.state(), "random": random, "history": history}
                 save_state(state, state_file, kind="fine-tuning")
+                HistoryFile(state_file.parent, history)
             if number and done < config.steps:
                 name = signal.Signals(number).name
                 raise TrainingStopped(f"{name}: fine-tuning stopped after step {done} of {config.steps}, saved", number)
@@ -157,7 +162,7 @@ def _facts(tuner: FineTuner, policy: Policy) -> dict[str, Any]:
 
 
 def _resume(
-    path: Path, tuner: FineTuner, facts: Mapping[str, Any], generator: torch.Generator
+    path: Path, tuner: FineTuner, facts: Mapping[str, Any], streams: Sequence[torch.Generator]
 ) -> list[dict[str, float]]:
     state = load_state(path, kind="fine-tuning")
     before, settings = state.get("config", {}), fields(FinetuneConfig)
@@ -168,7 +173,8 @@ def _resume(
             f"{path}: expected a checkpoint of the same run to resume, got one with other {', '.join(others)}"
         )
     tuner.restore(state["tuner"])
-    generator.set_state(state["generator"])
+    for stream, saved in zip(streams, state["random"], strict=True):
+        stream.set_state(saved)
     return list(state["history"])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train
+from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train, trainer
 from vitprune_env.agents.alternate import Alternation
 from vitprune_env.backbone import Backbone
 
@@ -77,6 +77,25 @@ def test_off_leaves_the_network_alone() -> None:
 def test_too_few_updates_for_a_phase() -> None:
     with pytest.raises(ValueError, match="finetune_every"):
         run(replace(TINY, finetune_every=7))
+
+
+def test_another_runs_fine_tuning_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same folder: a whole run, one of other settings that is killed in its updates and then resumed."""
+    run(replace(TINY, finetune="after"), output=tmp_path)
+    config = replace(TINY, finetune="after", target_share=0.8)
+    check, calls = trainer.check_health, []
+
+    def dying(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        check(*args)
+
+    monkeypatch.setattr(trainer, "check_health", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(config, output=tmp_path)
+    resumed = run(config, output=tmp_path, resume=True)
+    assert not changed(run(config).backbone, resumed.backbone)
 
 
 @pytest.mark.parametrize("mode", ["alternate", "after"])
