@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tianshou.algorithm.optim import AdamOptimizerFactory
 
-from ..reward import Attribution, PaperReward, SharedOutcome
+from ..reward import Attribution, PaperReward, SharedOutcome, correct
 from ..team_reward import TeamOutcome
 from .adaptive import AdaptiveExplorer, AdaptivePrice
 from .budget import PolicyCost, target_macs
@@ -93,7 +93,7 @@ def make_schedule(
     shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
     reward: Any = shared(config.price, outcome, config.merge_cost, config.charge_overhead)
     if config.reward == "attribution":
-        reward = Attribution(config.price)
+        reward = Attribution(config.price) if outcome is correct else Attribution(config.price, outcome)
     rates = config.price_rate, config.price_gain
     if isinstance(explorer, AdaptiveExplorer):
         return AdaptivePrice(reward, explorer, config.images, generator, *rates, processes)

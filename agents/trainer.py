@@ -111,10 +111,11 @@ class Run:
         device: torch.device,
         processes: Processes,
     ) -> None:
-        if config.images < processes.size:
-            raise ValueError(
-                f"images: expected at least one for each of {processes.size} processes, got {config.images}"
-            )
+        for name in ("images", "finetune_batch"):
+            if getattr(config, name) < processes.size:
+                raise ValueError(
+                    f"{name}: expected at least one for each of {processes.size} processes, got {getattr(config, name)}"
+                )
         self.config = config
         self.folder = folder
         self.processes = processes
@@ -231,7 +232,7 @@ class Run:
         number = self.processes.largest(self.signals.received)  # all processes stop where one is asked to
         if number or done % self.config.checkpoint_every == 0 or done == self.config.updates:
             self.folder.save(state_of(self))
-        if number and done < self.config.updates:
+        if number and (done < self.config.updates or self.config.finetune == "after"):
             raise self.folder.stopped(number, self.config.updates)
         return ""
 

@@ -165,7 +165,8 @@ class Attribution:
     token's weight as a key there (see `credit.attribution`), a first-order difference reward (Wolpert and Tumer,
     2001): an agent's pay changes with its own action alone, so that there is little noise and learning is fast, at the
     price of a backward pass through the network and of being blind to tokens that matter only together. What it
-    maximises is the log-probability, not the accuracy. Tokens may be dropped, not merged or parked.
+    maximises is the potential, the log-probability unless told otherwise, not the accuracy. Tokens may be dropped, not
+    merged or parked.
     """
 
     price: float | Tensor = 0.035  # the same for all images, or [B]
