@@ -77,5 +77,6 @@ def finetune_settings(config: TrainConfig, steps: int) -> FinetuneConfig:
         lr=config.finetune_lr,
         distill=config.distill,
         cache_images=config.cache_images,
+        amp=config.amp,
         seed=config.seed,
     )

@@ -143,7 +143,8 @@ class TrainConfig:
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     amp: bool = False
-    """Whether the backbone plays in bfloat16 (autocast); actor, critic and calibration stay in full precision."""
+    """Whether the backbone plays, and is fine-tuned, in bfloat16 (autocast); actor, critic and calibration stay in full
+    precision."""
     log_images_every: int = 0
     """Updates between pictures of what is pruned, in TensorBoard; 0: none."""
     wandb: str | None = None

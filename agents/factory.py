@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tianshou.algorithm.optim import AdamOptimizerFactory
 
+from ..errors import BudgetError
 from ..reward import Attribution, PaperReward, SharedOutcome, correct
 from ..team_reward import TeamOutcome
 from .adaptive import AdaptiveExplorer, AdaptivePrice
@@ -75,8 +76,11 @@ def asked_macs(config: TrainConfig, cost: PolicyCost) -> float:
     """
     if config.is_free:
         return settled_macs(config, cost)
-    for share in config.adaptive:
-        target_macs(cost, share=share)
+    try:
+        for share in config.adaptive:
+            target_macs(cost, share=share)
+    except BudgetError as error:
+        raise BudgetError(f"adaptive: no policy can serve all of {config.adaptive}; {error}") from error
     return target_macs(cost, **config.budget)
 
 

@@ -107,8 +107,9 @@ class FineTuner:
                 self._own_gpu
             ):  # stochastic depth and dropout draw from torch's global generator
                 torch.manual_seed((self.config.seed * 1_000_003 + self.steps_done) * 1_009 + self.processes.rank)
-                outcome = play(self.game, policy, batch, labels).outcome
-                loss = self._loss(outcome.logits, labels, batch) * len(labels) / self.config.batch_size
+                with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.config.amp):
+                    outcome = play(self.game, policy, batch, labels).outcome
+                    loss = self._loss(outcome.logits, labels, batch) * len(labels) / self.config.batch_size
             self._descend(loss)
         finally:
             self.backbone.train(training)

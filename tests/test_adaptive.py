@@ -81,7 +81,7 @@ def test_the_ends_of_the_range_are_budgets_of_it(high: float) -> None:
 
 
 def test_a_range_that_begins_too_low_is_refused_before_training() -> None:
-    with pytest.raises(BudgetError, match="budget: expected above"):
+    with pytest.raises(BudgetError, match=r"adaptive: .* budget: expected above"):
         run(replace(TINY, adaptive=(0.01, 0.8)))
 
 

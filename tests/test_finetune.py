@@ -213,6 +213,15 @@ def test_all_blocks_learn_also_in_a_network_that_was_fine_tuned_before() -> None
     assert "blocks.0.mlp.fc1.weight" in changed(parameters(first), parameters(again))
 
 
+def test_half_precision_learns_nearly_the_same_and_keeps_full_weights() -> None:
+    config = replace(SHORT, distill=TEACHERS_WEIGHT)
+    full, half = tuned(config), tuned(replace(config, amp=True))
+    losses = [[row["loss"] for row in result.history] for result in (full, half)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert {value.dtype for value in half.backbone.parameters()} == {torch.float32}
+
+
 def test_every_process_needs_an_image() -> None:
     with pytest.raises(ValueError, match="batch_size"):
         tuned(replace(SHORT, batch_size=1), processes=Processes(0, 2))
