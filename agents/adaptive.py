@@ -60,7 +60,7 @@ def interpolate(at: Tensor, knots: Sequence[float], values: Sequence[float]) -> 
 
 def spaced(low: float, high: float) -> tuple[float, ...]:
     """The knots of a range of budgets."""
-    return tuple(low + (high - low) * index / (KNOTS - 1) for index in range(KNOTS))
+    return (*(low + (high - low) * index / (KNOTS - 1) for index in range(KNOTS - 1)), high)
 
 
 class AdaptivePolicy(TokenPolicy):

@@ -9,11 +9,11 @@ import torch
 
 from ..backbone import Backbone
 from .config import TrainConfig
-from .finetune import FineTuner
 from .finetune_config import FinetuneConfig
 from .images import TrainingImages
 from .networks import TokenActor
 from .policy import ExploringPolicy
+from .tuner import FineTuner
 
 
 class Alternation:
@@ -77,5 +77,6 @@ def finetune_settings(config: TrainConfig, steps: int) -> FinetuneConfig:
         lr=config.finetune_lr,
         distill=config.distill,
         cache_images=config.cache_images,
+        amp=config.amp,
         seed=config.seed,
     )

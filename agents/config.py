@@ -43,7 +43,8 @@ class TrainConfig:
     log-probability of the true class, to first order."""
     outcome: Literal["correct", "log_probability", "probability", "margin"] = "correct"
     """What counts as outcome: 1 for a correct class, or of the true class the clamped log-probability, the probability,
-    or the clamped margin of its logit; see `vitprune_env.reward`."""
+    or the clamped margin of its logit; see `vitprune_env.reward`. Attribution, which has no derivative of `correct`,
+    then takes the log-probability without a clamp."""
     merge_cost: float = 0.0
     """Shared outcome: what a token pays that merges into another (games in which tokens may merge)."""
     charge_overhead: bool = False
@@ -142,7 +143,8 @@ class TrainConfig:
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     amp: bool = False
-    """Whether the backbone plays in bfloat16 (autocast); actor, critic and calibration stay in full precision."""
+    """Whether the backbone plays, and is fine-tuned, in bfloat16 (autocast); actor, critic and calibration stay in full
+    precision."""
     log_images_every: int = 0
     """Updates between pictures of what is pruned, in TensorBoard; 0: none."""
     wandb: str | None = None
@@ -156,9 +158,11 @@ class TrainConfig:
         _check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
         _check(self, "update_chunk", self.update_chunk is None or self.update_chunk >= 1, "at least 1 or None")
         _check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
-        _check(self, "lr", self.lr > 0, "above 0")
+        for name in ("lr", "finetune_lr", "price", "outcome_bonus"):
+            _check(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("value_clip", "huber_delta", "max_grad_norm"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0 or None")
         _check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
-        _check(self, "price", self.price > 0, "above 0")
         _check(self, "cache_images", self.cache_images >= 0, "at least 0")
         named = {"reward": REWARDS, "outcome": tuple(OUTCOMES), "finetune": FINETUNE, "algorithm": ALGORITHMS}
         for name, known in named.items():
@@ -167,7 +171,9 @@ class TrainConfig:
         _check(self, "reward", fits, "'shared_outcome' with algorithm='ppo_single' (the others pay token by token)")
         for name in ("discount", "trace", "lr_final", "anneal_from", "anneal_part", "distill"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        _check(self, "outcome_bonus", self.outcome_bonus > 0, "above 0")
+        for name in ("merge_cost", "charge_overhead"):
+            heard = self.reward == "shared_outcome" or not getattr(self, name)
+            _check(self, name, heard, "nothing unless reward='shared_outcome', which alone charges it")
         if self.keep_cost is not None:
             _check(self, "keep_cost", self.keep_cost > 0 and self.reward == "paper", "above 0, with reward='paper'")
         if self.adaptive:

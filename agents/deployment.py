@@ -76,7 +76,7 @@ def _finetune(run: Run, policy: TokenPolicy, progress: bool, resume: bool) -> No
         policy,
         run.images.dataset,
         config=finetune_settings(run.config, run.config.finetune_steps),
-        output=None if run.folder is None else run.folder.path / "finetune",
+        output=None if run.folder is None else run.folder.finetuning,
         device=run.images.device,
         progress=progress,
         resume=resume and run.folder is not None,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tianshou.algorithm.optim import AdamOptimizerFactory
 
-from ..reward import Attribution, PaperReward, SharedOutcome
+from ..errors import BudgetError
+from ..reward import Attribution, PaperReward, SharedOutcome, correct
 from ..team_reward import TeamOutcome
 from .adaptive import AdaptiveExplorer, AdaptivePrice
-from .budget import PolicyCost
+from .budget import PolicyCost, target_macs
 from .config import OUTCOMES, TrainConfig
 from .mappo import MAPPO, LinearDecay
 from .networks import TokenActor, TokenCritic, paper_sizes
@@ -67,6 +68,22 @@ def settled_macs(config: TrainConfig, cost: PolicyCost) -> float:
     return min(cost.at_fraction(fraction), cost.model.dense())
 
 
+def asked_macs(config: TrainConfig, cost: PolicyCost) -> float:
+    """What images shall cost on average, MACs; of a range of budgets, its middle.
+
+    Raises:
+        BudgetError: for a budget, or an end of the range, that no policy can meet.
+    """
+    if config.is_free:
+        return settled_macs(config, cost)
+    try:
+        for share in config.adaptive:
+            target_macs(cost, share=share)
+    except BudgetError as error:
+        raise BudgetError(f"adaptive: no policy can serve all of {config.adaptive}; {error}") from error
+    return target_macs(cost, **config.budget)
+
+
 def make_schedule(
     config: TrainConfig, cost: PolicyCost, explorer: ExploringPolicy, generator: torch.Generator, processes: Processes
 ) -> RewardSchedule:
@@ -80,7 +97,7 @@ def make_schedule(
     shared = TeamOutcome if config.algorithm == "ppo_single" else SharedOutcome
     reward: Any = shared(config.price, outcome, config.merge_cost, config.charge_overhead)
     if config.reward == "attribution":
-        reward = Attribution(config.price)
+        reward = Attribution(config.price) if outcome is correct else Attribution(config.price, outcome)
     rates = config.price_rate, config.price_gain
     if isinstance(explorer, AdaptiveExplorer):
         return AdaptivePrice(reward, explorer, config.images, generator, *rates, processes)

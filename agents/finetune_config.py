@@ -66,6 +66,8 @@ class FinetuneConfig:
     """Softens both sides of the distillation."""
     cache_images: int = 2048
     """Training images whose tokens up to the first site are kept; 0: none. Not used when all blocks learn."""
+    amp: bool = False
+    """Whether the network runs in bfloat16 where that is safe (autocast); weights and losses stay in full precision."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     seed: int = 0

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, NumericalError, StorageError
 from ..storage import PathLike, load_state, prepare_folder, save_state
 from .checkpoint import save_policy
 from .config import TrainConfig
+from .finetune import STATE_FILE as FINETUNING_FILE
 from .finetune import WEIGHTS_FILE, save_weights
 from .parallel import Processes
 from .policy import TokenPolicy
@@ -89,6 +90,16 @@ class RunFolder:
         """Write a fine-tuned network's weights, for `load_backbone(name, checkpoint=...)`."""
         if self.processes.is_main:
             save_weights(backbone, self.path / WEIGHTS_FILE)
+
+    @property
+    def finetuning(self) -> Path:
+        """The folder of the fine-tuning that comes after the updates."""
+        return self.path / "finetune"
+
+    def forget_finetuning(self) -> None:
+        """Remove a checkpoint of fine-tuning: while updates are to come, it can only be that of another run."""
+        if self.processes.is_main:
+            (self.finetuning / FINETUNING_FILE).unlink(missing_ok=True)
 
     @contextmanager
     def explaining(self, config: TrainConfig) -> Iterator[None]:

@@ -18,11 +18,11 @@ from ..rollout import evaluate
 from ..storage import PathLike
 from .adaptive import AdaptivePrice
 from .alternate import Alternation
-from .budget import PolicyCost, annealed, target_macs
+from .budget import PolicyCost, annealed
 from .collector import GameCollector
 from .config import TrainConfig
 from .deployment import deploy, greedy
-from .factory import make_algorithm, make_explorer, make_networks, make_schedule, settled_macs
+from .factory import asked_macs, make_algorithm, make_explorer, make_networks, make_schedule
 from .health import check_health
 from .images import BatchedDataset, TrainingImages
 from .parallel import Processes
@@ -111,10 +111,11 @@ class Run:
         device: torch.device,
         processes: Processes,
     ) -> None:
-        if config.images < processes.size:
-            raise ValueError(
-                f"images: expected at least one for each of {processes.size} processes, got {config.images}"
-            )
+        for name in ("images", "finetune_batch"):
+            if getattr(config, name) < processes.size:
+                raise ValueError(
+                    f"{name}: expected at least one for each of {processes.size} processes, got {getattr(config, name)}"
+                )
         self.config = config
         self.folder = folder
         self.processes = processes
@@ -122,7 +123,7 @@ class Run:
         self.actor, critic = make_networks(backbone.embed_dim, config, self.generator)
         self.game = TokenGame(backbone, config.sites or None)
         self.cost = PolicyCost(self.game.cost, self.game.sites, self.actor.macs_per_token)
-        self.target = settled_macs(config, self.cost) if config.is_free else target_macs(self.cost, **config.budget)
+        self.target = asked_macs(config, self.cost)
         explorer = make_explorer(self.actor, config, self.generator)
         self.schedule = make_schedule(config, self.cost, explorer, self.generator, processes)
         self.collapse = CollapseDetector()
@@ -159,6 +160,8 @@ class Run:
         """Run tianshou's trainer over the updates that remain; one of its epochs is one update."""
         if self.folder is None:
             return self._learn([], progress)
+        if self.updates_done < self.config.updates:
+            self.folder.forget_finetuning()
         with self.folder.explaining(self.config), self.signals:
             return self._learn(self.folder.sinks(self.config, self.history, self.steps), progress)
 
@@ -229,7 +232,7 @@ class Run:
         number = self.processes.largest(self.signals.received)  # all processes stop where one is asked to
         if number or done % self.config.checkpoint_every == 0 or done == self.config.updates:
             self.folder.save(state_of(self))
-        if number and done < self.config.updates:
+        if number and (done < self.config.updates or self.config.finetune == "after"):
             raise self.folder.stopped(number, self.config.updates)
         return ""
 

@@ -35,6 +35,8 @@ from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.data import Digits, batches_of
 
 CONFIDENCE = 0.95
+QUICK: dict[str, Any] = {"images": 32, "cache_images": 128, "calibration_images": 128, "finetune_every": 2,
+                         "finetune_steps": 4}  # fmt: skip
 VARIANTS: dict[str, TrainConfig | None] = {
     "mappo": TrainConfig(),
     "ppo_single": TrainConfig(algorithm="ppo_single"),
@@ -99,6 +101,11 @@ def parse() -> Args:
     unknown = [name for name in args.variants if name not in VARIANTS]
     if unknown:
         raise SystemExit(f"error: --variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    for name in args.variants:
+        variant = VARIANTS[name]
+        low, high = variant.adaptive if variant is not None and variant.adaptive else (0.0, 1.0)
+        if not all(low <= share <= high for share in args.shares):
+            raise SystemExit(f"error: --shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
     return replace(args, seeds=2, updates=4, images=200, shares=args.shares[:1]) if args.quick else args
 
 
@@ -110,7 +117,7 @@ def jobs_of(args: Args) -> list[Job]:
             for variant in args.variants:
                 config = VARIANTS[variant]
                 if config is not None:
-                    small = {"images": 32, "cache_images": 128, "calibration_images": 128} if args.quick else {}
+                    small = QUICK if args.quick else {}
                     length = {} if args.updates is None else {"updates": args.updates}
                     budget = {} if config.adaptive else {"target_share": share}
                     config = replace(config, seed=seed, **budget, **small, **length)

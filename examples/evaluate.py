@@ -84,9 +84,8 @@ def load(args: Args) -> tuple[Policy, Backbone]:
         return HEURISTICS[args.policy](args.keep_rate), load_network(args, "vit_digits", args.seed, args.device)
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     policy = load_policy(path, device=args.device)
-    tuned = path.with_name("backbone.safetensors")  # a run that fine-tuned the network wrote it beside the policy
-    if tuned.exists() and args.weights is None:
-        args = replace(args, weights=tuned)
+    if policy.info.get("finetune", "off") != "off" and args.weights is None:
+        args = replace(args, weights=path.with_name("backbone.safetensors"))  # the run wrote it beside the policy
     backbone = load_network(args, policy.info.get("backbone", "vit_digits"), args.seed, args.device)
     if policy.width != backbone.embed_dim:
         trained = f"{policy.info.get('backbone')} (width {policy.width})"

@@ -85,6 +85,7 @@ def parse(argv: list[str]) -> Args:
     if args.quick:
         small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128, "checkpoint_every": 2}
         args = replace(args, **small, epochs=min(args.epochs, 2), test_images=200, untrained_actors=2)
+        args = replace(args, finetune_every=min(args.finetune_every, 2), finetune_steps=min(args.finetune_steps, 4))
     return args
 
 

@@ -31,6 +31,13 @@ RUNS: dict[str, tuple[TrainConfig, tuple[int, ...]]] = {  # settings, numbers of
     "cached": (replace(SEVERAL, cache_images=15, minibatch=None, images=8), (1, 2)),
     "tiny_minibatches": (replace(SEVERAL, minibatch=2, images=2, updates=1, epochs=1), (1, 2)),  # some have no rows
     "ppo_single": (replace(SEVERAL, algorithm="ppo_single"), (1, 2)),
+    "alternate": (
+        replace(
+            SEVERAL, updates=2, finetune="alternate", finetune_every=1, finetune_steps=2, finetune_batch=7, distill=0.5
+        ),
+        (1, 2),
+    ),
+    "adaptive": (replace(SEVERAL, updates=2, target_share=None, adaptive=(0.4, 0.8)), (1, 2)),
     "paper": (replace(SEVERAL, reward="paper", normalize_advantages=False, value_norm=False), (1, 2)),
 }
 Work = Callable[[Processes], object]
@@ -64,6 +71,7 @@ def training(data: OwnLabels, config: TrainConfig, folder: Path, resume: bool = 
         own = data if processes.is_main else OwnLabels(24)  # every process reads the images itself
         result = train(toy(NAME), own, config, output=folder, progress=False, resume=resume, processes=processes)
         modules = {"actor": result.policy.actor.state_dict(), "critic": result.critic.state_dict()}
+        modules["backbone"] = result.backbone.state_dict()
         state: dict[str, Any] = {**modules, "history": result.history, "threshold": result.policy.threshold}
         save_state(state, folder.parent / f"{folder.name}.rank{processes.rank}.safetensors")
 

@@ -27,6 +27,7 @@ from vitprune_env.agents.adaptive import (
 )
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.parallel import Processes
+from vitprune_env.errors import BudgetError
 from vitprune_env.game import TokenGame
 from vitprune_env.reward import SharedOutcome
 from vitprune_env.rollout import play
@@ -70,6 +71,18 @@ def test_the_budget_comes_out_of_the_normalisation_whatever_the_tokens_scale(
         expected = torch.full((int(rows.sum()),), (coded - mean) / variance**0.5)
         torch.testing.assert_close(normal[rows, -1], expected, atol=2e-3, rtol=2e-3)
     assert seen.cls.shape == (2, width + 1)
+
+
+@pytest.mark.parametrize("high", [0.21, 0.23, 0.88, 0.92])
+def test_the_ends_of_the_range_are_budgets_of_it(high: float) -> None:
+    shares = spaced(0.05, high)
+    assert (shares[0], shares[-1]) == (0.05, high)
+    assert AdaptivePolicy(TokenActor(5), shares, [0.0] * KNOTS).at(high).share == high
+
+
+def test_a_range_that_begins_too_low_is_refused_before_training() -> None:
+    with pytest.raises(BudgetError, match=r"adaptive: .* budget: expected above"):
+        run(replace(TINY, adaptive=(0.01, 0.8)))
 
 
 def test_interpolation_by_hand() -> None:
@@ -135,12 +148,21 @@ def test_files_and_deployment(tmp_path: Path) -> None:
     torch.testing.assert_close(model(images), expected)
 
 
-def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
+def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = run()
-    run(replace(TINY, updates=4), output=tmp_path)
-    (tmp_path / "policy.safetensors").unlink()
+    observe, calls = AdaptivePrice.observe, []
+
+    def dying(self: AdaptivePrice, *args: float) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        observe(self, *args)
+
+    monkeypatch.setattr(AdaptivePrice, "observe", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(output=tmp_path)
     resumed = run(output=tmp_path, resume=True)
-    assert straight.history[-1]["price"] == resumed.history[-1]["price"]
+    assert [row["price"] for row in straight.history] == [row["price"] for row in resumed.history]
     assert straight.policy.thresholds == resumed.policy.thresholds  # type: ignore[attr-defined]
 
 

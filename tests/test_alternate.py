@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train
+from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train, trainer
 from vitprune_env.agents.alternate import Alternation
+from vitprune_env.agents.signals import TrainingStopped
 from vitprune_env.backbone import Backbone
 
 TINY = TrainConfig(
@@ -77,6 +79,41 @@ def test_off_leaves_the_network_alone() -> None:
 def test_too_few_updates_for_a_phase() -> None:
     with pytest.raises(ValueError, match="finetune_every"):
         run(replace(TINY, finetune_every=7))
+
+
+def test_another_runs_fine_tuning_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same folder: a whole run, one of other settings that is killed in its updates and then resumed."""
+    run(replace(TINY, finetune="after"), output=tmp_path)
+    config = replace(TINY, finetune="after", target_share=0.8)
+    check, calls = trainer.check_health, []
+
+    def dying(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        check(*args)
+
+    monkeypatch.setattr(trainer, "check_health", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(config, output=tmp_path)
+    resumed = run(config, output=tmp_path, resume=True)
+    assert not changed(run(config).backbone, resumed.backbone)
+
+
+def test_a_signal_in_the_last_update_stops_before_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, finetune="after")
+    check = trainer.check_health
+
+    def signalled(row: Any, *args: Any) -> None:
+        if row["update"] == TINY.updates:
+            signal.raise_signal(signal.SIGTERM)
+        check(row, *args)
+
+    monkeypatch.setattr(trainer, "check_health", signalled)
+    with pytest.raises(TrainingStopped, match="stopped after update 6 of 6"):
+        run(config, output=tmp_path)
+    monkeypatch.setattr(trainer, "check_health", check)
+    assert not changed(run(config).backbone, run(config, output=tmp_path, resume=True).backbone)
 
 
 @pytest.mark.parametrize("mode", ["alternate", "after"])

@@ -107,6 +107,22 @@ def test_merged_tokens_have_no_credit() -> None:
         game.step(random_merge(obs.alive, torch.Generator().manual_seed(0)))
 
 
+def test_waiting_tokens_have_no_credit() -> None:
+    backbone = toy(NAME)
+    game = TokenGame(backbone, (2,), reward=Attribution())
+    obs = game.reset(random_images(backbone, 2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(DecisionError, match="waiting"):
+        game.step(Decision(keep=obs.alive, park=random_keeps(1, 2, backbone.num_patches, 0)[0]))
+
+
+def test_prices_per_image_go_where_the_tokens_are() -> None:
+    """The meta device stands for a GPU."""
+    everybody = torch.ones(2, 4, dtype=torch.bool, device="meta")
+    step = Step(Site.parse(1), everybody, everybody, 0.5)
+    for reward in (SharedOutcome(price=torch.tensor([0.1, 0.2])), Attribution(price=torch.tensor([0.1, 0.2]))):
+        assert reward.immediate(step).device.type == "meta"
+
+
 def test_merging_and_deciding_can_be_charged_by_hand() -> None:
     flags = torch.tensor
     step = Step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import common
+import evaluate
 import train_mappo
 from vitprune_env.agents.config import PRESETS
 
@@ -109,6 +111,20 @@ def test_preset_decides_defaults_and_flags_win() -> None:
     assert train_mappo.parse(["--preset=rl4evit"]).config == paper
     assert train_mappo.parse([]).config == PRESETS["default"]
     assert train_mappo.parse(["--target-gmacs", "0.01"]).config.budget["gmacs"] == 0.01
+
+
+@pytest.mark.parametrize("mode", ["alternate", "after"])
+def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
+    config = train_mappo.parse(["--quick", "--finetune", mode]).config
+    assert config.finetune_every <= config.updates
+    assert config.finetune_steps <= 4
+
+
+def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "policy.safetensors", tmp_path)
+    (tmp_path / "backbone.safetensors").write_bytes(b"left by a run that fine-tuned its network")
+    _, backbone = evaluate.load(evaluate.Args(checkpoint=tmp_path))
+    assert backbone.name == "vit_digits"
 
 
 def test_rows_are_averaged_with_the_spread_as_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from math import cos, pi
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 from games import NAME, OwnLabels
 from helpers import toy
 from vitprune_env import KeepAll, TokenGame, load_backbone, play
-from vitprune_env.agents.finetune import CosineKeepRate, FinetuneConfig, FineTuner, finetune
-from vitprune_env.baselines import EViT, RandomDrop
+from vitprune_env.agents.finetune import CosineKeepRate, FinetuneConfig, FineTuner, _scheduled, finetune
+from vitprune_env.agents.parallel import Processes
+from vitprune_env.agents.signals import TrainingStopped
+from vitprune_env.baselines import EViT, LifeRegression, RandomDrop
 from vitprune_env.data import Digits, fetch
 from vitprune_env.errors import CheckpointError, NumericalError
 
@@ -134,6 +137,39 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: pyt
         tuned(replace(SHORT, lr=1e-3), output=tmp_path, resume=True)
 
 
+def test_a_signal_lets_the_step_finish_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = RandomDrop(0.5, seed=1), RandomDrop(0.5, seed=1), RandomDrop(0.5, seed=1)
+    straight = tuned(policy=policies[0], schedule=CosineKeepRate(0.5))
+    step, calls = FineTuner.step, []
+
+    def interrupted(self: FineTuner, policy: Any) -> dict[str, float]:
+        calls.append(policy)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, policy)
+
+    monkeypatch.setattr(FineTuner, "step", interrupted)
+    with pytest.raises(TrainingStopped, match="SIGTERM: fine-tuning stopped after step 3 of 6") as stopped:
+        tuned(policy=policies[1], schedule=CosineKeepRate(0.5), output=tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
+    resumed = tuned(policy=policies[2], schedule=CosineKeepRate(0.5), output=tmp_path, resume=True)
+    assert len(calls) == SHORT.steps
+    assert resumed.history == straight.history, "the random stream of the policy goes on, too"
+
+
+def test_a_checkpoint_serves_only_the_run_that_left_it(tmp_path: Path) -> None:
+    config = replace(SHORT, steps=2)
+    tuned(config, output=tmp_path)
+    with pytest.raises(CheckpointError, match="policy"):
+        tuned(config, policy=RandomDrop(0.6), output=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="sites"):
+        tuned(config, sites=("2",), output=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="dataset"):  # begun anew, and ended before anything was saved
+        finetune(toy(NAME), EViT(0.6), [], config=config, sites=SITES, output=tmp_path, progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "finetuning.safetensors").exists()
+
+
 def test_weights_are_saved_where_load_backbone_reads_them(tmp_path: Path) -> None:
     backbone = load_backbone("vit_digits")
     config = replace(SHORT, steps=2)
@@ -148,6 +184,47 @@ def test_stochastic_policies_and_the_global_generator() -> None:
     before = torch.get_rng_state()
     tuned(policy=RandomDrop(0.5, seed=1))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_random_policy_draws_anew_in_every_step() -> None:
+    policy = RandomDrop(0.5, seed=1)
+    at = _scheduled(policy, CosineKeepRate(0.5, part=0.0))
+    obs = TokenGame(toy(NAME), SITES).reset(DATA.images[:2])
+    one, two = at(0.5).decide(obs), at(0.5).decide(obs)
+    assert not torch.equal(one.keep, two.keep)
+    assert policy.keep_rate == 0.5
+
+
+def test_policies_that_are_no_dataclasses_follow_a_schedule() -> None:
+    policy = LifeRegression(0.5, embed_dim=toy(NAME).embed_dim)
+    history = tuned(policy=policy, schedule=CosineKeepRate(0.5)).history
+    assert history[0]["gmacs"] > history[-1]["gmacs"]
+    assert policy.keep_rate == 0.5
+
+
+def test_all_blocks_learn_also_in_a_network_that_was_fine_tuned_before() -> None:
+    config = replace(SHORT, steps=2)
+    first = tuned(config).backbone
+    assert all(value.requires_grad for value in first.parameters())
+    first.model.blocks[0].requires_grad_(False)
+    again = finetune(
+        first, EViT(0.6), DATA, config=replace(config, trainable="all"), sites=SITES, progress=False
+    ).backbone
+    assert "blocks.0.mlp.fc1.weight" in changed(parameters(first), parameters(again))
+
+
+def test_half_precision_learns_nearly_the_same_and_keeps_full_weights() -> None:
+    config = replace(SHORT, distill=TEACHERS_WEIGHT)
+    full, half = tuned(config), tuned(replace(config, amp=True))
+    losses = [[row["loss"] for row in result.history] for result in (full, half)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert {value.dtype for value in half.backbone.parameters()} == {torch.float32}
+
+
+def test_every_process_needs_an_image() -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        tuned(replace(SHORT, batch_size=1), processes=Processes(0, 2))
 
 
 def test_a_policy_without_keep_rate_has_no_schedule() -> None:

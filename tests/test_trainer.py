@@ -14,10 +14,12 @@ from torch.utils.data import TensorDataset
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents import MAPPO, TrainConfig, TrainResult, load_policy, train
+from vitprune_env.agents import MAPPO, TrainConfig, TrainResult, load_policy, train, trainer
 from vitprune_env.agents.config import PRESETS, rl4evit
+from vitprune_env.agents.parallel import Processes
 from vitprune_env.errors import BudgetError, CheckpointError, NumericalError
 from vitprune_env.game import TokenGame
+from vitprune_env.reward import Attribution, margin, unclamped_log_probability
 from vitprune_env.rollout import play
 
 TINY = TrainConfig(
@@ -177,9 +179,22 @@ def test_what_is_refused() -> None:
         {"reward": "fame"},
         {"minibatch": 1},
         {"update_chunk": 0},
+        {"finetune_lr": 0.0},
+        {"max_grad_norm": 0.0},
+        {"merge_cost": 0.1, "reward": "paper"},
+        {"charge_overhead": True, "reward": "attribution"},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
             TrainConfig(**bad)
+
+
+def test_attribution_is_of_the_outcome_that_was_chosen() -> None:
+    for outcome, potential in (("correct", unclamped_log_probability), ("margin", margin)):
+        config = replace(TINY, reward="attribution", outcome=outcome)
+        trained = trainer.Run(toy(NAME), DATA, config, None, torch.device("cpu"), Processes())
+        paid = trained.schedule.reward(0.5)
+        assert isinstance(paid, Attribution)
+        assert paid.potential is potential
 
 
 def test_preset_of_the_paper() -> None:

@@ -44,10 +44,14 @@ def attribution(
         gain with it.
 
     Raises:
-        DecisionError: if tokens were merged.
+        DecisionError: if tokens were merged, or had to wait.
     """
     if any(step.merged is not None and bool(step.merged.any()) for step in steps):
         raise DecisionError("credit: expected tokens to be kept or dropped, got merged ones; they have no weight of 0")
+    if any(step.parked is not None and bool(step.parked.any()) for step in steps):
+        raise DecisionError(
+            "credit: expected tokens to be kept or dropped, got waiting ones; nobody sees them meanwhile"
+        )
     batch = start.batch_size
     x = start.x.detach().view(batch, -1, start.x.shape[1])
     with torch.enable_grad():

@@ -122,7 +122,7 @@ class SharedOutcome:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, and of merging and deciding, `[B, N]`."""
-        price = _per_token(self.price)
+        price = _per_token(self.price, step)
         paid = -price * step.share * step.carried.float()
         if self.merge_cost and step.merged is not None:
             paid = paid - self.merge_cost * step.merged
@@ -138,9 +138,9 @@ class SharedOutcome:
         return torch.stack(last).to(score) * score[None, :, None]
 
 
-def _per_token(price: float | Tensor) -> float | Tensor:
-    """A price per image as one that multiplies `[B, N]`."""
-    return price[:, None] if isinstance(price, Tensor) else price
+def _per_token(price: float | Tensor, step: Step) -> float | Tensor:
+    """A price per image, wherever it lies, as one that multiplies the step's `[B, N]`."""
+    return price[:, None].to(step.kept.device) if isinstance(price, Tensor) else price
 
 
 @runtime_checkable
@@ -166,9 +166,9 @@ class Attribution:
     `c`, leaving `-c`: a first-order difference reward (Wolpert and Tumer, 2001), in units of 1 / N and bounded by 1,
     because a derivative is no measure of a token whose coming would change everything. An agent's pay follows from its
     own choice, so that there is little noise, at the price of a backward pass through the network and of being blind
-    to tokens that matter only together. What play maximises is the log-probability, not the accuracy. Paying the kept
+    to tokens that matter only together. What play maximises is the potential, not the accuracy. Paying the kept
     alone does not work: softmax attention is indifferent to a common factor of all weights, so that the credits of
-    those who stayed cancel. Tokens may be dropped, not merged.
+    those who stayed cancel. Tokens may be dropped, not merged or parked.
     """
 
     price: float | Tensor = 0.035  # the same for all images, or [B]
@@ -181,7 +181,7 @@ class Attribution:
 
     def immediate(self, step: Step) -> Tensor:
         """The price of the blocks up to the next site, for kept tokens, `[B, N]`."""
-        return -_per_token(self.price) * step.share * step.carried.float()
+        return -_per_token(self.price, step) * step.share * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
         """Nothing, `[T, B, N]`: the outcome as such is not paid."""
