@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import timm
 import torch
 
 from vitprune_env import Backbone, BasePolicy, Decision, KeepAll, Observation, check_policy, load_backbone
-from vitprune_env.baselines import EViT, RandomDrop
+from vitprune_env.baselines import EViT, EvoViT, RandomDrop
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,17 @@ class KeepAboveBatchMean(BasePolicy):
     def decide(self, obs: Observation) -> Decision:
         norms = obs.tokens.norm(dim=1)
         return Decision(obs.scatter(norms > norms.mean(), fill=False))
+
+
+@dataclass
+class ParkBelowBatchMean(EvoViT):
+    """Keeps everybody, and lets the rest of the batch decide who waits: forbidden."""
+
+    def decide(self, obs: Observation) -> Decision:
+        decision = super().decide(obs)
+        norms = obs.tokens.norm(dim=1)
+        waits = obs.scatter(norms < norms.mean(), fill=False)
+        return replace(decision, park=waits, count=None, park_count=None)
 
 
 class KeepMore(BasePolicy):
@@ -53,6 +66,12 @@ def test_a_sampling_policy_is_found(backbone: Backbone, images: torch.Tensor) ->
 def test_a_policy_that_looks_at_other_images_is_found(backbone: Backbone, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="depend on the rest of the batch"):
         check_policy(KeepAboveBatchMean(), backbone, images)
+
+
+def test_waiting_that_depends_on_other_images_is_found(backbone: Backbone, images: torch.Tensor) -> None:
+    check_policy(EvoViT(0.5), backbone, images)
+    with pytest.raises(ValueError, match=r"ParkBelowBatchMean decides image . differently when it is alone"):
+        check_policy(ParkBelowBatchMean(0.5), backbone, images)
 
 
 def test_waking_the_dead_is_found(backbone: Backbone, images: torch.Tensor) -> None:

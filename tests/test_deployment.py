@@ -163,8 +163,10 @@ def test_export_refuses_what_has_no_fixed_shape() -> None:
     backbone = toy("deit_tiny_patch16_224")
     with pytest.raises(ExportError, match=r"TokenPolicy does not say beforehand how many tokens stay after 1, 2, 3"):
         export_program(PrunedViT(backbone, token_policy(backbone)).eval())
-    with pytest.raises(ExportError, match="RandomDrop cannot be traced"):
+    with pytest.raises(ExportError, match="RandomDrop decides the same images differently each time"):
         export_program(PrunedViT(backbone, RandomDrop(0.5)).eval())
+    with pytest.raises(ValueError, match="max_batch: expected at least 1 or None, got 0"):
+        export_program(PrunedViT(backbone, EViT(0.5)).eval(), max_batch=0)
     with pytest.raises(ExportError, match="evaluation mode"):
         export_program(PrunedViT(backbone, EViT(0.5)).train())
 

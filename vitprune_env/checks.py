@@ -9,13 +9,15 @@ from vitprune_env.backbone import Backbone
 from vitprune_env.game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.rollout import play
+from vitprune_env.types import Episode
 
 
 def check_policy(policy: Policy, backbone: Backbone, images: Tensor, deterministic: bool = True) -> None:
     """Play a batch and make sure that the policy keeps the contract.
 
     Checked are: the protocol's members, the decisions' shapes and types (by the game itself), that the same batch is
-    decided the same way again, and that an image's decisions do not depend on the other images of its batch.
+    decided the same way again, and that an image's decisions (who stays, and who waits) do not depend on the other
+    images of its batch.
 
     Args:
         policy: the policy.
@@ -34,14 +36,21 @@ def check_policy(policy: Policy, backbone: Backbone, images: Tensor, determinist
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2 to tell whether they influence each other, got {len(images)}")
     game = TokenGame.for_policy(backbone, policy)
-    keep = play(game, policy, images).keep
+    together = _decisions(play(game, policy, images))
     if not deterministic:
         return
-    if not torch.equal(keep, play(game, policy, images).keep):
+    if not torch.equal(together, _decisions(play(game, policy, images))):
         raise ValueError(f"policy: {type(policy).__name__} decides the same batch differently each time")
     for index in range(len(images)):
-        if not torch.equal(keep[:, index], play(game, policy, images[index : index + 1]).keep[:, 0]):
+        alone = _decisions(play(game, policy, images[index : index + 1]))
+        if not torch.equal(together[:, :, index], alone[:, :, 0]):
             raise ValueError(
                 f"policy: {type(policy).__name__} decides image {index} differently when it is alone; "
                 "decisions may not depend on the rest of the batch"
             )
+
+
+def _decisions(episode: Episode) -> Tensor:
+    """Who stays and who of them waits, `[2, T, B, N]` bool."""
+    parked = torch.zeros_like(episode.keep) if episode.parked is None else episode.parked
+    return torch.stack([episode.keep, parked])

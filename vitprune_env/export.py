@@ -1,8 +1,8 @@
-"""A pruned model as one graph: `torch.export` and ONNX, for policies that know beforehand how many tokens stay.
+"""A pruned model as one graph: `torch.export` and ONNX.
 
-Which tokens stay is decided in the graph, per image; how many is the same for all images (`Decision.count`), so that
-all shapes but the batch size are fixed. Policies that keep as many as an image needs have no such graph: they run in
-Python, or compiled around attention (`PrunedViT.compile_parts`).
+Which tokens stay is decided in the graph, per image. Where the policy knows beforehand how many (`Decision.count`), all
+shapes but the batch size are fixed. Where every image keeps as many as it needs, the graph takes one image at a time,
+and the number of tokens becomes a size that it reads from its own data (an unbacked size, in the terms of torch).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
+from torch.onnx import OnnxExporterError
 
 from vitprune_env.errors import ExportError
 from vitprune_env.pruned import PrunedViT
@@ -26,76 +27,107 @@ EXAMPLE_BATCH = 2  # a batch of one would be taken for a constant
 
 @torch.no_grad()
 def export_program(model: PrunedViT, max_batch: int | None = None) -> ExportedProgram:
-    """The model as a graph from images `[B, C, H, W]` to logits `[B, classes]`, with any batch size.
+    """The model as a graph from images `[B, C, H, W]` to logits `[B, classes]`.
 
     Args:
-        model: a pruned model in evaluation mode; EViT, TopK and the like.
-        max_batch: the largest batch size it must take; None: no limit.
+        model: a pruned model in evaluation mode.
+        max_batch: the largest batch size it must take; None: no limit. With 1 the graph takes exactly one image, and
+            the policy may keep as many tokens of it as it likes (learnt policies, thresholds); above 1 it must say
+            beforehand how many (`Decision.count`; EViT, TopK and the like).
 
     Raises:
-        ExportError: if the model is in training mode, or its policy does not know how many tokens stay, or cannot be
-            traced.
+        ExportError: if the model is in training mode, its policy does not know how many tokens stay in every image of
+            a batch, or it cannot be traced; the message says where.
+        ValueError: for a `max_batch` below 1.
     """
     if model.training:
         raise ExportError("model: expected a model in evaluation mode; call model.eval() first")
-    backbone = model.backbone
-    images = torch.zeros(EXAMPLE_BATCH, backbone.in_chans, *backbone.image_size).to(next(backbone.parameters()))
-    _check_counts(model, images)
-    sizes = {"images": {0: Dim("batch", min=1, max=max_batch)}}
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch: expected at least 1 or None, got {max_batch}")
+    backbone, single = model.backbone, max_batch == 1
+    batch = 1 if single else EXAMPLE_BATCH
+    images = torch.zeros(batch, backbone.in_chans, *backbone.image_size).to(next(backbone.parameters()))
+    _check_decisions(model, images, single)
+    sizes = None if single else {"images": {0: Dim("batch", min=1, max=max_batch)}}
     try:
         return torch.export.export(model, (images,), dynamic_shapes=sizes)
     except (UserError, RuntimeError) as error:
         raise ExportError(
-            f"policy: {type(model.policy).__name__} cannot be traced for any batch size ({error}); "
-            "it must decide with tensor operations alone, without random numbers or Python numbers of its own"
+            f"policy: {type(model.policy).__name__} cannot be traced for "
+            f"{'one image at a time' if single else 'any batch size'} ({_reason(error)}); it must decide with tensor "
+            "operations alone, without random numbers or Python numbers of its own"
         ) from error
 
 
-def export_onnx(model: PrunedViT, path: str | os.PathLike[str]) -> Path:
-    """Write the model as an ONNX file with input `images` and output `logits`, any batch size.
+def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int | None = None) -> Path:
+    """Write the model as an ONNX file with input `images` and output `logits`.
 
     Needs the packages `onnx` and `onnxscript` (`pip install vitprune_env[onnx]`).
 
     Args:
         model: as for `export_program`.
         path: file name, customarily ending in `.onnx`.
+        max_batch: as for `export_program`.
 
     Raises:
-        ExportError: as for `export_program`, or if the packages are missing.
+        ExportError: as for `export_program`, or if the packages are missing, or if ONNX lacks an operator that the
+            policy uses.
+        ValueError: as for `export_program`.
     """
     try:
         table = {torch.ops.aten.sort.stable: _stable_sort()}
     except ImportError as error:
         raise ExportError(f"onnx: {error}; install the packages onnx and onnxscript") from error
-    program = torch.onnx.export(
-        export_program(model),
-        dynamo=True,
-        verbose=False,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        custom_translation_table=table,
-    )
+    try:
+        program = torch.onnx.export(
+            export_program(model, max_batch),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            custom_translation_table=table,
+        )
+    except OnnxExporterError as error:
+        why = str(error.__cause__ or error)
+        raise ExportError(f"policy: {type(model.policy).__name__} cannot be written as ONNX ({why})") from error
     assert program is not None  # it is None only for the exporter of old
     program.save(str(path))
     return Path(path)
 
 
-def _check_counts(model: PrunedViT, images: Tensor) -> None:
-    """Play once and make sure that every decision says how many tokens stay."""
-    unknown: list[str] = []
+def _check_decisions(model: PrunedViT, images: Tensor, single: bool) -> None:
+    """Play twice: every decision must come again, and say how many tokens stay unless the graph takes single images."""
+    decisions: list[Decision] = []
+    sites: list[Site] = []
 
     def watch(decision: Decision, site: Site) -> None:
-        if decision.count is None:
-            unknown.append(site.label)
+        decisions.append(decision)
+        sites.append(site)
 
-    model.forward_features(images, on_decision=watch)
-    if unknown:
+    for _ in range(2):
+        model.forward_features(images, on_decision=watch)
+    name, steps = type(model.policy).__name__, len(model.sites)
+    for first, again, site in zip(decisions[:steps], decisions[steps:], sites, strict=False):
+        if not torch.equal(first.keep, again.keep):  # traced, its random numbers would be the same for ever
+            raise ExportError(
+                f"policy: {name} decides the same images differently each time at {site}; "
+                "a random stream of its own is no part of a graph"
+            )
+    unknown = [site.label for site, decision in zip(sites[:steps], decisions, strict=False) if decision.count is None]
+    if unknown and not single:
         raise ExportError(
-            f"policy: {type(model.policy).__name__} does not say beforehand how many tokens stay after "
-            f"{', '.join(unknown)} (Decision.count), and a graph needs fixed shapes; run the model in Python, with "
-            "compile_parts() if wanted, or export a policy with fixed counts such as EViT or TopK"
+            f"policy: {name} does not say beforehand how many tokens stay after {', '.join(unknown)} "
+            "(Decision.count), and a graph for several images needs fixed shapes; export it for one image at a time "
+            "(max_batch=1), run the model in Python, with compile_parts() if wanted, or export a policy with fixed "
+            "counts such as EViT or TopK"
         )
+
+
+def _reason(error: Exception) -> str:
+    """What torch could not trace, and the line of code where: the two sentences of its page-long message."""
+    lines = str(error).strip().splitlines()
+    return " ".join([*lines[:1], *(line for line in lines[1:] if line.startswith("Caused by"))])
 
 
 def _stable_sort() -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitprune_env.errors import DecisionError
 from vitprune_env.lazy import given, on_demand
 from vitprune_env.parking import park, recall
-from vitprune_env.tokens import TokenState, arrange, drop_rows, repack
+from vitprune_env.tokens import TokenState, arrange, drop_rows, repack, surely
 from vitprune_env.types import Decision
 
 
@@ -178,7 +178,7 @@ def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> Tok
     rank = state.rank if decision.order is None else decision.order
     groups, layout = _arrangement(state, count, kept)
     if decision.merge_into is None and decision.weight is None and decision.features is None:
-        if _total(groups) == _total(state.groups):  # nobody left
+        if surely(_total(groups) == _total(state.groups)):  # nobody left
             return state if rank is state.rank else replace(state, rank=rank)
         return _drop(
             state,

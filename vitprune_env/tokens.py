@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from vitprune_env.lazy import lazily, on_demand
 
@@ -72,12 +73,15 @@ class TokenState:
     def _alive_index(self) -> tuple[Tensor, Tensor]:
         """Image and patch number of each alive token, without asking the device how many there are."""
         batch, num_tokens = self.alive.shape
-        if self.count is None or (self.count < num_tokens and not torch.compiler.is_compiling()):
+        everybody = surely(self.count == num_tokens)
+        if self.count is None or not (everybody or torch.compiler.is_compiling()):
             total = sum(images * (rows - self.num_prefix) for images, rows in self.groups)
             image, token = torch.nonzero_static(self.alive, size=total).unbind(1)
             return image, token
         number = torch.arange(num_tokens, device=self.alive.device)
-        if self.count < num_tokens:  # ONNX knows sorting, and its result has a known shape
+        if not everybody:  # ONNX knows sorting; its result has a known shape, or a size that lies between known bounds
+            torch._check(self.count >= 0)
+            torch._check(self.count <= num_tokens)
             token = torch.where(self.alive, number, number + num_tokens).sort(dim=1).values[:, : self.count]
         else:
             token = number.expand(batch, num_tokens)
@@ -136,7 +140,7 @@ class TokenState:
     def _place(self) -> Tensor:
         """`[B, N]` int64, which of its image's alive tokens each alive one is; of no meaning for the dead."""
         batch, num_tokens = self.alive.shape
-        return self.token.view(batch, num_tokens) if self.count == num_tokens else self.alive.cumsum(dim=1) - 1
+        return self.token.view(batch, num_tokens) if surely(self.count == num_tokens) else self.alive.cumsum(dim=1) - 1
 
     @cached_property
     def prefix_rows(self) -> Tensor:
@@ -265,3 +269,8 @@ def arrange(lengths: Sequence[int], sort: bool) -> tuple[tuple[tuple[int, int], 
     lying = [lengths[image] for image in layout] if moved else lengths
     groups = tuple((len(list(run)), rows) for rows, run in groupby(lying))
     return groups, layout if moved else None
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of sizes holds; of sizes that are only traced, whether it holds whatever they will be."""
+    return condition is True or (condition is not False and statically_known_true(condition))
