@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..backbone import Backbone
+from ..errors import SettingsError
 from .config import TrainConfig
 from .finetune_config import FinetuneConfig
 from .images import TrainingImages
@@ -32,7 +33,7 @@ class Alternation:
         self.every = config.finetune_every
         phases = config.updates // self.every
         if not phases:
-            raise ValueError(f"finetune_every: expected at most updates = {config.updates}, got {self.every}")
+            raise SettingsError(f"finetune_every: expected at most updates = {config.updates}, got {self.every}")
         self.steps = max(1, config.finetune_steps // phases)
         settings = finetune_settings(config, self.steps * phases)
         generator = torch.Generator().manual_seed(config.seed + 1)  # other noise than the updates'

@@ -41,6 +41,36 @@ class RewardSchedule(Protocol):
         ...
 
 
+class FixedReward:
+    """A reward that stays as it is; the budget is met by the calibration of the threshold alone.
+
+    Args:
+        reward: what agents are paid.
+    """
+
+    def __init__(self, reward: RewardFn) -> None:
+        self._reward = reward
+
+    def reward(self, target: float) -> RewardFn:
+        """Always the same."""
+        return self._reward
+
+    def observe(self, share: float, accuracy: float, target: float) -> None:
+        """Nothing follows."""
+
+    @property
+    def price(self) -> float:
+        """The reward's own price or cost of keeping; 0 if it has none."""
+        return float(getattr(self._reward, "price", getattr(self._reward, "keep_cost", 0.0)))
+
+    def state(self) -> dict[str, float]:
+        """Nothing changes."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Nothing to take."""
+
+
 class DualPrice:
     """Dual ascent on the price of a reward: dearer while play costs more than the target, cheaper below.
 

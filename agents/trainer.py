@@ -13,7 +13,9 @@ from tianshou.utils.torch_utils import torch_train_mode
 from torch.utils.data import Dataset
 
 from ..backbone import Backbone
+from ..errors import SettingsError
 from ..game import TokenGame
+from ..reward import RewardFn
 from ..rollout import evaluate
 from ..storage import PathLike
 from .adaptive import AdaptivePrice
@@ -32,7 +34,7 @@ from .ppo_single import Critic
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .run_state import facts, restore, state_of
-from .schedule import CollapseDetector
+from .schedule import CollapseDetector, FixedReward
 from .signals import StopSignals
 from .sinks import Sink
 
@@ -60,6 +62,7 @@ def train(
     progress: bool = True,
     resume: bool = False,
     processes: Processes | None = None,
+    reward: RewardFn | None = None,
 ) -> TrainResult:
     """Train a token policy for a backbone, which itself stays as it is: fine-tuning, if asked for, trains a copy.
 
@@ -73,6 +76,8 @@ def train(
         progress: whether to show a progress bar.
         resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh.
         processes: those that train together (`parallel.launched`); each gets the same arguments and the same result.
+        reward: what agents are paid instead of what `config` chooses; it stays as it is, and calibration alone meets
+            the budget.
 
     Returns:
         The calibrated policy, the critic, the history, and the network that the policy goes with.
@@ -92,7 +97,7 @@ def train(
     config = TrainConfig() if config is None else config
     backbone = backbone if config.finetune == "off" else deepcopy(backbone)
     with torch_train_mode(backbone.to(device), enabled=False):
-        run = Run(backbone, dataset, config, folder, torch.device(device), processes)
+        run = Run(backbone, dataset, config, folder, torch.device(device), processes, reward)
         if resume:
             run.resume()
         run.learn(progress and processes.is_main)
@@ -110,10 +115,11 @@ class Run:
         folder: RunFolder | None,
         device: torch.device,
         processes: Processes,
+        reward: RewardFn | None,
     ) -> None:
         for name in ("images", "finetune_batch"):
             if getattr(config, name) < processes.size:
-                raise ValueError(
+                raise SettingsError(
                     f"{name}: expected at least one for each of {processes.size} processes, got {getattr(config, name)}"
                 )
         self.config = config
@@ -125,7 +131,8 @@ class Run:
         self.cost = PolicyCost(self.game.cost, self.game.sites, self.actor.macs_per_token)
         self.target = asked_macs(config, self.cost)
         explorer = make_explorer(self.actor, config, self.generator)
-        self.schedule = make_schedule(config, self.cost, explorer, self.generator, processes)
+        made = None if reward is None else FixedReward(reward)
+        self.schedule = made or make_schedule(config, self.cost, explorer, self.generator, processes)
         self.collapse = CollapseDetector()
         self.images = TrainingImages(dataset, self.game, config.cache_images, self.generator, device, processes)
         self.algorithm = make_algorithm(self.actor, critic, config, self.generator).to(device)
@@ -252,6 +259,8 @@ class Run:
             self.folder.save_policy(policy)
             if self.config.finetune != "off":
                 self.folder.save_backbone(self.game.backbone)
+        if self.alternation is not None:
+            self.game.backbone.requires_grad_(True)  # the tuner had frozen what comes before the first site
         critic = self.algorithm.critic
         assert isinstance(critic, Critic)
         history = tuple(self.history)

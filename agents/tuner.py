@@ -77,11 +77,12 @@ class FineTuner:
         self.optimizer = create_optimizer_v2(
             cast(Any, self._parameters), opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
         )
+        warmup = min(config.warmup_steps, config.steps // 5)  # a short run has to reach its learning rate, too
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,
-            num_epochs=max(1, config.steps - config.warmup_steps),
-            warmup_epochs=config.warmup_steps,
+            num_epochs=max(1, config.steps - warmup),
+            warmup_epochs=warmup,
             warmup_prefix=True,
             warmup_lr=min(config.min_lr, config.lr),
             min_lr=config.min_lr,

@@ -16,6 +16,7 @@ from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train, tr
 from vitprune_env.agents.alternate import Alternation
 from vitprune_env.agents.signals import TrainingStopped
 from vitprune_env.backbone import Backbone
+from vitprune_env.reward import PaperReward
 
 TINY = TrainConfig(
     updates=6,
@@ -143,3 +144,12 @@ def test_interrupted_and_resumed_gives_the_same_bits(
     assert straight.policy.threshold == resumed.policy.threshold
     actors = [list(result.policy.actor.parameters()) for result in (straight, resumed)]
     assert all(torch.equal(one, two) for one, two in zip(*actors, strict=True))
+
+
+def test_a_reward_of_ones_own_stays_as_it_is() -> None:
+    paid = PaperReward(keep_cost=2.0, outcome_bonus=3.0, scaled=False)
+    result = run(replace(TINY, finetune="off"), reward=paid)
+    assert [row["price"] for row in result.history] == [2.0] * TINY.updates
+    other = run(replace(TINY, finetune="off"), reward=PaperReward(keep_cost=2.0, outcome_bonus=3.0))
+    assert result.history[0]["return"] < other.history[0]["return"], "gamma / n is less than gamma N / n"
+    assert 0.97 * result.target_macs < result.train_macs <= result.target_macs

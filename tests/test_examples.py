@@ -160,3 +160,12 @@ def test_mistakes_are_said_in_one_line(flags: tuple[str, ...], message: str, tmp
     assert done.returncode != 0
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_baseline_is_fine_tuned_for(tmp_path: Path) -> None:
+    shown = command("finetune.py", "--quick", "--policy", "topk", "--target-share", 0.5, "--output", tmp_path)
+    assert "| topk, fine-tuned |" in shown
+    assert (tmp_path / "backbone.safetensors").exists()
+    rates = [json.loads(line)["keep_rate"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert rates[0] == 1.0
+    assert rates[-1] < 1.0

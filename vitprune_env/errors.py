@@ -30,6 +30,10 @@ class BudgetError(VitPruneError):
     """A budget outside what the network can cost."""
 
 
+class SettingsError(VitPruneError):
+    """Settings that do not fit together, or not what they are used on."""
+
+
 class NumericalError(VitPruneError):
     """NaN or infinity where a number was due (logits, loss)."""
 
