@@ -12,7 +12,8 @@ from torch import Tensor
 from ..policy import BasePolicy
 from ..storage import PathLike, load_state, save_state
 from ..types import Decision, Observation, Site
-from .matching import match, merge, per_site
+from .matching import match, merge
+from .parameters import per_site
 from .tome import every_block
 
 Thresholds = float | Sequence[float] | Tensor | None
