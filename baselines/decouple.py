@@ -117,7 +117,7 @@ class DecoupleAndMerge(BasePolicy):
             merged = self.merge(lists, clusters, obs)
             merge_into = lists.scatter(lists.token.gather(1, merged.target), merge_into)
             if merged.importance is not None:
-                importance = lists.scatter(merged.importance, importance)
+                importance = lists.scatter(merged.importance.to(importance), importance)
             if merged.features is not None:
                 features = lists.rows(merged.features, obs)
             macs = macs + merged.macs

@@ -123,7 +123,7 @@ class DynamicViT(BasePolicy, nn.Module):
         """
         if not self.score_predictor:
             self.build(like.shape[-1], num_steps)
-            self.score_predictor.to(like.device)
+            self.score_predictor.to(like)
         if len(self.score_predictor) != num_steps:
             raise SiteError(f"sites: DynamicViT has predictors for {len(self.score_predictor)} sites, got {num_steps}")
         module = self.score_predictor[step]

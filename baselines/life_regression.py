@@ -116,7 +116,7 @@ class LifeRegression(BasePolicy, nn.Module):
         """
         if self.weight is None:
             self.build(tokens.shape[-1])
-            self.to(tokens.device)
+            self.to(tokens)
         assert self.norm is not None
         assert self.weight is not None
         if len(self.weight) != tokens.shape[-1]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import golden, random_images, toy
+from helpers import golden, make_model, random_images, toy
 from ragged import check_batch_independence, play_ragged, ragged_keep
 from vitprune_env import PrunedViT, TokenGame, baselines, check_policy, load_backbone, play
 from vitprune_env.backbone import Backbone
@@ -25,6 +25,7 @@ KINDS = (
     "vit_medium_patch16_gap_240",  # no class token
     "vit_small_patch14_reg4_dinov2",
 )
+NAME = "deit_tiny_patch16_224"
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 DETERMINISTIC = [method for method in METHODS if not method.is_random]
 
@@ -56,12 +57,22 @@ def test_it_keeps_the_contract_or_refuses_by_name(method: Method, kind: str) -> 
 
 @pytest.mark.parametrize("method", DETERMINISTIC, ids=lambda method: method.name)
 def test_images_of_a_ragged_batch_do_not_see_each_other(method: Method) -> None:
-    backbone = toy("deit_tiny_patch16_224")
+    backbone = toy(NAME)
     policy = made(method, backbone, 2)
     check_batch_independence(policy, seed=1)
     with FlopCounterMode(display=False) as counter:
         outcome = play_ragged(backbone, policy, ragged_keep(backbone, 6, 2), random_images(backbone, 6)).outcome
     assert counter.get_total_flops() == 2 * int(outcome.macs.sum())
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=["bfloat16", "float16", "autocast"])
+def test_it_plays_in_half_precision(method: Method, dtype: torch.dtype | None) -> None:
+    backbone = Backbone(make_model(NAME).to(dtype), name=NAME) if dtype else toy(NAME)
+    images = random_images(backbone, 3)
+    model = PrunedViT(backbone, made(method, backbone, 3)).to(dtype).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        assert torch.isfinite(model(images.to(dtype))).all()
 
 
 @every_method
@@ -159,7 +170,7 @@ def test_weights_make_room_for_themselves(golden_backbone: Backbone, golden_imag
 
 @pytest.mark.parametrize("layer_wise", [False, True])
 def test_evo_vit_ranks_only_who_is_there(layer_wise: bool) -> None:
-    backbone, policy = toy("deit_tiny_patch16_224"), EvoViT(0.5, layer_wise)
+    backbone, policy = toy(NAME), EvoViT(0.5, layer_wise)
     keep = ragged_keep(backbone, 6, seed=3)
     episode = play_ragged(backbone, policy, keep, random_images(backbone, 6))
     assert torch.equal(episode.keep[-1], keep), "nobody else dies, nobody comes to life"
