@@ -9,6 +9,7 @@ from .dynamicvit import DynamicViT
 from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
 from .evit import EViT
 from .evo_vit import EvoViT, read_from_patches
+from .fitted import load_fitted, save_fitted
 from .knobs import Knob
 from .life_fit import LifeConfig, finetune_life_regression, fit_life_regression
 from .life_regression import LifeRegression
@@ -54,6 +55,8 @@ __all__ = [
     "fit_life_regression",
     "fit_ltmp",
     "fit_merger",
+    "load_fitted",
     "make",
     "read_from_patches",
+    "save_fitted",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
-from .decouple import check_numbers, number_at
+from .parameters import per_site, whole_numbers
 from .topk import attention_sites
 
 
@@ -36,7 +36,7 @@ class ATS(BasePolicy):
     needs = frozenset({"cls_attention", "value_norms"})
 
     def __post_init__(self) -> None:
-        check_numbers("samples", self.samples, least=1)
+        self.samples = None if self.samples is None else whole_numbers("samples", self.samples, least=1)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Every block from the fourth of 12 on, between attention and MLP."""
@@ -45,7 +45,7 @@ class ATS(BasePolicy):
 
     def decide(self, obs: Observation) -> Decision:
         """Keep every token that some height takes."""
-        samples = number_at("samples", self.samples, obs)
+        samples = per_site("samples", self.samples, obs)
         scores = obs.scatter(obs.evidence["cls_attention"] * obs.evidence["value_norms"])
         return Decision(keep=sample_tokens(scores, obs.alive, obs.num_agents if samples is None else samples))
 

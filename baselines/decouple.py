@@ -13,6 +13,7 @@ from torch import Tensor
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation, Site
 from .pair_matching import match_pairs
+from .parameters import per_site, whole_numbers
 from .token_lists import TokenLists, mean_weights
 from .topk import attention_sites
 
@@ -77,8 +78,8 @@ class DecoupleAndMerge(BasePolicy):
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
-        check_numbers("clusters", self.clusters)
-        check_numbers("pairs", self.pairs)
+        self.clusters = None if self.clusters is None else whole_numbers("clusters", self.clusters)
+        self.pairs = None if self.pairs is None else whole_numbers("pairs", self.pairs)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
@@ -88,11 +89,11 @@ class DecoupleAndMerge(BasePolicy):
         """What is to become of an image with so many tokens at this site."""
         attentive = ceil(self.keep_rate * tokens)
         inattentive = tokens - attentive
-        clusters = number_at("clusters", self.clusters, obs)
+        clusters = per_site("clusters", self.clusters, obs)
         if clusters is None:
             clusters = min(max(1, inattentive // 4), attentive // 2)
         clusters = min(clusters, inattentive)
-        pairs = number_at("pairs", self.pairs, obs)
+        pairs = per_site("pairs", self.pairs, obs)
         return Plan(attentive, inattentive, clusters, min(clusters if pairs is None else pairs, attentive // 2))
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
@@ -116,7 +117,7 @@ class DecoupleAndMerge(BasePolicy):
             merged = self.merge(lists, clusters, obs)
             merge_into = lists.scatter(lists.token.gather(1, merged.target), merge_into)
             if merged.importance is not None:
-                importance = lists.scatter(merged.importance, importance)
+                importance = lists.scatter(merged.importance.to(importance), importance)
             if merged.features is not None:
                 features = lists.rows(merged.features, obs)
             macs = macs + merged.macs
@@ -159,28 +160,3 @@ def match(lists: TokenLists, attention: Tensor, pairs: Tensor, most: int) -> Ten
     of_partner = attention.gather(1, partner)
     goes = (of_partner > attention) | ((of_partner == attention) & (partner < itself))
     return torch.where(goes, partner, itself)
-
-
-def number_at(name: str, numbers: int | Sequence[int] | None, obs: Observation) -> int | None:
-    """The number that holds at this site.
-
-    Raises:
-        ValueError: if there is one per site, and not of as many sites as the game has.
-    """
-    if numbers is None or isinstance(numbers, int):
-        return numbers
-    if len(numbers) != obs.num_steps:
-        raise ValueError(f"{name}: expected one number or one for each of {obs.num_steps} sites, got {list(numbers)}")
-    return numbers[obs.step]
-
-
-def check_numbers(name: str, numbers: int | Sequence[int] | None, least: int = 0) -> None:
-    """Refuse what is neither None, nor a whole number, nor several of them.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    several = numbers if isinstance(numbers, Sequence) else () if numbers is None else (numbers,)
-    fine = all(isinstance(number, int) and not isinstance(number, bool) and number >= least for number in several)
-    if not fine or isinstance(numbers, str) or (isinstance(numbers, Sequence) and not numbers):
-        raise ValueError(f"{name}: expected whole numbers of at least {least}, one or one per site, got {numbers!r}")

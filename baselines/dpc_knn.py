@@ -9,6 +9,7 @@ import torch
 from ..policy import BasePolicy, check_keep_rate
 from ..types import Decision, Observation
 from .density_peaks import density_peaks
+from .parameters import whole_number
 from .token_lists import TokenLists, mean_weights
 
 
@@ -32,7 +33,7 @@ class DPCKNN(BasePolicy):
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
-        check_neighbours(self.neighbours)
+        self.neighbours = whole_number("neighbours", self.neighbours, least=1)
 
     def decide(self, obs: Observation) -> Decision:
         """Cluster all alive tokens."""
@@ -54,13 +55,3 @@ class DPCKNN(BasePolicy):
             macs=lists.inner_product_macs(),
             count=count,
         )
-
-
-def check_neighbours(neighbours: int) -> None:
-    """Refuse a density that looks at nobody.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
-        raise ValueError(f"neighbours: expected a whole number of at least 1, got {neighbours!r}")

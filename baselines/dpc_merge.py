@@ -10,7 +10,7 @@ from torch import Tensor
 from ..types import Observation
 from .decouple import DecoupleAndMerge, Merged, Plan
 from .density_peaks import density_peaks
-from .dpc_knn import check_neighbours
+from .parameters import whole_number
 from .token_lists import TokenLists
 
 STRATEGIES = ("preserve", "pack", "cluster", "match")
@@ -39,7 +39,7 @@ class DPCMerge(DecoupleAndMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_neighbours(self.neighbours)
+        self.neighbours = whole_number("neighbours", self.neighbours, least=1)
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
 

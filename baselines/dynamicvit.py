@@ -13,6 +13,7 @@ from ..errors import CheckpointError, SiteError
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..tokens import segment_mean
 from ..types import Decision, Observation, Site
+from .parameters import whole_number
 
 
 class ScorePredictor(nn.Module):
@@ -84,10 +85,11 @@ class DynamicViT(BasePolicy, nn.Module):
         super().__init__()
         check_keep_rate(keep_rate)
         self.keep_rate = keep_rate
-        self.seed = seed
+        self.seed = whole_number("seed", seed)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.score_predictor = nn.ModuleList()
         if embed_dim is not None:
+            embed_dim = whole_number("embed_dim", embed_dim)
             if self.sites is None:
                 raise ValueError(f"sites: expected as many as there are predictors beside embed_dim={embed_dim}")
             self.build(embed_dim, len(self.sites))
@@ -121,7 +123,7 @@ class DynamicViT(BasePolicy, nn.Module):
         """
         if not self.score_predictor:
             self.build(like.shape[-1], num_steps)
-            self.score_predictor.to(like.device)
+            self.score_predictor.to(like)
         if len(self.score_predictor) != num_steps:
             raise SiteError(f"sites: DynamicViT has predictors for {len(self.score_predictor)} sites, got {num_steps}")
         module = self.score_predictor[step]
@@ -156,16 +158,17 @@ class DynamicViT(BasePolicy, nn.Module):
         other.score_predictor = self.score_predictor
         return other.train(self.training)
 
-    def load_published(self, state: Mapping[str, Tensor]) -> Self:
+    def load_published(self, state: Mapping[str, Any]) -> Self:
         """Take the predictors out of a checkpoint of the authors' code.
 
         Args:
-            state: parameters by name; those of the predictors are called `score_predictor.0.in_conv...`, whatever
-                stands before that, and the rest is ignored.
+            state: parameters by name, or the whole file, which has them under `"model"`; those of the predictors are
+                called `score_predictor.0.in_conv...`, whatever stands before that, and the rest is ignored.
 
         Raises:
             CheckpointError: for parameters that are missing or of other shapes.
         """
+        state = state.get("model", state)
         named = {f"score_predictor.{key.split('score_predictor.', 1)[1]}": value for key, value in state.items()
                  if "score_predictor." in key}  # fmt: skip
         steps = {int(key.split(".")[1]) for key in named}
@@ -178,6 +181,14 @@ class DynamicViT(BasePolicy, nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"state: predictors that do not fit together ({error})") from error
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **options: Any) -> None:
+        """Where there are no predictors yet, make those that `load_state_dict` brings."""
+        own = f"{prefix}score_predictor."
+        first = state_dict.get(f"{own}0.in_conv.1.weight")
+        if first is not None and not self.score_predictor:
+            self.build(len(first), len({key[len(own) :].split(".")[0] for key in state_dict if key.startswith(own)}))
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs beside the predictors' weights, as JSON values."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation, Site
+from .parameters import check_flag
 from .topk import attention_sites
 
 
@@ -33,6 +34,7 @@ class EViT(BasePolicy):
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
+        check_flag("fuse", self.fuse)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""

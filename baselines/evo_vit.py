@@ -13,6 +13,7 @@ from ..backbone import Backbone
 from ..errors import UnsupportedBackboneError
 from ..policy import BasePolicy, check_keep_rate
 from ..types import Decision, Observation, Site
+from .parameters import check_flag, check_range
 
 
 @dataclass
@@ -27,8 +28,7 @@ class EvoViT(BasePolicy):
     aggregates the waiting ones, and hence no fast update.
 
     Stage-wise, the selection of blocks 5 to 8 of 12 is made after block 4 and that of blocks 9 to 12 after block 8
-    (thirds of any other depth); in between the policy only
-    watches. Layer-wise, every block from the 5th on selects
+    (thirds of any other depth); in between the policy only watches. Layer-wise, every block from the 5th on selects
     anew. The published network reads its class from the mean of all patch tokens (`read_from_patches`); a stock
     network keeps its own way of reading.
 
@@ -42,12 +42,13 @@ class EvoViT(BasePolicy):
     layer_wise: bool = False
     momentum: float = 0.5
     _score: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [B, N] g, of this batch
+    _total: int | None = field(default=None, init=False, repr=False, compare=False)  # tokens of every image, if known
     needs = frozenset({"cls_attention"})
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
-        if not 0 < self.momentum <= 1:
-            raise ValueError(f"momentum: expected a number above 0 and at most 1, got {self.momentum!r}")
+        check_flag("layer_wise", self.layer_wise)
+        check_range("momentum", self.momentum, 0, 1, open_low=True)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4 to 8 of 12, layer-wise 4 to 11: every block whose attention a later selection looks at."""
@@ -56,13 +57,13 @@ class EvoViT(BasePolicy):
 
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Forget the attention to other images."""
-        self._score = None
+        self._score, self._total = None, None
 
     def decide(self, obs: Observation) -> Decision:
         """Bring g up to date; where a stage begins, rank all tokens by it."""
         attention = obs.scatter(obs.evidence["cls_attention"].detach())
         if self._score is None or obs.step == 0:
-            score = attention
+            score, self._total = attention, obs.count if obs.parked is None else None
         else:
             blended = (1 - self.momentum) * self._score + self.momentum * attention
             score = torch.where(obs.alive, blended, self._score)
@@ -70,11 +71,14 @@ class EvoViT(BasePolicy):
         present = obs.alive if obs.parked is None else obs.alive | obs.parked
         # The first selection is made where the game begins, also at sites that somebody else chose.
         if obs.step and obs.site.block not in selecting_blocks(obs.depth, self.layer_wise):
-            waiting = None if obs.count is None else obs.num_agents - obs.count
+            waiting = None if obs.count is None or self._total is None else self._total - obs.count
             return Decision(keep=present, park=obs.parked, count=obs.count, park_count=waiting)
-        count = max(1, int(self.keep_rate * obs.num_agents))
+        wanted = max(1, int(self.keep_rate * obs.num_agents))
+        score = score.masked_fill(~present, float("-inf"))  # who was pruned before these games began comes last
         ranks = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return Decision(keep=present, park=ranks >= count, count=count, park_count=obs.num_agents - count)
+        count = None if self._total is None else min(wanted, self._total)
+        waiting = None if self._total is None or count is None else self._total - count
+        return Decision(keep=present, park=(ranks >= wanted) & present, count=count, park_count=waiting)
 
 
 def selecting_blocks(depth: int, layer_wise: bool) -> Sequence[int]:

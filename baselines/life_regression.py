@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Self
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation, Site
+from .parameters import whole_number
 
 INITIAL_SPREAD = 0.02  # of W; the standardisation takes its scale away, but the learning rate acts on it
 
@@ -78,7 +79,7 @@ class LifeRegression(BasePolicy, nn.Module):
         super().__init__()
         check_keep_rate(keep_rate)
         self.keep_rate = keep_rate
-        self.seed = seed
+        self.seed = whole_number("seed", seed)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.norm: nn.LayerNorm | None = None
         self.register_parameter("weight", None)
@@ -92,8 +93,7 @@ class LifeRegression(BasePolicy, nn.Module):
         Raises:
             ValueError: for a width below 1.
         """
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim: expected at least 1, got {embed_dim}")
+        embed_dim = whole_number("embed_dim", embed_dim, least=1)
         generator = torch.Generator().manual_seed(self.seed)
         self.norm = nn.LayerNorm(embed_dim)
         self.weight = nn.Parameter(INITIAL_SPREAD * torch.randn(embed_dim, embed_dim, generator=generator))
@@ -116,7 +116,7 @@ class LifeRegression(BasePolicy, nn.Module):
         """
         if self.weight is None:
             self.build(tokens.shape[-1])
-            self.to(tokens.device)
+            self.to(tokens)
         assert self.norm is not None
         assert self.weight is not None
         if len(self.weight) != tokens.shape[-1]:
@@ -170,6 +170,12 @@ class LifeRegression(BasePolicy, nn.Module):
         other = type(self)(value, self.seed, sites=self.sites)
         other.norm, other.weight = self.norm, self.weight
         return other.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **options: Any) -> None:
+        """Where there is no W yet, make room for the one that `load_state_dict` brings."""
+        if self.weight is None and f"{prefix}weight" in state_dict:
+            self.build(len(state_dict[f"{prefix}weight"]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs beside W, as JSON values."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..policy import BasePolicy
 from ..storage import PathLike, load_state, save_state
 from ..types import Decision, Observation, Site
-from .matching import match, merge, per_site
+from .matching import match, merge
+from .parameters import per_site
 from .tome import every_block
 
 Thresholds = float | Sequence[float] | Tensor | None
@@ -110,6 +111,8 @@ def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None
     if value is None:
         return None
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bool) or value in ([], ()):
+        raise TypeError(f"{name}: expected None, a number, or one per site, got {value!r}")
     try:
         numbers = tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
     except (TypeError, ValueError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,19 +89,6 @@ def merge(obs: Observation, matching: Matching, merges: Tensor) -> tuple[Tensor,
 def is_sender(obs: Observation) -> Tensor:
     """Alive tokens at even positions of the sequence with its prefix tokens, `[B, N]` bool."""
     return ((obs.order + obs.num_prefix) % 2 == 0) & obs.alive
-
-
-def per_site(name: str, value: Any, obs: Observation) -> float:
-    """The number meant for the current site: the same for all sites, or one per site.
-
-    Raises:
-        ValueError: naming the parameter, if there are not as many numbers as sites.
-    """
-    if not isinstance(value, tuple):
-        return value
-    if len(value) != obs.num_steps:
-        raise ValueError(f"{name}: expected one number or one per site ({obs.num_steps}), got {len(value)} of them")
-    return value[obs.step]
 
 
 def _in_sequence(obs: Observation) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..types import Observation
 from .decouple import DecoupleAndMerge, Merged
 from .density_peaks import nearest_of
+from .parameters import whole_number
 from .token_lists import TokenLists
 
 POOLINGS = ("average", "max", "spatial")
@@ -69,8 +70,7 @@ class KMeansMerge(DecoupleAndMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations: expected a whole number of at least 1, got {self.iterations!r}")
+        self.iterations = whole_number("iterations", self.iterations, least=1)
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
         """Cluster; distances to means follow from those between tokens, which are computed once."""

@@ -9,6 +9,7 @@ import torch
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation
+from .parameters import whole_number
 
 
 @dataclass
@@ -22,10 +23,11 @@ class RandomDrop(BasePolicy):
 
     keep_rate: float
     seed: int = 0
-    generator: torch.Generator = field(init=False, repr=False)
+    generator: torch.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
+        self.seed = whole_number("seed", self.seed)
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def decide(self, obs: Observation) -> Decision:

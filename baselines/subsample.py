@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..types import Observation
 from .decouple import DecoupleAndMerge, Merged
 from .mergers import runs
+from .parameters import whole_number
 from .token_lists import TokenLists
 
 KERNELS = {"convolution": 3, "mlp": 1}
@@ -86,10 +87,9 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         DecoupleAndMerge.__init__(self, keep_rate, clusters, pairs)
         if kind not in KERNELS:
             raise ValueError(f"kind: expected one of {', '.join(KERNELS)}, got {kind!r}")
-        for name, number in (("embed_dim", embed_dim), ("num_sites", num_sites)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}")
-        self.embed_dim, self.num_sites, self.kind, self.seed = embed_dim, num_sites, kind, seed
+        embed_dim = whole_number("embed_dim", embed_dim, least=1)
+        num_sites = whole_number("num_sites", num_sites, least=1)
+        self.embed_dim, self.num_sites, self.kind, self.seed = embed_dim, num_sites, kind, whole_number("seed", seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = [SubSample(embed_dim, embed_dim // 2, KERNELS[kind]) for _ in range(num_sites)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
 
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
-from .matching import match, merge, per_site
+from .matching import match, merge
+from .parameters import check_flag, check_range, per_site, whole_numbers
 
 
 @dataclass
@@ -35,13 +35,9 @@ class ToMe(BasePolicy):
     needs = frozenset({"keys"})
 
     def __post_init__(self) -> None:
-        numbers = tuple(self.r) if isinstance(self.r, Iterable) else (self.r,)
-        if not all(isinstance(number, Integral) and int(number) >= 0 for number in numbers):
-            raise ValueError(f"r: expected whole numbers, 0 or more, got {self.r!r}")
-        numbers = tuple(map(int, numbers))
-        self.r = numbers if isinstance(self.r, Iterable) else numbers[0]
-        if not -1 <= self.inflect <= 1:
-            raise ValueError(f"inflect: expected -1 to 1, got {self.inflect!r}")
+        self.r = whole_numbers("r", self.r)
+        check_flag("proportional_attention", self.proportional_attention)
+        check_range("inflect", self.inflect, -1, 1)
         if self.inflect and isinstance(self.r, tuple):
             raise ValueError(f"inflect: expected 0 with one r per site, got {self.inflect!r}")
         self.attention_bias: Literal["log_size"] | None = "log_size" if self.proportional_attention else None

@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame
-from vitprune_env.agents import TokenActor, TokenPolicy, calibrate_threshold, load_policy
+from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, calibrate_threshold, load_policy
 from vitprune_env.baselines import Method, available, calibrate, describe
 from vitprune_env.data import ImageDataset
+from vitprune_env.errors import CheckpointError
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Group = Literal["control", "baseline", "learned"]
@@ -79,7 +80,7 @@ def contestants(methods: Sequence[str], checkpoints: Sequence[str]) -> list[Cont
     Raises:
         UnknownNameError: for the name of no baseline.
         ParameterError: for a parameter that the baseline does not have.
-        CheckpointError: for a checkpoint that cannot be read.
+        CheckpointError: for a checkpoint that cannot be read, or has a fine-tuned network of its own.
     """
     names = dict.fromkeys([*CONTROLS, *(methods or available())])
     found = [entry for name in names for entry in _of_method(name)]
@@ -166,10 +167,25 @@ def _of_checkpoints(paths: Sequence[str]) -> list[Contestant]:
         groups.setdefault(label or "MAPPO", []).append(folder / "policy.safetensors" if folder.is_dir() else folder)
     found = []
     for label, files in groups.items():
-        policies = [cast(TokenPolicy, load_policy(file)) for file in files]
+        policies = [_of_this_network(file) for file in files]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
         found.append(Contestant(label, "learned", _Nearest(policies), origin=digest))
     return found
+
+
+def _of_this_network(file: Path) -> TokenPolicy:
+    """A policy that was trained on the network as it is.
+
+    Raises:
+        CheckpointError: for one whose network was fine-tuned with it, and would not be the one that is compared.
+    """
+    policy = load_policy(file)
+    if policy.info.get("finetune", "off") != "off":
+        raise CheckpointError(
+            f"{file}: expected a policy of the network as it is, got one with a fine-tuned network of its own; "
+            "examples/evaluate.py reports such runs"
+        )
+    return policy
 
 
 @dataclass(frozen=True)
@@ -180,11 +196,21 @@ class _Nearest:
 
     def __call__(self, task: Task, budget: float) -> list[Policy]:
         def distance(policy: TokenPolicy) -> float:
+            if isinstance(policy, AdaptivePolicy):
+                return abs(policy.share * task.dense_gmacs - budget)
             return abs(float(policy.info.get("target_macs") or 0) / 1e9 - budget)
 
-        least = min(map(distance, self.policies))
-        chosen = [policy for policy in self.policies if distance(policy) <= least + 1e-3 * budget]
+        policies = [_told(policy, budget / task.dense_gmacs) for policy in self.policies]
+        least = min(map(distance, policies))
+        chosen = [policy for policy in policies if distance(policy) <= least + 1e-3 * budget]
         return [_with_threshold(policy, task, budget) for policy in chosen]
+
+
+def _told(policy: TokenPolicy, share: float) -> TokenPolicy:
+    """A policy for a range of budgets, told the asked one, or the end of its range that is nearest."""
+    if not isinstance(policy, AdaptivePolicy):
+        return policy
+    return policy.at(min(max(share, policy.shares[0]), policy.shares[-1]))
 
 
 def _with_threshold(policy: TokenPolicy, task: Task, budget: float) -> Policy:

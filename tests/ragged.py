@@ -42,7 +42,8 @@ def play_ragged(
     backbone: Backbone, policy: Policy, keep: Tensor, images: Tensor, sites: Sequence[str] = ("1", "2.attn", "3.attn")
 ) -> Episode:
     """A game whose first site is ragged; the policy acts at the others."""
-    return play(TokenGame(backbone, sites, needs=policy.needs), Ragged(keep, policy), images, record=True)
+    ragged = Ragged(keep, policy)
+    return play(TokenGame.for_policy(backbone, ragged, sites=sites), ragged, images, record=True)
 
 
 def check_batch_independence(policy: Policy, seed: int, name: str = "deit_tiny_patch16_224", batch: int = 8) -> None:

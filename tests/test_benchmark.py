@@ -22,7 +22,7 @@ import common
 import decision_overhead
 from benchmark_measure import Result, difference, interval
 from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import TokenActor, TokenPolicy
+from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy
 from vitprune_env.agents.checkpoint import save_policy
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
@@ -189,6 +189,23 @@ def test_of_several_checkpoints_the_nearest_budgets_play(checkpoints: dict[float
         game = TokenGame.for_policy(task.backbone, policy)
         outcome = benchmark_measure.play(game, policy, task.tune[0][0]).outcome
         assert float(outcome.macs.mean()) == pytest.approx(1.05 * share * task.dense_gmacs * 1e9, rel=0.05)
+
+
+def test_policies_for_a_range_of_budgets_are_told_the_asked_one(tmp_path: Path) -> None:
+    task, path = small_task(tmp_path), tmp_path / "policy.safetensors"
+    actor = TokenActor(task.backbone.embed_dim + 1, generator=torch.Generator().manual_seed(0))
+    save_policy(AdaptivePolicy(actor, (0.3, 0.6), (0.0, 0.0), info={"target_macs": 0.6}), path)
+    player = benchmark_players.contestants([], [str(path)])[-1]
+    for share, told in ((0.4, 0.4), (0.25, 0.3)):
+        (policy,) = cast(Any, player.policies(task, share * task.dense_gmacs))
+        assert policy.share == pytest.approx(told)
+
+
+def test_policies_with_a_network_of_their_own_are_refused(tmp_path: Path) -> None:
+    actor = TokenActor(64, generator=torch.Generator().manual_seed(0))
+    save_policy(TokenPolicy(actor, info={"finetune": "after"}), tmp_path / "policy.safetensors")
+    with pytest.raises(CheckpointError, match="got one with a fine-tuned network of its own"):
+        benchmark_players.contestants([], [str(tmp_path)])
 
 
 def test_measured_is_what_was_played(tmp_path: Path) -> None:

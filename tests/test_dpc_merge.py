@@ -175,5 +175,5 @@ def test_bad_parameters_are_refused_by_name(name: str, arguments: dict[str, Any]
 
 def test_numbers_for_other_sites_are_refused(golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy = DPCMerge(0.7, clusters=[4, 3])
-    with pytest.raises(ValueError, match="clusters: expected one number or one for each of 3 sites"):
+    with pytest.raises(ValueError, match=r"clusters: expected one number or one per site \(3\), got 2"):
         play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)

@@ -120,7 +120,7 @@ def test_mistakes_are_named(golden_backbone: Backbone, golden_images: Tensor) ->
     for rate in (0, 1.5, -1):
         with pytest.raises(ValueError, match="keep_rate: expected"):
             LifeRegression(rate)
-    with pytest.raises(ValueError, match="embed_dim: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="embed_dim: expected a whole number of at least 1, got 0"):
         LifeRegression(0.5, embed_dim=0)
     wide = LifeRegression(0.5, embed_dim=64)
     with pytest.raises(ValueError, match="made for width 64, got 48"):

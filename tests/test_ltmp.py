@@ -149,6 +149,8 @@ def test_thresholds_on_disk(tmp_path: Path) -> None:
         ({"prune_thresholds": [0.1, -0.1]}, ValueError, "prune_thresholds: expected 0 to 1"),
         ({"prune_thresholds": float("nan")}, ValueError, "prune_thresholds: expected 0 to 1"),
         ({"prune_thresholds": "much"}, TypeError, "prune_thresholds: expected None, a number"),
+        ({"prune_thresholds": []}, TypeError, "prune_thresholds: expected None, a number"),
+        ({"merge_thresholds": True}, TypeError, "merge_thresholds: expected None, a number"),
         ({"merge_thresholds": [[0.1]]}, TypeError, "merge_thresholds: expected None, a number"),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune_env.baselines import matching
-from vitprune_env.baselines.matching import is_sender, match, merge, per_site
+from vitprune_env.baselines.matching import is_sender, match, merge
+from vitprune_env.baselines.parameters import per_site
 from vitprune_env.types import Observation, Site
 
 seeds = st.integers(0, 2**31)

@@ -1,8 +1,7 @@
-"""The papers' GMACs ("GFLOPs" in print) out of closed form and token counts, within one per cent."""
+"""The papers' GMACs ("GFLOPs" in print) out of closed form and our policies' counts, within one per cent."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -10,8 +9,11 @@ import pytest
 import timm
 import torch
 
+from decisions import counts_of
 from vitprune_env import Backbone, load_backbone
-from vitprune_env.cost import CostModel, mlp_macs
+from vitprune_env.baselines import DynamicViT, EViT, EvoViT, LifeRegression, ToMe
+from vitprune_env.baselines.dynamicvit import ScorePredictor
+from vitprune_env.cost import CostModel
 from vitprune_env.types import parse_sites
 
 EVIT_SITES, AFTER_SITES, LATE_SITES = ("4.attn", "7.attn", "10.attn"), (3, 6, 9), (4, 7, 10)
@@ -35,44 +37,25 @@ def gmacs(size: str, counts: Sequence[int], sites: Sequence[int | str]) -> float
     return float(cost.forward(torch.tensor([list(counts)]), parse_sites(sites, depth))) / 1e9
 
 
-def evit_counts(rate: float, fused: bool) -> list[int]:
-    """EViT keeps `ceil(rate n)` of n, and may add one that competes at the next site."""
-    counts, tokens = [], 196
-    for _ in range(3):
-        tokens = math.ceil(rate * tokens) + int(fused)
-        counts.append(tokens)
-    return counts
+def predictor_gmacs(size: str, counts: Sequence[int]) -> float:
+    """DynamicViT's predictors, each on the tokens that enter its site."""
+    return ScorePredictor(WIDTHS[size]).macs_per_token * sum([196, *counts][:3]) / 1e9
 
 
-def fixed_counts(rate: float) -> list[int]:
-    """DynamicViT and life regression keep `int(rate^s N)` of the original N."""
-    return [int(196 * rate**site) for site in (1, 2, 3)]
-
-
-def tome_counts(r: int) -> list[int]:
-    """ToMe merges r tokens in every block, at most half of those that are there, class token included."""
-    counts, rows = [], 197
-    for _ in range(12):
-        rows -= min(r, (rows - 1) // 2)
-        counts.append(rows - 1)
-    return counts
-
-
-def predictor_gmacs(size: str, rate: float) -> float:
-    """DynamicViT's predictors (D, D, D/2, D/4, 2), each on the tokens that enter its site."""
-    width = WIDTHS[size]
-    per_token = mlp_macs((width, width, width // 2, width // 4, 2))
-    return per_token * sum([196, *fixed_counts(rate)][:3]) / 1e9
+def dynamicvit_gmacs(size: str, rate: float) -> float:
+    """The network and its predictors."""
+    counts = counts_of(DynamicViT(rate))
+    return gmacs(size, counts, AFTER_SITES) + predictor_gmacs(size, counts)
 
 
 Rule = Callable[[str, float], float]
 RULES: dict[str, Rule] = {
-    "EViT": lambda size, rate: gmacs(size, evit_counts(rate, fused=True), EVIT_SITES),
-    "EViT without fusion": lambda size, rate: gmacs(size, evit_counts(rate, fused=False), EVIT_SITES),
-    "DynamicViT": lambda size, rate: gmacs(size, fixed_counts(rate), AFTER_SITES) + predictor_gmacs(size, rate),
-    "after blocks 4, 7, 10": lambda size, rate: gmacs(size, fixed_counts(rate), LATE_SITES),
+    "EViT": lambda size, rate: gmacs(size, counts_of(EViT(rate)), EVIT_SITES),
+    "EViT without fusion": lambda size, rate: gmacs(size, counts_of(EViT(rate, fuse=False)), EVIT_SITES),
+    "DynamicViT": dynamicvit_gmacs,
+    "life regression": lambda size, rate: gmacs(size, counts_of(LifeRegression(rate)), LATE_SITES),
     # The placeholders of Evo-ViT wait outside: blocks 5 to 12 compute on the selected tokens only.
-    "Evo-ViT": lambda size, rate: gmacs(size, [int(196 * rate)], (4,)),
+    "Evo-ViT": lambda size, rate: gmacs(size, counts_of(EvoViT(rate)), range(4, 9)),
 }
 # rule, size -> GMACs at keep rates 0.9, 0.8, 0.7, 0.6, 0.5
 PUBLISHED: dict[tuple[str, str], tuple[float, ...]] = {
@@ -84,8 +67,8 @@ PUBLISHED: dict[tuple[str, str], tuple[float, ...]] = {
     ("DynamicViT", "tiny"): (1.09, 0.93, 0.80, 0.69, 0.60),
     ("DynamicViT", "small"): (4.04, 3.46, 2.98, 2.56, 2.23),
     ("DynamicViT", "base"): (15.51, 13.32, 11.48, 9.87, 8.56),
-    ("after blocks 4, 7, 10", "small"): (4.03, 3.55, 3.13, 2.79, 2.48),
-    ("after blocks 4, 7, 10", "base"): (15.45, 13.61, 12.03, 10.69, 9.51),
+    ("life regression", "small"): (4.03, 3.55, 3.13, 2.79, 2.48),
+    ("life regression", "base"): (15.45, 13.61, 12.03, 10.69, 9.51),
     ("Evo-ViT", "small"): (4.27, 3.95, 3.64, 3.33, 3.03),
     ("Evo-ViT", "base"): (16.34, 15.12, 13.98, 12.78, 11.66),
 }
@@ -112,12 +95,7 @@ def test_keep_rates(rule: str, size: str, rate: float, expected: float) -> None:
 )
 def test_tome(size: str, r: int, expected: float) -> None:
     sites = [f"{block}.attn" for block in range(1, 13)]
-    assert gmacs(size, tome_counts(r), sites) == pytest.approx(expected, rel=0.01)
-
-
-def test_tome_stops_at_half_of_the_tokens() -> None:
-    assert tome_counts(8)[-1] == 101 - 1
-    assert tome_counts(16)[-3:] == [36, 20, 10]
+    assert gmacs(size, counts_of(ToMe(r)), sites) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +105,7 @@ def test_tome_stops_at_half_of_the_tokens() -> None:
 def test_life_regression_with_its_projections(size: str, rate: float, printed: float) -> None:
     """Two D x D projections of the 196 tokens, once; printed with one decimal."""
     projections = 2 * 196 * WIDTHS[size] ** 2 / 1e9
-    assert round(gmacs(size, fixed_counts(rate), LATE_SITES) + projections, 1) == printed
+    assert round(gmacs(size, counts_of(LifeRegression(rate)), LATE_SITES) + projections, 1) == printed
 
 
 @pytest.mark.parametrize(
@@ -141,13 +119,25 @@ def test_rl4evit_if_all_pruning_is_at_the_first_site(size: str, alive: int, expe
     assert gmacs(size, [alive], (3,)) == pytest.approx(expected, rel=0.01)
 
 
-def test_published_keep_rates_of_evit_in_table_1_of_paper_000() -> None:
-    found = [RULES["EViT"]("small", rate) for rate in (0.8, 0.7, 0.6)]
-    found += [RULES["EViT"]("base", rate) for rate in (0.9, 0.79, 0.7)]
+@pytest.mark.parametrize(
+    ("method", "small", "base"),
+    [
+        ("EViT", (0.8, 0.7, 0.6), (0.9, 0.79, 0.7)),
+        ("DynamicViT", (0.8, 0.7, 0.6), (0.9, 0.8, 0.7)),
+        ("Evo-ViT", (0.65, 0.5, 0.36), (0.81, 0.63, 0.5)),
+    ],
+)
+def test_keep_rates_behind_table_1_of_paper_000(method: str, small: tuple[float, ...], base: tuple[float, ...]) -> None:
+    found = [RULES[method](size, rate) for size, rates in (("small", small), ("base", base)) for rate in rates]
     assert found == pytest.approx([3.5, 3.0, 2.6, 15.3, 13.1, 11.6], rel=0.02)  # printed with one decimal
 
 
+def test_evo_vit_as_printed() -> None:
+    assert [round(RULES["Evo-ViT"](size, 0.5), 1) for size in ("tiny", "small")] == [0.8, 3.0]
+
+
 def test_lv_vit_s_pruned_in_table_2_of_paper_001() -> None:
-    evit = gmacs("lv", evit_counts(0.7, fused=True), ("5.attn", "9.attn", "13.attn"))
-    dynamic = gmacs("lv", fixed_counts(0.7), (4, 8, 12)) + predictor_gmacs("lv", 0.7)
+    evit = gmacs("lv", counts_of(EViT(0.7), depth=16), ("5.attn", "9.attn", "13.attn"))
+    counts = counts_of(DynamicViT(0.7))
+    dynamic = gmacs("lv", counts, (4, 8, 12)) + predictor_gmacs("lv", counts)
     assert [round(evit, 1), round(dynamic, 1)] == [4.7, 4.6]

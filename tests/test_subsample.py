@@ -129,7 +129,7 @@ def test_at_shares_the_layers() -> None:
     other = policy.at(0.3)
     assert (policy.keep_rate, other.keep_rate) == (0.7, 0.3)
     assert other.layers is policy.layers
-    assert other.clusters == [3, 2, 1]
+    assert other.clusters == (3, 2, 1)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -145,11 +145,13 @@ def test_after_whole_blocks_too(golden_backbone: Backbone, golden_images: Tensor
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"r": -1}, "r: expected whole numbers, 0 or more, got -1"),
+        ({"r": -1}, "r: expected whole numbers of at least 0, one or one per site, got -1"),
+        ({"r": True}, "r: expected whole numbers"),
+        ({"r": []}, "r: expected whole numbers"),
         ({"r": 2.5}, "r: expected whole numbers"),
         ({"r": [1, 0.5]}, "r: expected whole numbers"),
         ({"r": "12"}, "r: expected whole numbers"),
-        ({"r": 4, "inflect": 1.5}, "inflect: expected -1 to 1, got 1.5"),
+        ({"r": 4, "inflect": 1.5}, "inflect: expected a number from -1 to 1, got 1.5"),
         ({"r": [4, 4], "inflect": 1.0}, "inflect: expected 0 with one r per site, got 1.0"),
     ],
 )
