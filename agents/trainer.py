@@ -115,7 +115,7 @@ class Run:
         folder: RunFolder | None,
         device: torch.device,
         processes: Processes,
-        reward: RewardFn | None,
+        reward: RewardFn | None = None,
     ) -> None:
         for name in ("images", "finetune_batch"):
             if getattr(config, name) < processes.size:
