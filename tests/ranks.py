@@ -33,7 +33,14 @@ RUNS: dict[str, tuple[TrainConfig, tuple[int, ...]]] = {  # settings, numbers of
     "ppo_single": (replace(SEVERAL, algorithm="ppo_single"), (1, 2)),
     "alternate": (
         replace(
-            SEVERAL, updates=2, finetune="alternate", finetune_every=1, finetune_steps=2, finetune_batch=7, distill=0.5
+            SEVERAL,
+            updates=2,
+            finetune="alternate",
+            finetune_every=1,
+            finetune_steps=2,
+            finetune_batch=7,
+            distill=0.5,
+            finetune_lr=2e-5,  # AdamW makes steps of the size of the rate out of rounding errors
         ),
         (1, 2),
     ),

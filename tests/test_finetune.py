@@ -214,7 +214,7 @@ def test_all_blocks_learn_also_in_a_network_that_was_fine_tuned_before() -> None
 
 
 def test_half_precision_learns_nearly_the_same_and_keeps_full_weights() -> None:
-    config = replace(SHORT, distill=TEACHERS_WEIGHT)
+    config = replace(SHORT, distill=TEACHERS_WEIGHT, lr=3e-3)
     full, half = tuned(config), tuned(replace(config, amp=True))
     losses = [[row["loss"] for row in result.history] for result in (full, half)]
     assert losses[0] != losses[1]
