@@ -244,13 +244,14 @@ def table(rows: Sequence[dict[str, Any]], args: Args) -> str:
 
 
 def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
-    """Accuracy over the budget, one line per variant, with confidence intervals."""
+    """Accuracy with confidence intervals: over the budget, one line per variant, or by variant at the only budget."""
     drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = drawn.subplots()
+    single = len(args.shares) == 1
     for variant in args.variants:
         own = [row for row in rows if row["variant"] == variant]
         axes.errorbar(
-            [100 * row["share"] for row in own],
+            [variant] if single else [100 * row["share"] for row in own],
             [100 * row["accuracy"] for row in own],
             yerr=[100 * row["accuracy_ci"] for row in own],
             label=variant,
@@ -258,11 +259,16 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
             markersize=4,
             capsize=3,
         )
-    axes.set(xlabel="GMACs, % of dense, policy included", ylabel=f"accuracy %, {args.split} split")
-    axes.set_title(f"mean of {args.seeds} seeds, {CONFIDENCE:.0%} intervals", fontsize="medium")
+    axes.set_ylabel(f"accuracy %, {args.split} split")
+    title = f"mean of {args.seeds} seeds, {CONFIDENCE:.0%} intervals"
+    axes.set_title(f"{title}, {args.shares[0]:.0%} of the dense GMACs" if single else title, fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
+    if single:
+        axes.tick_params(axis="x", rotation=20)
+    else:
+        axes.set_xlabel("GMACs, % of dense, policy included")
+        axes.legend(frameon=False)
     return drawn
 
 
