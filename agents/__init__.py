@@ -1,15 +1,15 @@
 """Learning to prune: actor, critic, MAPPO on tianshou, training to a budget, fine-tuning of the network."""
 
-from .adaptive import AdaptivePolicy
-from .budget import calibrate_threshold
+from .budgets.adaptive import AdaptivePolicy
+from .budgets.targets import calibrate_threshold
 from .checkpoint import load_policy, save_policy
-from .config import TrainConfig
-from .finetune import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
-from .mappo import MAPPO
+from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
+from .learners.mappo import MAPPO
+from .learners.ppo_single import ImageCritic, PPOSingle
 from .networks import TokenActor, TokenCritic
-from .policy import TokenPolicy
-from .ppo_single import ImageCritic, PPOSingle
-from .trainer import TrainResult, train
+from .policies import TokenPolicy
+from .runs.config import TrainConfig
+from .runs.trainer import TrainResult, train
 
 __all__ = [
     "MAPPO",

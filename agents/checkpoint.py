@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..storage import PathLike, load_state, read_file, save_state, write_file
-from .adaptive import AdaptivePolicy
-from .policy import TokenPolicy
+from ..files import PathLike, load_state, read_file, save_state, write_file
+from .budgets.adaptive import AdaptivePolicy
+from .policies import TokenPolicy
 
 __all__ = ["PathLike", "load_policy", "load_state", "save_policy", "save_state"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cost import mlp_macs
+from ..engine.cost import mlp_macs
 
 LIGHT_CRITIC = (64, 64)  # learns as well as the paper's widths, at a fraction of the update's cost
 HIDDEN_GAIN = 2**0.5

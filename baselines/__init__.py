@@ -1,25 +1,25 @@
 """Non-learning policies, one method per file; all play the same game."""
 
 from .ats import ATS
-from .calibrate import calibrate
-from .diversity import diversity_score
-from .dpc_knn import DPCKNN
-from .dpc_merge import DPCMerge
-from .dynamicvit import DynamicViT
-from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
+from .calibration import calibrate
+from .clusters.diversity import diversity_score
+from .clusters.dpc_knn import DPCKNN
+from .clusters.dpc_merge import DPCMerge
+from .clusters.mergers import KMeansMerge, PoolMerge
+from .clusters.subsample import SubSampleMerge
+from .clusters.subsample_fit import MergerConfig, fit_merger
+from .dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
+from .dynamicvit.policy import DynamicViT
 from .evit import EViT
 from .evo_vit import EvoViT, read_from_patches
 from .fitted import load_fitted, save_fitted
 from .knobs import Knob
-from .life_fit import LifeConfig, finetune_life_regression, fit_life_regression
-from .life_regression import LifeRegression
-from .ltmp import LTMP
-from .ltmp_fit import LTMPFitConfig, fit_ltmp
-from .mergers import KMeansMerge, PoolMerge
+from .life_regression.fitting import LifeConfig, finetune_life_regression, fit_life_regression
+from .life_regression.policy import LifeRegression
+from .ltmp.fitting import LTMPFitConfig, fit_ltmp
+from .ltmp.policy import LTMP
 from .random_drop import RandomDrop
 from .registry import Method, available, describe, make
-from .subsample import SubSampleMerge
-from .subsample_fit import MergerConfig, fit_merger
 from .tome import ToMe
 from .topk import TopK
 from .tri_level import TriLevel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
-from .parameters import per_site, whole_numbers
+from .argument_checks import per_site, whole_numbers
 from .topk import attention_sites
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation, Site
-from .parameters import check_flag
+from .argument_checks import check_flag
 from .topk import attention_sites
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone
+from ..engine.backbone import Backbone
 from ..errors import UnsupportedBackboneError
 from ..policy import BasePolicy, check_keep_rate
 from ..types import Decision, Observation, Site
-from .parameters import check_flag, check_range
+from .argument_checks import check_flag, check_range
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..deploy.pretrained import build_policy, describe_policy
 from ..errors import CheckpointError
+from ..files import PathLike, read_file, write_file
 from ..policy import Policy
-from ..pretrained import build_policy, describe_policy
-from ..storage import PathLike, read_file, write_file
 
 KIND = "fitted policy"
 

@@ -9,7 +9,7 @@ import torch
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
 from ..types import Decision, Observation
-from .parameters import whole_number
+from .argument_checks import whole_number
 
 
 @dataclass

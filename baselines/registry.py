@@ -9,26 +9,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from ..backbone import Backbone
+from ..engine.backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
 from ..policy import Policy
 from ..types import Site
 from .ats import ATS
-from .dpc_knn import DPCKNN
-from .dpc_merge import DPCMerge
-from .dynamicvit import DynamicViT
-from .dynamicvit_fit import DynamicViTConfig, fit_dynamicvit
+from .clusters.dpc_knn import DPCKNN
+from .clusters.dpc_merge import DPCMerge
+from .clusters.mergers import KMeansMerge, PoolMerge
+from .clusters.subsample import SubSampleMerge
+from .clusters.subsample_fit import MergerConfig, fit_merger
+from .dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
+from .dynamicvit.policy import DynamicViT
 from .evit import EViT
 from .evo_vit import EvoViT
 from .knobs import Knob
-from .life_fit import LifeConfig, fit_life_regression
-from .life_regression import LifeRegression
-from .ltmp import LTMP
-from .ltmp_fit import LTMPFitConfig, fit_ltmp
-from .mergers import KMeansMerge, PoolMerge
+from .life_regression.fitting import LifeConfig, fit_life_regression
+from .life_regression.policy import LifeRegression
+from .ltmp.fitting import LTMPFitConfig, fit_ltmp
+from .ltmp.policy import LTMP
 from .random_drop import RandomDrop
-from .subsample import SubSampleMerge
-from .subsample_fit import MergerConfig, fit_merger
 from .tome import ToMe
 from .topk import TopK
 from .tri_level import TriLevel

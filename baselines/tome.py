@@ -8,8 +8,8 @@ from typing import Literal
 
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
-from .matching import match, merge
-from .parameters import check_flag, check_range, per_site, whole_numbers
+from .argument_checks import check_flag, check_range, per_site, whole_numbers
+from .bipartite_matching import match, merge
 
 
 @dataclass

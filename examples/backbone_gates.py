@@ -17,15 +17,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune_env.backbone import Backbone
 from vitprune_env.baselines import EViT, RandomDrop
-from vitprune_env.cost import CostModel
 from vitprune_env.data import Digits
-from vitprune_env.game import TokenGame
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.cost import CostModel
+from vitprune_env.game.rollout import evaluate
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.models.load import VIT_DIGITS, WEIGHTS, load_vit_digits
 from vitprune_env.policy import BasePolicy, KeepAll, Policy, keep_top
-from vitprune_env.rollout import evaluate
 from vitprune_env.types import Decision, Observation
-from vitprune_env.zoo import VIT_DIGITS, WEIGHTS, load_vit_digits
 
 SHARES = (0.25, 0.35)  # of the dense MACs
 BATCH = 250

@@ -17,7 +17,7 @@ from benchmark_players import Task
 from common import versions, write_json
 from vitprune_env.data import data_config
 from vitprune_env.errors import CheckpointError
-from vitprune_env.figures import Point, fates_figure, pareto_figure
+from vitprune_env.plots.figures import Point, fates_figure, pareto_figure
 
 RESULTS = "results.json"
 

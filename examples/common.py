@@ -22,7 +22,7 @@ from vitprune_env import Backbone, Policy, TokenGame, play
 from vitprune_env.baselines import calibrate
 from vitprune_env.data import batches_of as batches_of  # the examples take it from here
 from vitprune_env.errors import StorageError, VitPruneError
-from vitprune_env.rollout import Evaluation, evaluate
+from vitprune_env.game.rollout import Evaluation, evaluate
 from vitprune_env.types import Site
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # iterated more than once

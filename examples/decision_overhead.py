@@ -30,11 +30,11 @@ from common import CommonArgs, run, versions, write_json
 from train_mappo import TUNE_SEED
 from vitprune_env import Backbone, Policy, load_backbone
 from vitprune_env.baselines import available, calibrate, describe
-from vitprune_env.cost import CostModel
 from vitprune_env.data import Digits
+from vitprune_env.engine.cost import CostModel
+from vitprune_env.engine.reduction import reduce_tokens
+from vitprune_env.engine.tokens import TokenState
 from vitprune_env.errors import BudgetError
-from vitprune_env.reduction import reduce_tokens
-from vitprune_env.tokens import TokenState
 from vitprune_env.types import Decision, Site, parse_sites
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vitprune_env.agents import TrainConfig
-from vitprune_env.agents.config import PRESETS as BUILT_IN
-from vitprune_env.agents.config import rl4evit
+from vitprune_env.agents.runs.config import PRESETS as BUILT_IN
+from vitprune_env.agents.runs.config import rl4evit
 
 IMAGENET_TRAIN = 1_281_167  # images
 

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from backbone_gates import GATES, accuracy_by_side, measure, table
-from vitprune_env.backbone import Backbone
 from vitprune_env.data import Digits, DigitsConfig
+from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, NumericalError
-from vitprune_env.zoo import VIT_DIGITS, create_vit_digits
+from vitprune_env.models.load import VIT_DIGITS, create_vit_digits
 
 GRID = round(create_vit_digits().patch_embed.num_patches ** 0.5)  # patches per side
 CHUNK = 200  # steps whose scenes are drawn together

@@ -42,10 +42,10 @@ from vitprune_env.agents import (
     calibrate_threshold,
     train,
 )
-from vitprune_env.agents.parallel import launched
+from vitprune_env.agents.runs.processes import launched
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.data import Digits, data_config
-from vitprune_env.figures import learning_curve_figure, tokens_figure
+from vitprune_env.plots.figures import learning_curve_figure, tokens_figure
 
 TUNE_SEED = 1_000_003  # scenes that baselines are calibrated on: training digits, other compositions
 TEST_SEED = 2_000_003

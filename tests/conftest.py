@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from helpers import golden, golden_model
-from vitprune_env.backbone import Backbone
+from vitprune_env.engine.backbone import Backbone
 
 torch.set_num_threads(1)
 for name, derandomize, examples in (("repeatable", True, 12), ("explore", False, 200)):

@@ -5,19 +5,19 @@ Every patch token is an agent, every pruning site a step, 0 = prune, 1 = keep. S
 policies to beat.
 """
 
-from vitprune_env.backbone import Backbone
-from vitprune_env.checks import check_policy
-from vitprune_env.game import TokenGame
-from vitprune_env.gym_env import SingleAgentEnv, register_gym_env
-from vitprune_env.parallel_env import parallel_env, register_envs
+from vitprune_env.deploy.pruned_vit import PrunedViT
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
+from vitprune_env.envs.parallel import parallel_env, register_envs
+from vitprune_env.envs.vector import TokenVectorEnv
+from vitprune_env.game.policy_contract import check_policy
+from vitprune_env.game.rewards import PaperReward, SharedOutcome
+from vitprune_env.game.rollout import evaluate, play
+from vitprune_env.game.team_reward import TeamOutcome
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.models.load import load_backbone
 from vitprune_env.policy import BasePolicy, KeepAll, Policy
-from vitprune_env.pruned import PrunedViT
-from vitprune_env.reward import PaperReward, SharedOutcome
-from vitprune_env.rollout import evaluate, play
-from vitprune_env.team_reward import TeamOutcome
 from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
-from vitprune_env.vector_env import TokenVectorEnv
-from vitprune_env.zoo import load_backbone
 
 __all__ = [
     "Backbone",

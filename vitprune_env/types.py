@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.errors import SiteError
-from vitprune_env.lazy import lazily
+from vitprune_env.lazy_fields import lazily
 
 EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
 

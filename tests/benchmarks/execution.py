@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from speedup import Scripted
 from vitprune_env import Backbone, KeepAll, PrunedViT, TokenGame, load_backbone, play
-from vitprune_env.tokens import TokenState
+from vitprune_env.engine.tokens import TokenState
 
 OVERHEAD = 1.03  # of a game in which everybody stays, over the plain forward pass
 

@@ -27,17 +27,17 @@ from tianshou.algorithm.optim import AdamOptimizerFactory
 from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from update_rivals import Update, stock_ppo, torchrl_ppo
 
 from dense_ppo import DenseGames, DensePPO, Settings, masked_play
 from vitprune_env import TokenGame, load_backbone, play
-from vitprune_env.agents.buffer import GameBuffer, Trajectory
-from vitprune_env.agents.mappo import MAPPO
+from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.learners.mappo import MAPPO
 from vitprune_env.agents.networks import TokenActor, TokenCritic, paper_sizes
-from vitprune_env.agents.policy import ExploringPolicy
-from vitprune_env.reward import SharedOutcome
+from vitprune_env.agents.policies import ExploringPolicy
+from vitprune_env.game.rewards import SharedOutcome
 
 LR = 1e-3
 SETTINGS = Settings()

@@ -17,7 +17,7 @@ from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor, nn
 
 from dense_ppo import JoinedCritic, Settings
-from vitprune_env.agents.buffer import Trajectory
+from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.networks import TokenActor, TokenCritic
 
 Update = Callable[[], object]

@@ -1,0 +1,146 @@
+"""Where the metrics of a run go: a file of JSON lines, TensorBoard, Weights & Biases. No row is there twice.
+
+A run that was killed has logged updates that its checkpoint has not seen; resumed, it does them again. So every sink
+is told how many updates are done, and forgets what came later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tianshou.utils import TensorboardLogger
+from torch.utils.tensorboard import SummaryWriter
+
+from ...errors import MissingPackageError
+from ...files import replace_file
+from .config import TrainConfig
+
+HISTORY_FILE = "history.jsonl"
+WANDB_FILE = "wandb_run_id.txt"
+Row = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """Takes the rows of a run, one per update."""
+
+    def write(self, row: Row, step: int) -> None:
+        """Metrics of an update; `step` counts environment steps (images times sites)."""
+        ...
+
+    def show(self, picture: np.ndarray, step: int) -> None:
+        """A picture, `[H, W, 3]` uint8."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class HistoryFile:
+    """One JSON object per line and update; `pandas.read_json(path, lines=True)` reads it.
+
+    Args:
+        folder: where `history.jsonl` goes.
+        done: the rows so far; what else the file holds is forgotten.
+    """
+
+    def __init__(self, folder: Path, done: Sequence[Row]) -> None:
+        self._path = replace_file(folder / HISTORY_FILE, "".join(map(_line, done)).encode())
+
+    def write(self, row: Row, step: int) -> None:
+        """Append a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def show(self, picture: np.ndarray, step: int) -> None:
+        """Pictures are no numbers."""
+
+    def close(self) -> None:
+        """The file is closed after every line."""
+
+
+class TensorBoard:
+    """Event files in a folder of their own.
+
+    Args:
+        folder: the run's.
+        step: environment steps done; later events of the folder are marked as void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else 0)
+        self._logger = TensorboardLogger(self._writer, 1, 1, 1)
+
+    def write(self, row: Row, step: int) -> None:
+        """One scalar per metric."""
+        self._logger.log_training_data(dict(row), step)
+
+    def show(self, picture: np.ndarray, step: int) -> None:
+        """Under the name `tokens`."""
+        self._writer.add_image("tokens", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._logger.finalize()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which must be installed beside the package.
+
+    Args:
+        project: name of the project.
+        folder: where it keeps its files.
+        config: settings to show.
+        resume: whether to go on with the run that the folder knows of.
+
+    Raises:
+        MissingPackageError: if wandb is not installed.
+    """
+
+    def __init__(self, project: str, folder: Path, config: Mapping[str, Any], resume: bool = False) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports], it is optional
+        except ImportError as error:
+            raise MissingPackageError(
+                f"wandb: expected the package wandb to log to project {project!r}, found none; pip install wandb"
+            ) from error
+        self._wandb: Any = wandb
+        note = folder / WANDB_FILE
+        run_id = note.read_text().strip() if resume and note.exists() else None
+        self._run: Any = wandb.init(project=project, dir=str(folder), config=dict(config), id=run_id, resume="allow")
+        replace_file(note, str(self._run.id).encode())
+
+    def write(self, row: Row, step: int) -> None:
+        """All metrics of an update at once; of steps that it knows already, wandb takes no second row."""
+        self._run.log(dict(row), step=step)
+
+    def show(self, picture: np.ndarray, step: int) -> None:
+        """Under the name `tokens`."""
+        self._run.log({"tokens": self._wandb.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def open_sinks(folder: Path, config: TrainConfig, done: Sequence[Row], steps: int) -> list[Sink]:
+    """All that a configuration asks for.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        done: rows of the updates done.
+        steps: environment steps of an update.
+    """
+    sinks: list[Sink] = [HistoryFile(folder, done), TensorBoard(folder, len(done) * steps)]
+    if config.wandb:
+        sinks.append(WeightsAndBiases(config.wandb, folder, config.as_json(), resume=bool(done)))
+    return sinks
+
+
+def _line(row: Row) -> str:
+    return json.dumps(dict(row)) + "\n"

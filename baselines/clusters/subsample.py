@@ -1,0 +1,123 @@
+"""The mergers with weights of decouple and merge (Long et al., 2023, Table 4): convolution and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...types import Observation
+from ..argument_checks import whole_number
+from .decouple import DecoupleAndMerge, Merged
+from .mergers import runs
+from .token_lists import TokenLists
+
+KERNELS = {"convolution": 3, "mlp": 1}
+
+
+class SubSample(nn.Module):
+    """Two layers over lists of tokens, the first with a window: a token plus what they make of its neighbourhood.
+
+    Args:
+        width: D.
+        hidden: width between the layers.
+        kernel: tokens in the window, odd; 1 looks at no neighbour.
+    """
+
+    def __init__(self, width: int, hidden: int, kernel: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.norm = nn.LayerNorm(width)
+        self.window = nn.Linear(kernel * width, hidden)
+        self.out = nn.Linear(hidden, width)
+        nn.init.zeros_(self.out.weight)  # untrained it changes nothing
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, lists: TokenLists) -> Tensor:
+        """New features `[B, M, D]`; zeros beyond the ends of a list, as a padded convolution has them."""
+        normed = self.norm(lists.features).masked_fill(~lists.valid[..., None], 0)
+        padded = F.pad(normed, (0, 0, self.kernel // 2, self.kernel // 2))
+        window = padded.unfold(1, self.kernel, 1).flatten(2)  # [B, M, D * kernel]
+        # No product is spent on padding.
+        rows = window.flatten(0, 1) if lists.is_uniform else window[lists.valid]
+        change = self.out(F.gelu(self.window(rows)))
+        if lists.is_uniform:
+            return lists.features + change.view_as(lists.features)
+        return lists.features.masked_scatter(lists.valid[..., None], lists.features[lists.valid] + change)
+
+    @property
+    def macs(self) -> int:
+        """MACs per token."""
+        return self.window.weight.numel() + self.out.weight.numel()
+
+
+class SubSampleMerge(nn.Module, DecoupleAndMerge):
+    """Layers on the inattentive tokens before they are averaged: the sub-sampling strategies of the paper's Table 4.
+
+    What all mergers share is said in `DecoupleAndMerge`. The paper says no more than that convolutions between
+    attention and MLP reduce the tokens. Here two layers with a residual run over the inattentive tokens in patch order:
+    `"convolution"` with a kernel of 3 and then of 1, `"mlp"` with 1 twice; what strides would do, the mean of
+    consecutive runs does, for any number of tokens. Each site has its own weights. Fresh ones change nothing, which is
+    `PoolMerge`; `fit_merger` trains them.
+
+    Args:
+        keep_rate: fraction that is attentive at every site, above 0 and at most 1.
+        embed_dim: D of the network.
+        num_sites: sites of the game.
+        kind: `"convolution"` or `"mlp"`.
+        clusters: tokens that the inattentive ones become, one number or one per site; None: a quarter of them.
+        pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        keep_rate: float,
+        embed_dim: int,
+        num_sites: int,
+        kind: Literal["convolution", "mlp"] = "convolution",
+        clusters: int | Sequence[int] | None = None,
+        pairs: int | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        nn.Module.__init__(self)
+        DecoupleAndMerge.__init__(self, keep_rate, clusters, pairs)
+        if kind not in KERNELS:
+            raise ValueError(f"kind: expected one of {', '.join(KERNELS)}, got {kind!r}")
+        embed_dim = whole_number("embed_dim", embed_dim, least=1)
+        num_sites = whole_number("num_sites", num_sites, least=1)
+        self.embed_dim, self.num_sites, self.kind, self.seed = embed_dim, num_sites, kind, whole_number("seed", seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = [SubSample(embed_dim, embed_dim // 2, KERNELS[kind]) for _ in range(num_sites)]
+        self.layers = nn.ModuleList(layers)
+
+    def config(self) -> dict[str, Any]:
+        """What the constructor needs to make it again."""
+        names = ("keep_rate", "embed_dim", "num_sites", "kind", "clusters", "pairs", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def at(self, value: float) -> Self:
+        """The same weights, shared, with another keep rate."""
+        other = type(self)(**{**self.config(), "keep_rate": value})
+        other.layers = self.layers
+        return other
+
+    def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
+        """Transform, then average runs."""
+        if obs.num_steps != self.num_sites or obs.tokens.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"num_sites, embed_dim: this {self.kind} was made for {self.num_sites} sites of width {self.embed_dim},"
+                f" got {obs.num_steps} of width {obs.tokens.shape[1]}"
+            )
+        layers = self.layers[obs.step]
+        assert isinstance(layers, SubSample)
+        return Merged(
+            runs(lists, count),
+            importance=torch.ones_like(lists.features[..., 0]),
+            features=layers(lists),
+            macs=lists.length.double() * layers.macs,
+        )

@@ -1,0 +1,130 @@
+"""LTMP (Bonnaerens & Dambre, 2023): merge what is similar enough, prune what is unimportant enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from ...files import PathLike, load_state, save_state
+from ...policy import BasePolicy
+from ...types import Decision, Observation, Site
+from ..argument_checks import per_site
+from ..bipartite_matching import match, merge
+from ..tome import every_block
+
+Thresholds = float | Sequence[float] | Tensor | None
+KIND = "ltmp"  # of a file of thresholds
+
+
+@dataclass
+class LTMP(BasePolicy):
+    """Merge tokens above a similarity threshold, then prune tokens at or below an importance threshold.
+
+    The inference form of the authors' code. First every sender whose similarity to its best partner (see `Matching`)
+    is strictly above the merge threshold merges into it; unlike in ToMe there is no limit. Then every token stays whose
+    importance is strictly above the prune threshold: the attention that it received in this block, mean over heads and
+    all queries, prefix tokens included; a merged token has the largest importance of its members. Prefix tokens always
+    stay. Where anything merges, later attention is proportional to size; what is pruned leaves with its whole size.
+
+    How many tokens go depends on the image. `fit_ltmp` learns the thresholds.
+
+    Args:
+        merge_thresholds: cosine similarity above which tokens merge, 0 to 1, the same at every site or one per site;
+            None: nothing merges.
+        prune_thresholds: share of the attention up to which tokens are pruned, likewise; None: nothing is pruned.
+        sites: where to act; None: inside every block, between attention and MLP.
+    """
+
+    merge_thresholds: Thresholds = None
+    prune_thresholds: Thresholds = None
+    sites: Sequence[int | str | Site] | None = None
+
+    def __post_init__(self) -> None:
+        self.merge_thresholds = _check_thresholds("merge_thresholds", self.merge_thresholds)
+        self.prune_thresholds = _check_thresholds("prune_thresholds", self.prune_thresholds)
+        if self.merge_thresholds is None and self.prune_thresholds is None:
+            raise ValueError("merge_thresholds, prune_thresholds: expected at least one of them, got None for both")
+        self.sites = None if self.sites is None else tuple(str(Site.parse(site)) for site in self.sites)
+        evidence = {"keys": self.merge_thresholds, "mean_attention": self.prune_thresholds}
+        self.needs = frozenset(name for name, thresholds in evidence.items() if thresholds is not None)
+        self.attention_bias: Literal["log_size"] | None = None if self.merge_thresholds is None else "log_size"
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Those it was given, or inside every block."""
+        return every_block(depth) if self.sites is None else self.sites
+
+    def decide(self, obs: Observation) -> Decision:
+        """Compare with the thresholds of this site."""
+        alone = torch.arange(obs.num_agents, device=obs.alive.device).expand(obs.alive.shape)
+        if self.merge_thresholds is None:
+            return Decision(self._important(obs, alone))
+        matching = match(obs)
+        merges = matching.score > per_site("merge_thresholds", self.merge_thresholds, obs)
+        merge_into, weight, order = merge(obs, matching, merges)
+        keep = self._important(obs, torch.where(merges, merge_into, alone)) & ~merges
+        return Decision(keep, merge_into, weight, order, matching.macs)
+
+    def _important(self, obs: Observation, into: Tensor) -> Tensor:
+        """Alive tokens whose group, those with the same entry of `into` `[B, N]`, is important enough, `[B, N]`."""
+        if self.prune_thresholds is None:
+            return obs.alive
+        importance = obs.scatter(obs.evidence["mean_attention"])
+        importance = importance.scatter_reduce(1, into, importance, "amax")
+        return (importance > per_site("prune_thresholds", self.prune_thresholds, obs)) & obs.alive
+
+    def at(self, offset: float) -> Self:
+        """The same thresholds, each times as far from where it does nothing (merging 1, pruning 0): for a budget.
+
+        Args:
+            offset: decimal logarithm of how many times: 0 as they are, above it fewer tokens stay, below it more.
+        """
+        factor = 10.0**offset
+        merging = _each(self.merge_thresholds, lambda threshold: max(0.0, 1 - (1 - threshold) * factor))
+        pruning = _each(self.prune_thresholds, lambda threshold: min(1.0, threshold * factor))
+        return type(self)(merging, pruning, self.sites)
+
+    def save(self, path: PathLike) -> None:
+        """Write the thresholds to a file, atomically."""
+        save_state({field.name: getattr(self, field.name) for field in fields(self)}, path, KIND)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or something else.
+        """
+        return cls(**load_state(path, KIND))
+
+
+def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None:
+    """Thresholds as a number or a tuple of them.
+
+    Raises:
+        TypeError: if they are something else.
+        ValueError: if one of them is not from 0 to 1.
+    """
+    if value is None:
+        return None
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bool) or value in ([], ()):
+        raise TypeError(f"{name}: expected None, a number, or one per site, got {value!r}")
+    try:
+        numbers = tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected None, a number, or one per site, got {value!r}") from error
+    for number in numbers if isinstance(numbers, tuple) else (numbers,):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {value!r}")
+    return numbers
+
+
+def _each(thresholds: Any, change: Callable[[float], float]) -> Any:
+    """Thresholds, whichever form they have, each changed."""
+    if isinstance(thresholds, tuple):
+        return tuple(map(change, thresholds))
+    return None if thresholds is None else change(thresholds)

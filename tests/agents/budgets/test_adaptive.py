@@ -1,0 +1,181 @@
+"""One policy for any budget: what it sees, prices per budget, training, calibration, files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from games import NAME, OwnLabels
+from helpers import random_images, toy
+from vitprune_env import PrunedViT
+from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train
+from vitprune_env.agents.budgets.adaptive import (
+    KNOTS,
+    AdaptiveExplorer,
+    AdaptivePolicy,
+    AdaptivePrice,
+    interpolate,
+    see_budget,
+    spaced,
+)
+from vitprune_env.agents.networks import TokenActor
+from vitprune_env.agents.runs.processes import Processes
+from vitprune_env.errors import BudgetError
+from vitprune_env.game.rewards import SharedOutcome
+from vitprune_env.game.rollout import play
+from vitprune_env.game.token_game import TokenGame
+
+TINY = TrainConfig(
+    updates=4,
+    images=16,
+    minibatch=256,
+    critic_hidden=(16,),
+    actor_hidden=(8,),
+    cache_images=48,
+    calibration_images=48,
+    adaptive=(0.45, 0.8),
+    sites=("1", "2", "3"),
+    anneal_from=0.7,
+    checkpoint_every=2,
+)
+DATA = OwnLabels(48)
+
+
+def run(config: TrainConfig = TINY, **options: Any) -> TrainResult:
+    return train(toy(NAME), DATA, config, progress=False, **options)
+
+
+@given(scale=st.floats(0.1, 50), shift=st.floats(-5, 5), share=st.floats(0.2, 0.8))
+def test_the_budget_comes_out_of_the_normalisation_whatever_the_tokens_scale(
+    scale: float, shift: float, share: float
+) -> None:
+    game = TokenGame(toy(NAME))
+    obs = game.reset(random_images(toy(NAME), 2))
+    moved = replace(obs, tokens=obs.tokens * scale + shift)
+    seen = see_budget(moved, torch.tensor([share, 0.8]), 0.2, 0.8)
+    normal = torch.nn.functional.layer_norm(seen.tokens, seen.tokens.shape[-1:])
+    width = obs.tokens.shape[1]
+    for image, budget in ((0, share), (1, 0.8)):
+        rows = seen.image == image
+        coded = 2 * (2 * (budget - 0.2) / 0.6 - 1)
+        # mean and variance of D features of mean 0 and variance 1, and of the coded one
+        mean = coded / (width + 1)
+        variance = (width + coded**2) / (width + 1) - mean**2
+        expected = torch.full((int(rows.sum()),), (coded - mean) / variance**0.5)
+        torch.testing.assert_close(normal[rows, -1], expected, atol=2e-3, rtol=2e-3)
+    assert seen.cls.shape == (2, width + 1)
+
+
+@pytest.mark.parametrize("high", [0.21, 0.23, 0.88, 0.92])
+def test_the_ends_of_the_range_are_budgets_of_it(high: float) -> None:
+    shares = spaced(0.05, high)
+    assert (shares[0], shares[-1]) == (0.05, high)
+    assert AdaptivePolicy(TokenActor(5), shares, [0.0] * KNOTS).at(high).share == high
+
+
+def test_a_range_that_begins_too_low_is_refused_before_training() -> None:
+    with pytest.raises(BudgetError, match=r"adaptive: .* budget: expected above"):
+        run(replace(TINY, adaptive=(0.01, 0.8)))
+
+
+def test_interpolation_by_hand() -> None:
+    at = torch.tensor([0.0, 0.2, 0.3, 0.45, 0.6, 0.9])
+    found = interpolate(at, (0.2, 0.4, 0.6), (1.0, 3.0, 0.0))
+    torch.testing.assert_close(found, torch.tensor([1, 1, 2, 2.25, 0, 0], dtype=torch.float64))
+
+
+def test_prices_answer_where_images_cost_too_much() -> None:
+    explorer = AdaptiveExplorer(TokenActor(4), torch.Generator().manual_seed(0), 0.2, 0.7)
+    price = AdaptivePrice(SharedOutcome(0.1), explorer, 64, torch.Generator().manual_seed(1), 0.2, 2.0, Processes())
+    reward = price.reward(0.45)
+    assert isinstance(reward, SharedOutcome)
+    torch.testing.assert_close(reward.price, torch.full((64,), 0.1))
+    assert explorer.shares.min() > 0.2
+    assert explorer.shares.max() < 0.7
+    knots = torch.tensor(spaced(0.2, 0.7))
+    nearest = (explorer.shares[:, None] - knots).abs().argmin(dim=1)
+    price.costs = torch.where(nearest == 0, explorer.shares * 1.5, explorer.shares)
+    price.observe(0.4, 0.9, 0.45)
+    state = price.state()
+    assert state["duals"] == pytest.approx([0.1 * exp(0.2 * 0.5), *[0.1] * (KNOTS - 1)], rel=1e-4)
+    assert state["prices"] == pytest.approx([0.1 * exp(0.2 * 0.5) * exp(2 * 0.5), *[0.1] * (KNOTS - 1)], rel=1e-4)
+    price.costs = explorer.shares + 0.2  # as far as the mean target is still away
+    price.observe(0.65, 0.9, 0.65)
+    assert price.state()["prices"][1:] == pytest.approx([0.1] * (KNOTS - 1), rel=1e-4)
+
+
+def test_processes_get_their_part_of_the_budgets() -> None:
+    shares = []
+    for rank in range(2):
+        explorer = AdaptiveExplorer(TokenActor(4), torch.Generator().manual_seed(0), 0.2, 0.7)
+        generator = torch.Generator().manual_seed(1)
+        AdaptivePrice(SharedOutcome(), explorer, 7, generator, 0.2, 2.0, Processes(rank, 2)).reward(0.45)
+        shares.append(explorer.shares)
+    assert [len(part) for part in shares] == [3, 4]
+    assert len(torch.cat(shares).unique()) == 7
+
+
+def test_every_budget_of_the_range_is_met(tmp_path: Path) -> None:
+    result = run(output=tmp_path)
+    policy = result.policy
+    assert isinstance(policy, AdaptivePolicy)
+    images, _ = DATA.batch(range(48))
+    dense = TokenGame(toy(NAME)).cost.dense()
+    for share in (*spaced(0.45, 0.8), 0.5, 0.66):
+        now = policy.at(share)
+        met = play(TokenGame.for_policy(toy(NAME), now), now, images).outcome.macs.mean() / dense
+        assert float(met) == pytest.approx(share, rel=0.06)
+    for wrong in (0.4, 0.85):
+        with pytest.raises(ValueError, match="share"):
+            policy.at(wrong)
+
+
+def test_files_and_deployment(tmp_path: Path) -> None:
+    policy = run(output=tmp_path).policy
+    loaded = load_policy(tmp_path / "policy.safetensors")
+    assert isinstance(loaded, AdaptivePolicy)
+    assert loaded.width == toy(NAME).embed_dim
+    images = random_images(toy(NAME), 4)
+    model = PrunedViT(toy(NAME), loaded.at(0.6))
+    expected = PrunedViT(toy(NAME), policy.at(0.6))(images)  # type: ignore[attr-defined]
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = run()
+    observe, calls = AdaptivePrice.observe, []
+
+    def dying(self: AdaptivePrice, *args: float) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        observe(self, *args)
+
+    monkeypatch.setattr(AdaptivePrice, "observe", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(output=tmp_path)
+    resumed = run(output=tmp_path, resume=True)
+    assert [row["price"] for row in straight.history] == [row["price"] for row in resumed.history]
+    assert straight.policy.thresholds == resumed.policy.thresholds  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"adaptive": (0.3,)},
+        {"adaptive": (0.6, 0.3)},
+        {"adaptive": (0.3, 1.2)},
+        {"adaptive": (0.3, 0.6), "algorithm": "ppo_single"},
+        {"adaptive": (0.3, 0.6), "target_share": 0.5},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="adaptive"):
+        TrainConfig(**wrong)

@@ -1,0 +1,185 @@
+"""The pruned model leaves the house: folders, the hub's mixin, torch.export, ONNX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pruned import describe, token_policy
+
+from helpers import Fixed, random_images, toy
+from vitprune_env import KeepAll, Policy, PrunedViT, load_backbone
+from vitprune_env.agents import load_policy, save_policy
+from vitprune_env.baselines import EViT, RandomDrop, TopK
+from vitprune_env.deploy.export import export_onnx, export_program
+from vitprune_env.deploy.pretrained import CONFIG, WEIGHTS, build_policy, describe_policy
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.errors import CheckpointError, ExportError
+
+
+def small_deit() -> Backbone:
+    """A timm model by name, with other classes and another image size."""
+    return load_backbone("deit_tiny_patch16_224", img_size=48, num_classes=5)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change what the config says."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["vitprune_env"].update(changes)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("policy", ["learnt", EViT(0.6), TopK(0.5), RandomDrop(0.5, seed=3), KeepAll()], ids=describe)
+@torch.no_grad()
+def test_comes_back_the_same(tmp_path: Path, policy: Policy | str) -> None:
+    backbone = small_deit()
+    chosen = token_policy(backbone) if isinstance(policy, str) else policy
+    model = PrunedViT(backbone, chosen, sites=(2, 5), execution="packed").eval()
+    images = random_images(backbone, 4)
+    expected = model(images)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+    again = PrunedViT.from_pretrained(tmp_path)
+    assert (again.sites, again.execution, again.training) == (model.sites, "packed", False)
+    assert describe_policy(again.policy) == describe_policy(chosen)
+    if not isinstance(chosen, RandomDrop):  # whose stream begins anew
+        assert torch.equal(again(images), expected)
+
+
+@torch.no_grad()
+def test_the_built_in_model_with_other_weights(tmp_path: Path) -> None:
+    backbone = load_backbone("vit_digits")
+    backbone.model.cls_token.add_(1)
+    model = PrunedViT(backbone, EViT(0.5)).eval()
+    model.save_pretrained(str(tmp_path))
+    images = random_images(backbone, 2)
+    assert torch.equal(PrunedViT.from_pretrained(str(tmp_path))(images), model(images))
+    assert "vit_digits, pruned by EViT" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("repository", ["somebody/pruned"])
+def test_pushing_uploads_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: str) -> None:
+    """A local folder stands in for the hub."""
+
+    class Hub:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return type("Url", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **_: Any) -> str:
+            (tmp_path / repo_id).mkdir(parents=True)
+            for file in Path(folder_path).iterdir():
+                (tmp_path / repo_id / file.name).write_bytes(file.read_bytes())
+            return repo_id
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    monkeypatch.setattr("vitprune_env.deploy.pruned_vit.snapshot_download", lambda name, **_: str(tmp_path / name))
+
+    def fetch(repo_id: str, filename: str, **_: Any) -> str:
+        return str(tmp_path / repo_id / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", fetch)
+    model = PrunedViT(small_deit(), EViT(0.5))
+    model.push_to_hub(repository)
+    again = PrunedViT.from_pretrained(repository, token=False, revision="main")
+    assert describe_policy(again.policy) == describe_policy(model.policy)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "os:system",
+        "helpers:Fixed",
+        "vitprune_env.deploy.pretrained:Path",  # imported there, from elsewhere
+        "vitprune_env.policy:BasePolicy.__init__",
+        "vitprune_env.policy:keep_top",
+        "vitprune_env.policy:NoSuchPolicy",
+        "vitprune_env.no_such_module:Policy",
+        "vitprune_env.engine.backbone:Backbone",  # not a policy
+        "vitprune_env...os:System",
+        "",
+        3,
+    ],
+)
+def test_nothing_but_own_policies_is_built(path: Any) -> None:
+    with pytest.raises(CheckpointError, match="policy"):
+        build_policy({"class": path, "config": {}})
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    description = describe_policy(EViT(0.5))
+    for config in ({"keep_rate": 7}, {"rate": 0.5}):
+        with pytest.raises(CheckpointError, match="settings"):
+            build_policy({**description, "config": config})
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    for model in (
+        PrunedViT(small_deit(), Fixed([])),  # a foreign policy
+        PrunedViT(toy("deit_tiny_patch16_224"), KeepAll()),  # of other sizes than its name says
+        PrunedViT(Backbone(small_deit().model), KeepAll()),  # without a name
+    ):
+        with pytest.raises(CheckpointError, match=r"policy|backbone"):
+            model.save_pretrained(tmp_path)
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=CONFIG):
+        PrunedViT.from_pretrained(tmp_path)
+    PrunedViT(small_deit(), EViT(0.5)).save_pretrained(tmp_path)
+    edit(tmp_path, sites=["99"])
+    with pytest.raises(ValueError, match="1 to 12"):
+        PrunedViT.from_pretrained(tmp_path)
+    edit(tmp_path, sites=["3"], format=99)
+    with pytest.raises(CheckpointError, match="format"):
+        PrunedViT.from_pretrained(tmp_path)
+    edit(tmp_path, format=1)
+    (tmp_path / WEIGHTS).write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        PrunedViT.from_pretrained(tmp_path)
+
+
+def test_one_description_for_both_kinds_of_file(tmp_path: Path) -> None:
+    policy = token_policy(small_deit())
+    assert load_policy(save_policy(policy, tmp_path / "policy.safetensors")).config() == policy.config()
+
+
+@pytest.mark.parametrize("policy", [EViT(0.5, fuse=False), TopK(0.7), EViT(0.6), KeepAll()], ids=describe)
+@torch.no_grad()
+def test_export_takes_any_batch_size(policy: Policy) -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    model = PrunedViT(backbone, policy).eval()
+    graph = export_program(model).module()
+    for batch in (1, 2, 5):
+        images = random_images(backbone, batch, seed=batch)
+        torch.testing.assert_close(graph(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_export_refuses_what_has_no_fixed_shape() -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    with pytest.raises(ExportError, match=r"TokenPolicy does not say beforehand how many tokens stay after 1, 2, 3"):
+        export_program(PrunedViT(backbone, token_policy(backbone)).eval())
+    with pytest.raises(ExportError, match="RandomDrop decides the same images differently each time"):
+        export_program(PrunedViT(backbone, RandomDrop(0.5)).eval())
+    with pytest.raises(ValueError, match="max_batch: expected at least 1 or None, got 0"):
+        export_program(PrunedViT(backbone, EViT(0.5)).eval(), max_batch=0)
+    with pytest.raises(ExportError, match="evaluation mode"):
+        export_program(PrunedViT(backbone, EViT(0.5)).train())
+
+
+@pytest.mark.parametrize("policy", [EViT(0.5, fuse=False), EViT(0.6)], ids=describe)
+@torch.no_grad()
+def test_onnx_gives_the_same_logits(tmp_path: Path, policy: Policy) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    backbone = toy("deit_tiny_patch16_224")
+    model = PrunedViT(backbone, policy).eval()
+    session = runtime.InferenceSession(str(export_onnx(model, tmp_path / "model.onnx")))
+    for batch in (1, 4):
+        images = random_images(backbone, batch)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,154 @@
+"""The layout of the project, its public names, and that importing it changes nothing in the world."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tarfile
+import tokenize
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from places import ROOT
+
+FOLDERS = ("vitprune_env", "agents", "baselines", "examples", "tests")
+SOURCES = sorted(  # reached through their folders, not through the links
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if path.relative_to(ROOT).parts[:2] not in (("vitprune_env", "agents"), ("vitprune_env", "baselines"))
+)
+LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] not in ("examples", "tests")]
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the absolute imports in a file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_agents_and_baselines_are_imported_by_their_full_names(path: Path) -> None:
+    assert not imported(path) & {"agents", "baselines"}
+
+
+def test_files_stay_readable() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count for path in SOURCES if (count := len(path.read_text().splitlines())) > 300
+    }
+    assert not long, "split these files"
+
+
+def test_no_machine_paths() -> None:
+    homes = tuple("/" + name + "/" for name in ("work", "tmp", "root", "home"))
+    for path in SOURCES:
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type in (tokenize.STRING, tokenize.COMMENT):
+                    assert not any(home in token.string for home in homes), (path, token.start)
+
+
+def test_links_are_relative_and_reach_the_folders() -> None:
+    for name in ("agents", "baselines"):
+        link = ROOT / "vitprune_env" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..") / name
+        assert (link / "__init__.py").is_file()
+
+
+def test_top_level_folders_are_the_fixed_ones() -> None:
+    found = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert found == set(FOLDERS)
+    assert (ROOT / "setup.cfg").is_file()
+
+
+def test_importing_changes_nothing() -> None:
+    """No draw from any random stream, no seed, no thread count, no default type, no plotting or data library."""
+    out = run_python(
+        "import random, sys, numpy, torch\n"
+        "def world():\n"
+        "    state = numpy.random.get_state()\n"
+        "    return (torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2], "
+        "torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), "
+        "torch.are_deterministic_algorithms_enabled())\n"
+        "before = world()\n"
+        "import vitprune_env, vitprune_env.baselines\n"
+        "assert world() == before\n"
+        "print(*sorted({'matplotlib', 'sklearn', 'tianshou', 'tensorboard', 'vitprune_env.agents'} & set(sys.modules)))"
+    )
+    assert out.strip() == ""
+
+
+def test_public_names() -> None:
+    import vitprune_env
+    import vitprune_env.baselines
+
+    promised = {"load_backbone", "TokenGame", "play", "Decision", "Observation", "Policy", "check_policy"}
+    assert promised <= set(vitprune_env.__all__)
+    assert {"RandomDrop", "TopK", "EViT"} <= set(vitprune_env.baselines.__all__)
+    for package in (vitprune_env, vitprune_env.baselines):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+            assert getattr(package, name).__doc__, f"{name} needs a docstring"
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in LIBRARY:
+        if text := path.read_text(encoding="utf-8").strip():
+            assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} needs a docstring"
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_carry_real_files(tmp_path: Path) -> None:
+    """Build both without isolation (needs setuptools in this environment) and look inside."""
+    pytest.importorskip("setuptools")
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    skip = (
+        "--exclude=.git",
+        "--exclude=build",
+        "--exclude=dist",
+        "--exclude=.venv",
+        "--exclude=*.egg-info",
+        "--exclude=runs",
+    )
+    source.mkdir()
+    packed = subprocess.run(["tar", "-C", str(ROOT), *skip, "-cf", "-", "."], capture_output=True, check=True)
+    subprocess.run(["tar", "-C", str(source), "-xf", "-"], input=packed.stdout, check=True)
+    build = "import setuptools.build_meta as b, sys; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
+    wheel, sdist = next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vitprune_env"}
+    with tarfile.open(sdist) as file:
+        members = {member.name.partition("/")[2]: member for member in file.getmembers()}
+    for name in ("__init__.py", "py.typed", "agents/__init__.py", "baselines/__init__.py", "baselines/evit.py"):
+        assert f"vitprune_env/{name}" in names
+        assert members[f"vitprune_env/{name}"].isfile()
+    weights = {path.name for path in (ROOT / "vitprune_env/weights").glob("*") if path.is_file()}
+    assert weights == {Path(name).name for name in names if name.startswith("vitprune_env/weights/")}
+    unpacked = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(unpacked)
+    check = "import vitprune_env, vitprune_env.agents, vitprune_env.baselines; print(vitprune_env.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=unpacked, env={"PYTHONPATH": str(unpacked), "PATH": ""}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert str(unpacked) in done.stdout

@@ -1,0 +1,64 @@
+"""Small games that agents play in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helpers import random_images, toy
+from vitprune_env.agents.learners.buffer import Trajectory
+from vitprune_env.agents.networks import TokenActor
+from vitprune_env.agents.policies import ExploringPolicy
+from vitprune_env.game.rewards import SharedOutcome, log_probability
+from vitprune_env.game.rollout import play
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.types import Episode, Step
+
+NAME = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A reward that anybody can learn: +1 for keeping the tokens of the left half of the grid, -1 for the others."""
+
+    left: Tensor  # [N] bool
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(len(logits))
+
+    def immediate(self, step: Step) -> Tensor:
+        return step.kept * torch.where(self.left, 1.0, -1.0)
+
+    def deferred(self, steps: list[Step], score: Tensor) -> Tensor:
+        return torch.zeros(len(steps), *steps[0].kept.shape)
+
+
+class OwnLabels:
+    """Random images labelled by the dense model itself, so that pruning can only lose."""
+
+    def __init__(self, size: int, name: str = NAME, seed: int = 0) -> None:
+        backbone = toy(name)
+        self.images = random_images(backbone, size, seed)
+        with torch.no_grad():
+            self.labels = backbone(self.images).argmax(dim=1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def toy_game() -> TokenGame:
+    """Three steps; the outcome varies continuously."""
+    return TokenGame(toy(NAME), (1, 2, 3), reward=SharedOutcome(price=0.1, outcome=log_probability))
+
+
+def explored(game: TokenGame, actor: TokenActor, seed: int, images: int = 6) -> tuple[Episode, Trajectory]:
+    """A batch of games, and its live agent-steps."""
+    data = OwnLabels(images, seed=seed)
+    policy = ExploringPolicy(actor, torch.Generator().manual_seed(seed))
+    episode = play(game, policy, data.images, data.labels, record=True)
+    return episode, Trajectory.of(episode, policy.actions, policy.log_probs)

@@ -1,0 +1,299 @@
+"""The game for PettingZoo: one image per episode, one agent per patch token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pettingzoo
+import torch
+from gymnasium.spaces import Box, Discrete, Space
+from pettingzoo.utils import AECEnv, ParallelEnv, wrappers
+from pettingzoo.utils.conversions import aec_wrapper_fn
+from torch import Tensor, nn
+
+from vitprune_env.data import Digits, ImageDataset, fetch
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.envs.actions import Action, ask, make_actions, read_actions
+from vitprune_env.game.rewards import RewardFn
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.models.load import load_backbone
+from vitprune_env.plots.render import RENDER_MODES, Scene, Viewer, to_rgb
+from vitprune_env.policy import Policy
+from vitprune_env.types import Decision, Observation, Outcome, Site
+
+ENV_ID = "vitprune/TokenPruning-v0"
+PRUNE_MODES = ("noop", "terminate")
+BUILT_IN_IMAGES = 4096  # scenes of the built-in task that episodes are drawn from
+
+Features = dict[str, np.ndarray]
+Infos = dict[str, dict[str, Any]]
+StepResult = tuple[Features, dict[str, float], dict[str, bool], dict[str, bool], Infos]
+
+
+class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
+    """Every patch token of an image decides at every pruning site whether it stays.
+
+    | | |
+    |---|---|
+    | Agents | `token_0` to `token_{N-1}`, one per patch, row by row |
+    | Observation | `Box(D,)` float32: the token's feature at the site; zeros once it is pruned or the game is over |
+    | Action | `Discrete(2)`: 0 = prune, 1 = keep; with `action_space="merge"` `Discrete(N + 1)`, see `MergeActions` |
+    | Reward | the game's `RewardFn`; its part that depends on the predicted class is paid in the last step |
+    | Termination | see the modes below; nothing is ever truncated |
+    | State | `Box((P + N) * (D + 1),)` float32: prefix tokens, then all patch tokens; after each its alive flag |
+    | Info | `{"alive": bool}` for every agent, at reset and after each step; with merging also `"action_mask"` |
+
+    `on_prune="noop"`: pruned agents stay listed to the end, observe zeros, and their answers are ignored. All terminate
+    together at the last site, where everything deferred is paid. This is the game of `TokenGame`.
+
+    `on_prune="terminate"`: pruned agents leave at once. *This is another game*: nobody may be paid after leaving, so
+    one who leaves is settled on the spot with a counterfactual outcome, that of finishing the pass from here without
+    further pruning; only those who play the last site are paid for the real one. It ends early when all have left.
+
+    A model that reads its class from the patch tokens keeps at least one: the strongest stays though it chose to leave.
+
+    Example:
+        >>> env = parallel_env()
+        >>> observations, infos = env.reset(seed=0)
+        >>> while env.agents:
+        ...     actions = {agent: env.action_space(agent).sample() for agent in env.agents}
+        ...     observations, rewards, terminations, truncations, infos = env.step(actions)
+        >>> macs = env.outcome().macs
+
+    Version history:
+        v0: initial version.
+
+    Args:
+        game: the rules; nobody else should play it meanwhile.
+        dataset: `len(dataset)` pairs `dataset[i] -> (image [C, H, W], label)`, normalised as the model expects. If it
+            has a method `to_rgb(images)`, rendering uses it.
+        on_prune: `"noop"` or `"terminate"`.
+        render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+
+    Raises:
+        ValueError: for an unknown mode or action space, or an empty dataset.
+    """
+
+    metadata = {"name": "token_pruning_v0", "render_modes": RENDER_MODES, "is_parallelizable": True, "render_fps": 1}
+
+    def __init__(
+        self,
+        game: TokenGame,
+        dataset: ImageDataset,
+        on_prune: str = "noop",
+        render_mode: str | None = None,
+        action_space: str = "keep",
+    ) -> None:
+        if on_prune not in PRUNE_MODES:
+            raise ValueError(f"on_prune: expected one of {PRUNE_MODES}, got {on_prune!r}")
+        if not len(dataset):
+            raise ValueError("dataset: expected at least one image, got an empty dataset")
+        self.game, self.dataset, self.on_prune, self.render_mode = game, dataset, on_prune, render_mode
+        self.possible_agents = [f"token_{index}" for index in range(game.num_agents)]
+        self.agents = []
+        rows, width = game.backbone.num_prefix + game.num_agents, game.backbone.embed_dim
+        # One box for everybody: nobody samples observations, and the bounds of N boxes would add up.
+        self.observation_spaces = dict.fromkeys(self.possible_agents, Box(-np.inf, np.inf, (width,), np.float32))
+        self.actions = make_actions(action_space, game.num_agents)
+        self.action_spaces = {agent: Discrete(self.actions.count) for agent in self.possible_agents}
+        self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
+        self.np_random = np.random.default_rng()
+        self._viewer = Viewer(render_mode, self.metadata["name"])
+        self._slots = np.arange(0)  # patch numbers of `agents`
+        self._alive = torch.zeros(1, game.num_agents, dtype=torch.bool)
+        self._order: Tensor | None = None  # [1, N], how the policy last asked wants to see the tokens next
+        self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
+
+    def observation_space(self, agent: str) -> Space[np.ndarray]:
+        """The feature of one token, `[D]`."""
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> Space[Action]:
+        """0 = prune, 1 = keep; or 0 = drop, 1 + j = go into token j."""
+        return self.action_spaces[agent]
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Features, Infos]:
+        """Draw an image and begin a game with it.
+
+        Args:
+            seed: of the environment's own random stream, which draws the images; None: go on with it.
+            options: `{"index": i}` plays item i of the dataset instead.
+
+        Raises:
+            ValueError: for an index outside the dataset, or an image or label that does not fit the model.
+        """
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+        index = (options or {}).get("index")
+        if index is None:
+            index = int(self.np_random.integers(len(self.dataset)))
+        self.agents = []  # nobody plays if the image turns out not to fit
+        device = next(self.game.backbone.parameters()).device
+        self._images, self._labels = (part.to(device) for part in fetch(self.dataset, [index]))
+        obs = self.game.reset(self._images, self._labels)
+        self.agents, self._slots, self._alive = self.possible_agents[:], np.arange(self.game.num_agents), obs.alive
+        self._order = None
+        if self.render_mode == "human":
+            self.render()
+        return dict(zip(self.agents, _rows(obs.dense()), strict=True)), self._infos(self.agents, self._slots)
+
+    def step(self, actions: Mapping[str, Action]) -> StepResult:
+        """Let all agents decide and run the network up to the next site, or to the end.
+
+        Args:
+            actions: one for each of `agents`; in mode noop those of pruned tokens are ignored.
+
+        Returns:
+            The usual five dicts, for the agents that acted; empty ones when there are none.
+
+        Raises:
+            ValueError: for a missing or unknown agent or an action other than 0 and 1, naming the agent.
+        """
+        if not self.agents:
+            return {}, {}, {}, {}, {}
+        acted, slots = self.agents, self._slots
+        choices = torch.zeros(self._alive.shape, dtype=torch.int64)
+        choices[0, slots] = torch.tensor(read_actions(actions, self.agents, self.actions))
+        decision = self.actions.decision(choices.to(self._alive.device), self.game.observation())
+        obs, reward, _, _, info = self.game.step(replace(decision, order=self._order))
+        assert reward is not None  # every game has a label
+        left, self._alive, self._order = self._alive & ~info["alive"], info["alive"], None
+        alive = self._alive[0].cpu().numpy()[slots]
+        done = np.full_like(alive, obs is None)
+        if obs is not None and self.on_prune == "terminate":
+            done, reward = ~alive, self._settled(reward, left)
+        tokens = torch.zeros(1, len(self._alive[0]), self.game.backbone.embed_dim) if obs is None else obs.dense()
+        self._slots = slots[~done]
+        self.agents = [self.possible_agents[slot] for slot in self._slots.tolist()]
+        while not self.agents and len(self.game.steps) < self.game.num_steps:  # nobody is left: finish the pass
+            self.game.step(Decision(keep=self._alive))
+        if self.render_mode == "human":
+            self.render()
+        return (
+            dict(zip(acted, _rows(tokens[:, slots]), strict=True)),
+            dict(zip(acted, reward[0].cpu().numpy()[slots].tolist(), strict=True)),
+            dict(zip(acted, done.tolist(), strict=True)),
+            dict.fromkeys(acted, False),
+            self._infos(acted, slots),
+        )
+
+    def state(self) -> np.ndarray:
+        """Everything there is, `[(P + N) * (D + 1)]` float32.
+
+        `state().reshape(P + N, D + 1)` has a row per token, prefix tokens first, then the patches (zeros for pruned
+        ones); its last column says who is alive. After the end it shows the last site as the decisions left it.
+        """
+        if self._images is None:
+            raise RuntimeError("state: no game has begun; call reset() first")
+        tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
+        table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
+        rows = np.concatenate([np.arange(num_prefix), num_prefix + tokens.token.cpu().numpy()])
+        table[rows, :-1] = _rows(tokens.x[None])
+        table[rows, -1] = 1
+        return table.flatten()
+
+    def observation(self) -> Observation:
+        """The game's own observation, packed, with B = 1: what a `Policy` decides on."""
+        return self.game.observation()
+
+    def actions_from(self, policy: Policy) -> dict[str, int]:
+        """What a policy would do now, as an action dict; empty when the episode is over.
+
+        The policy's own cost does not travel with the actions: `outcome().macs` leaves it out. The order in which it
+        wants to see the tokens next (ToMe) does, with the next step.
+
+        Raises:
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+        """
+        choices, self._order = ask(policy, self.game, self.actions)
+        return dict(zip(self.agents, choices[0].cpu().numpy()[self._slots].tolist(), strict=True))
+
+    def outcome(self) -> Outcome:
+        """How the episode ended (logits, MACs, tokens kept), with B = 1; a `RuntimeError` before the end."""
+        return self.game.outcome()
+
+    def render(self) -> np.ndarray | str | None:
+        """Show which tokens are left after each site: `[H, W, 3]` uint8, a string, or a window, by render mode."""
+        if self._images is None:
+            raise RuntimeError("render: no game has begun; call reset() first")
+        rgb = getattr(self.dataset, "to_rgb", to_rgb)(self._images)[0]
+        return self._viewer.draw(Scene.of(self.game, rgb, int(self._labels)))
+
+    def close(self) -> None:
+        """Close the window of mode human."""
+        self._viewer.close()
+
+    def _infos(self, agents: Sequence[str], slots: np.ndarray) -> Infos:
+        """Who is alive, and which actions make sense."""
+        alive = self._alive[0].cpu().numpy()[slots].tolist()
+        infos: Infos = {agent: {"alive": flag} for agent, flag in zip(agents, alive, strict=True)}
+        if (mask := self.actions.mask(self._alive)) is not None:
+            for info, row in zip(infos.values(), mask[0].to(torch.int8).cpu().numpy()[slots], strict=True):
+                info["action_mask"] = row
+        return infos
+
+    def _settled(self, reward: Tensor, left: Tensor) -> Tensor:
+        """Pay those who leave now for all their steps, as if nobody left after them."""
+        if not left.any():
+            return reward
+        deferred = self.game.reward.deferred(self.game.steps, self.game.score_if_kept()).sum(dim=0)
+        return torch.where(left, reward + deferred, reward)
+
+
+def parallel_env(
+    backbone: Backbone | nn.Module | str | None = None,
+    dataset: ImageDataset | None = None,
+    on_prune: str = "noop",
+    sites: Sequence[int | str | Site] | None = None,
+    reward: RewardFn | None = None,
+    render_mode: str | None = None,
+    needs: frozenset[str] = frozenset(),
+    device: str | torch.device | None = None,
+    action_space: str = "keep",
+    attention_bias: str | None = None,
+) -> TokenPruningEnv:
+    """Make the environment; without arguments, with the built-in backbone and task.
+
+    Args:
+        backbone: the network to prune, or what `load_backbone` makes one of.
+        dataset: where the images come from; None: training scenes of the built-in task.
+        on_prune: what becomes of pruned agents, `"noop"` or `"terminate"`.
+        sites: where to prune; None: the backbone's own.
+        reward: what the agents are paid; None: `SharedOutcome()`.
+        render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
+        needs: evidence to compute at each site, for policies played through `actions_from`.
+        device: where to move the backbone; None: it stays where it is.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
+    """
+    network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
+    game = TokenGame(network if device is None else network.to(device), sites, reward, needs, attention_bias)
+    images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
+    return TokenPruningEnv(game, images, on_prune, render_mode, action_space)
+
+
+raw_env = aec_wrapper_fn(parallel_env)  # turn by turn; takes the arguments of parallel_env
+
+
+def env(**kwargs: Any) -> AECEnv[str, np.ndarray, Action | None]:
+    """`raw_env` with PettingZoo's usual checks; takes the arguments of `parallel_env`."""
+    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))
+
+
+def register_envs() -> None:
+    """Let `pettingzoo.make(..., "vitprune/TokenPruning-v0")` find the environment; calling it again changes nothing."""
+    if ENV_ID not in pettingzoo.parallel_registry:
+        pettingzoo.register("parallel", ENV_ID, entry_point=f"{__name__}:parallel_env")
+    if ENV_ID not in pettingzoo.aec_registry:
+        pettingzoo.register("aec", ENV_ID, entry_point=f"{__name__}:env")
+
+
+def _rows(tokens: Tensor) -> np.ndarray:
+    """`[1, n, D]` as a read-only array `[n, D]` whose rows agents get as views."""
+    rows = tokens[0].detach().float().cpu().numpy()
+    rows.setflags(write=False)
+    return rows

@@ -1,0 +1,268 @@
+"""The game for B images at once, tensors in and tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, MultiBinary, MultiDiscrete
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from vitprune_env.data import ImageDataset, fetch
+from vitprune_env.envs.actions import ask, make_actions
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.policy import Policy
+from vitprune_env.types import Observation, Outcome
+
+DEFAULT_NUM_ENVS = 32  # images of a batch drawn from a map-style dataset
+
+VectorStep = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
+
+
+class TokenVectorEnv:
+    """B games at once, one image each; every patch token of every image is an agent.
+
+    Names follow Gymnasium's `VectorEnv`; the contract differs in that each of the `num_envs` games has N agents, so
+    rewards, terminations and truncations are `[B, N]`. The game is that of `parallel_env(on_prune="noop")`.
+
+    | | |
+    |---|---|
+    | Observation | `[B, N, D]` the tokens' features at the site; zeros for the pruned, and once the game is over |
+    | Action | `[B, N]` bool or int: 0 = prune, 1 = keep; ignored for pruned tokens. With `action_space="merge"` int: \
+      0 = drop, 1 + j = go into token j (`vitprune_env.envs.actions.MergeActions`) |
+    | Reward | `[B, N]`, the game's `RewardFn`; everything that depends on the predicted class in the last step |
+    | Termination | `[B, N]`, all at once after T steps; nothing is ever truncated |
+    | Info | `alive` `[B, N]`; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]`; \
+      with `action_space="merge"` always `action_mask` `[B, N, N + 1]` |
+
+    All games last T steps, so nothing resets by itself (`AutoresetMode.DISABLED`): `reset()` draws the next batch.
+
+    Example:
+        >>> venv = TokenVectorEnv(TokenGame(load_backbone()), Digits("train", size=512), num_envs=16, seed=0)
+        >>> obs, infos = venv.reset()
+        >>> for _ in range(venv.num_steps):
+        ...     actions = torch.rand(obs.shape[:2]) < 0.7
+        ...     obs, rewards, terminations, truncations, infos = venv.step(actions)
+        >>> accuracy = infos["correct"].float().mean()
+
+    Args:
+        game: the rules; nobody else should play it meanwhile. Tensors live where its backbone is.
+        data: a map-style dataset of `(image, label)` pairs, with or without `batch(indices)`, or an iterable of
+            `(images, labels)` batches such as a DataLoader (a list counts as batches). A dataset is gone through in
+            random order, epoch by epoch; batches are taken as they come and cut to `num_envs`, and nothing is skipped.
+        num_envs: B; None: the size of the first batch of an iterable, 32 for a dataset.
+        seed: of the environment's own random stream; None: unpredictable. The global one is left alone.
+        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+
+    Raises:
+        ValueError: for an empty dataset, `num_envs` below 1 or an unknown action space.
+    """
+
+    metadata = {"name": "token_pruning_v0", "autoreset_mode": AutoresetMode.DISABLED, "render_modes": ()}
+    render_mode: str | None = None
+
+    def __init__(
+        self,
+        game: TokenGame,
+        data: ImageDataset | Iterable[tuple[Tensor, Tensor]],
+        num_envs: int | None = None,
+        seed: int | None = None,
+        action_space: str = "keep",
+    ) -> None:
+        if num_envs is not None and num_envs < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
+        self.game = game
+        self.data = data
+        self.np_random = np.random.default_rng(seed)
+        self._source = _source(data)
+        if seed is not None:
+            self._source.restart(self.np_random)
+        self.num_envs = num_envs or self._source.natural_size(self.np_random)
+        self.actions = make_actions(action_space, game.num_agents)
+        self._order: Tensor | None = None  # [B, N], how the policy last asked wants to see the tokens next
+        self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
+        self.single_action_space = self.actions.joint_space()
+
+    @cached_property
+    def observation_space(self) -> Box:
+        """The observations of all games, `[B, N, D]`; made when asked for, since its bounds are as large."""
+        return Box(-np.inf, np.inf, (self.num_envs, *self.single_observation_space.shape), np.float32)
+
+    @cached_property
+    def action_space(self) -> MultiBinary | MultiDiscrete:
+        """The actions of all games, `[B, N]`."""
+        return self.actions.joint_space(self.num_envs)
+
+    @property
+    def num_steps(self) -> int:
+        """T, how many steps every game lasts."""
+        return self.game.num_steps
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Begin games with the next batch.
+
+        Args:
+            seed: begin the random stream and the data anew; None: go on.
+            options: `{"indices": [B]}` plays these items of a map-style dataset instead.
+
+        Returns:
+            Observations `[B, N, D]`, and infos with `alive` `[B, N]`.
+
+        Raises:
+            ValueError: for images or labels that do not fit the model, or indices that do not fit the dataset.
+        """
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+            self._source.restart(self.np_random)
+        indices = (options or {}).get("indices")
+        images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
+        device = next(self.game.backbone.parameters()).device
+        obs = self.game.reset(images.to(device), labels.to(device))
+        self._order = None
+        return obs.dense(), self._infos(obs.alive)
+
+    def step(self, actions: Tensor | np.ndarray) -> VectorStep:
+        """Let all agents of all games decide.
+
+        Args:
+            actions: `[B, N]` bool or integer, see `action_space`; those of pruned tokens are ignored.
+
+        Returns:
+            Observations `[B, N, D]`, rewards `[B, N]`, terminations `[B, N]`, truncations `[B, N]` and infos.
+
+        Raises:
+            ValueError: for actions of another shape, dtype or value.
+            RuntimeError: when the games are over, or none has begun.
+        """
+        before = self.game.observation()
+        choices = self._checked(torch.as_tensor(actions)).to(before.alive.device)
+        decision = replace(self.actions.decision(choices, before), order=self._order)
+        obs, rewards, _, truncations, info = self.game.step(decision)
+        assert rewards is not None  # every game has labels
+        self._order = None
+        infos = self._infos(info["alive"])
+        if obs is not None:
+            return obs.dense(), rewards, torch.zeros_like(truncations), truncations, infos
+        outcome = self.game.outcome()
+        infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
+        zeros = rewards.new_zeros(*rewards.shape, self.game.backbone.embed_dim)
+        return zeros, rewards, torch.ones_like(truncations), truncations, infos
+
+    def observation(self) -> Observation:
+        """The game's own observation, packed: what a `Policy` decides on."""
+        return self.game.observation()
+
+    def actions_from(self, policy: Policy) -> Tensor:
+        """What a policy would do now, as actions `[B, N]`; as in the PettingZoo environment.
+
+        Raises:
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+        """
+        choices, self._order = ask(policy, self.game, self.actions)
+        return choices
+
+    def outcome(self) -> Outcome:
+        """How the games ended; a `RuntimeError` before the end."""
+        return self.game.outcome()
+
+    def close(self) -> None:
+        """Nothing to release; for those who call it."""
+
+    def _pick(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not isinstance(self._source, _Indexed) or len(indices) != self.num_envs:
+            wanted = f"{self.num_envs} items of a map-style dataset"
+            raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
+        return fetch(self._source.dataset, indices)
+
+    def _infos(self, alive: Tensor) -> dict[str, Any]:
+        """Who is alive, and which actions make sense."""
+        mask = self.actions.mask(alive)
+        return {"alive": alive} if mask is None else {"alive": alive, "action_mask": mask}
+
+    def _checked(self, actions: Tensor) -> Tensor:
+        """Actions as int64, if they are what they should be."""
+        shape = (self.num_envs, self.game.num_agents)
+        is_whole = not (actions.is_floating_point() or actions.is_complex())
+        is_flag = actions.dtype == torch.bool
+        if tuple(actions.shape) != shape or not is_whole or (is_flag and self.actions.count > 2):
+            kind = "bool or integers" if self.actions.count == 2 else "integers"
+            got = f"{actions.dtype} of shape {tuple(actions.shape)}"
+            raise ValueError(f"actions: expected {kind} of shape [B, N] = {shape}, got {got}")
+        chosen = actions.long()
+        if self.game.check and ((chosen < 0) | (chosen >= self.actions.count)).any():
+            got = f"{int(chosen.min())} to {int(chosen.max())}"
+            raise ValueError(f"actions: expected {self.actions.meaning}, got {got}")
+        return chosen
+
+
+class _Indexed:
+    """A map-style dataset, gone through in random order, epoch by epoch."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        if not len(dataset):
+            raise ValueError("data: expected at least one image, got an empty dataset")
+        self.dataset = dataset
+        self._waiting = np.arange(0)
+
+    def natural_size(self, _: np.random.Generator) -> int:
+        return DEFAULT_NUM_ENVS
+
+    def restart(self, _: np.random.Generator) -> None:
+        self._waiting = np.arange(0)
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        while len(self._waiting) < count:
+            self._waiting = np.concatenate([self._waiting, rng.permutation(len(self.dataset))])
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return fetch(self.dataset, taken.tolist())
+
+
+class _Batches:
+    """An iterable of batches, begun anew when it ends; what one draw leaves of a batch goes to the next."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+        self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def natural_size(self, rng: np.random.Generator) -> int:
+        self._waiting = [self._next(rng)]
+        return len(self._waiting[0][1])
+
+    def restart(self, rng: np.random.Generator) -> None:
+        self._stream, self._waiting = iter(()), []
+        generator = getattr(self.batches, "generator", None)  # a DataLoader's own, which shuffles
+        if generator is not None:
+            generator.manual_seed(int(rng.integers(2**63)))
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        while sum(len(labels) for _, labels in self._waiting) < count:
+            self._waiting.append(self._next(rng))
+        images, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = [(images[count:], labels[count:])]
+        return images[:count], labels[:count]
+
+    def _next(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        # A DataLoader without a generator shuffles and augments with the global random state: lend it one of ours.
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(int(rng.integers(2**63)))
+            batch = next(self._stream, None)
+            if batch is None:
+                self._stream = iter(self.batches)
+                batch = next(self._stream, None)
+        if batch is None or not len(batch[1]):
+            raise ValueError("data: expected at least one batch of (images, labels), got an empty dataset")
+        return batch[0], batch[1]
+
+
+def _source(data: ImageDataset | Iterable[tuple[Tensor, Tensor]]) -> _Indexed | _Batches:
+    # torch gives every dataset a __getitem__, iterable ones too.
+    if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, IterableDataset)):
+        return _Indexed(cast(ImageDataset, data))
+    return _Batches(cast(Iterable[tuple[Tensor, Tensor]], data))

@@ -1,0 +1,300 @@
+"""The Markov game of token pruning, batched: images in, T decisions, logits and rewards out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitprune_env.engine.backbone import Backbone, check_needs
+from vitprune_env.engine.cost import CostModel
+from vitprune_env.engine.parking import recall
+from vitprune_env.engine.reduction import check_decision, reduce_tokens
+from vitprune_env.engine.tokens import TokenState, follow
+from vitprune_env.errors import NumericalError
+from vitprune_env.game.credit import attribution
+from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome
+from vitprune_env.policy import Policy
+from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
+
+
+class TokenGame:
+    """B images played at once; every patch token is an agent, every site a step, 0 = prune, 1 = keep.
+
+    - Observation: the alive tokens' features at the site, packed (`Observation`).
+    - Action: a `Decision` for all alive tokens.
+    - Transition: decided tokens leave (or merge, or wait), the rest runs through the blocks up to the next site.
+    - Reward: a `RewardFn`; what depends on the class is paid when the game ends.
+    - Termination: a token terminates when it is pruned, and at the last site.
+
+    Args:
+        backbone: the network to prune.
+        sites: where to take steps, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
+        reward: what the agents are paid; None: `SharedOutcome()`.
+        needs: evidence to compute at every site (a policy's `needs`).
+        attention_bias: `"log_size"` for proportional attention (a policy's `attention_bias`).
+        grad: whether autograd records the pass (fine-tuning); the environment does without.
+        check: whether to check decisions and logits; costs a device synchronisation per site.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        sites: Sequence[int | str | Site] | None = None,
+        reward: RewardFn | None = None,
+        needs: frozenset[str] = frozenset(),
+        attention_bias: str | None = None,
+        grad: bool = False,
+        check: bool = True,
+    ) -> None:
+        if attention_bias not in (None, "log_size"):
+            raise ValueError(f"attention_bias: expected None or 'log_size', got {attention_bias!r}")
+        check_needs(frozenset(needs), backbone)
+        self.backbone = backbone
+        self.sites = parse_sites(backbone.default_sites if sites is None else sites, backbone.depth)
+        self.reward: RewardFn = SharedOutcome() if reward is None else reward
+        self.needs = frozenset(needs)
+        self.attention_bias = attention_bias
+        self.grad = grad
+        self.check = check
+        self.cost = CostModel.of(backbone)
+        self._bounds = (0, *(site.half for site in self.sites), 2 * backbone.depth)
+        self._state: TokenState | None = None
+        self._steps: list[Step] = []
+        self._finished: Outcome | None = None
+
+    @classmethod
+    def for_policy(cls, backbone: Backbone, policy: Policy, **kwargs: Any) -> TokenGame:
+        """The game as a policy wants it: its sites, its evidence, its attention bias.
+
+        Args:
+            backbone: the network to prune.
+            policy: who will play.
+            **kwargs: further arguments of `TokenGame`; they win over the policy's wishes.
+        """
+        sites = policy.default_sites(backbone.depth)
+        wishes = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
+        return cls(backbone, **{**wishes, **kwargs})
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.sites)
+
+    @property
+    def num_agents(self) -> int:
+        """N."""
+        return self.backbone.num_patches
+
+    def prepare(self, images: Tensor) -> TokenState:
+        """Run the part before the first site, which no decision changes: worth caching for images seen often."""
+        self.backbone.check_images(images)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            state = self.backbone.embed(images)
+            # The last attention half stays for `start`, where the evidence of the first site is computed.
+            return self.backbone.run(state, self._cached_halves, log_size=self._log_size)[0]
+
+    def reset(self, images: Tensor, labels: Tensor | None = None) -> Observation:
+        """Begin a batch of games.
+
+        Args:
+            images: `[B, C, H, W]` as the model wants them (normalised).
+            labels: `[B]` int64 classes; None: nobody is paid.
+
+        Returns:
+            What the agents see at the first site.
+
+        Raises:
+            ValueError: for images or labels that do not fit the model.
+        """
+        return self.start(self.prepare(images), labels)
+
+    def start(self, state: TokenState, labels: Tensor | None = None) -> Observation:
+        """Begin a batch of games from a prepared state, see `reset`.
+
+        Raises:
+            ValueError: for a state that has run past what this game needs to see, or whose tokens have been pruned.
+        """
+        if state.half > self._cached_halves or not state.alive.all():
+            raise ValueError(
+                f"state: expected all tokens, {self._cached_halves} half-blocks into the network at most, got "
+                f"{int(state.alive.sum())} of {state.alive.numel()} after {state.half}; prepare it with this game"
+            )
+        if labels is not None:
+            self.backbone.check_labels(labels, state.batch_size)
+        self._labels = labels
+        self._steps = []
+        self._immediate: list[Tensor] = []
+        self._extra_macs = torch.zeros(state.batch_size, dtype=torch.float64, device=state.x.device)
+        self._booked = self._extra_macs.clone()
+        self._start = state if isinstance(self.reward, CreditRewardFn) else None
+        self._finished = None
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            self._advance(state)
+        return self.observation()
+
+    def observation(self) -> Observation:
+        """What the agents see at the current site.
+
+        Raises:
+            RuntimeError: before the first game.
+        """
+        if self._state is None:
+            raise RuntimeError("observation: no game is being played; call reset(images, labels) first")
+        return self._observation
+
+    def step(self, decision: Decision) -> tuple[Observation | None, Tensor | None, Tensor, Tensor, dict[str, Any]]:
+        """Apply a decision and run up to the next site, or to the end.
+
+        Returns:
+            The next observation (None when the game is over); the reward known now `[B, N]`, in the last step with
+            everything deferred (None without labels); terminated and truncated `[B, N]` bool; and a dict with
+            `site`, `alive` `[B, N]` and `n_alive` `[B]`, and where tokens wait `parked` `[B, N]`.
+
+        Raises:
+            DecisionError: if the decision does not fit the tokens.
+            NumericalError: if the logits are not finite.
+        """
+        if self._state is None or len(self._steps) == self.num_steps:
+            raise RuntimeError("step: no game is being played; call reset(images, labels) first")
+        if self.check:
+            check_decision(decision, self._state.alive, self._state.waiting, self.backbone.embed_dim)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            step = self._apply(decision)
+            is_last = len(self._steps) == self.num_steps
+            reward = None if self._labels is None else self._immediate[-1]
+            if is_last:
+                reward = self._finish(reward)
+            acted_last = step.acted if is_last else step.acted & ~step.kept
+        info = {"site": step.site.label, "alive": step.carried, "n_alive": step.carried.sum(dim=1)}
+        if step.parked is not None:
+            info["parked"] = step.parked
+        obs = None if is_last else self._observation
+        return obs, reward, acted_last, torch.zeros_like(acted_last), info
+
+    def outcome(self) -> Outcome:
+        """How the games ended.
+
+        Raises:
+            RuntimeError: before the last step.
+        """
+        if self._finished is None:
+            raise RuntimeError(f"outcome: the game ends after {self.num_steps} steps; it has not ended yet")
+        return self._finished
+
+    def score_if_kept(self) -> Tensor:
+        """Outcome score `[B]` of finishing the pass from here without further pruning (a counterfactual)."""
+        if self._state is None or self._labels is None:
+            raise RuntimeError("score_if_kept: no game with labels is being played")
+        with torch.no_grad():
+            state, _ = self.backbone.run(self._state, self._bounds[-1], log_size=self._log_size)
+            return self.reward.score(self.backbone.classify(state), self._labels)
+
+    @property
+    def state(self) -> TokenState:
+        """The tokens at the current site; after the end, as the last decision left them.
+
+        Raises:
+            RuntimeError: before the first game.
+        """
+        if self._state is None:
+            raise RuntimeError("state: no game is being played; call reset(images, labels) first")
+        return self._state
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps played so far."""
+        return tuple(self._steps)
+
+    @property
+    def _log_size(self) -> bool:
+        return self.attention_bias == "log_size"
+
+    @property
+    def _cached_halves(self) -> int:
+        """Half-blocks that `prepare` runs: all before the attention that gives the first site its evidence."""
+        first = self.sites[0]
+        return 2 * (first.block - 1) if self.needs else first.half
+
+    def _advance(self, state: TokenState) -> None:
+        """Run to the next site and look around."""
+        site = self.sites[len(self._steps)]
+        evidence_due = bool(self.needs) and state.half <= 2 * (site.block - 1)
+        state, evidence = self.backbone.run(state, site.half, self.needs, self._log_size)
+        if evidence_due:
+            self._extra_macs += self.cost.evidence(site, self._rows(state), self.needs)
+        elif self.needs:  # two sites in one block share its attention; what it said of the tokens still there holds
+            evidence = {name: follow(values, self.state, state) for name, values in self._evidence.items()}
+        self._state, self._evidence = state, evidence
+        self._observation = self.backbone.observe(state, site, len(self._steps), self.num_steps, evidence)
+
+    def _rows(self, state: TokenState) -> Tensor:
+        return state.alive.sum(dim=1).double() + self.backbone.num_prefix
+
+    def _apply(self, decision: Decision) -> Step:
+        """Reduce the tokens, keep the books, and run on unless this was the last site."""
+        before = self._state
+        assert before is not None
+        after = reduce_tokens(before, decision, keep_one=self.backbone.needs_patches)
+        index = len(self._steps)
+        share = (self._bounds[index + 2] - self._bounds[index + 1]) / self._bounds[-1]
+        if decision.macs is not None:
+            self._extra_macs += decision.macs
+        step = Step(self.sites[index], before.present, after.present, share, after.waiting)
+        if self._labels is not None:
+            step = self._with_costs(step, decision, after)
+            self._immediate.append(self.reward.immediate(step))
+        self._steps.append(step)
+        if len(self._steps) < self.num_steps:
+            self._advance(after)
+        else:
+            self._state = after
+        return step
+
+    def _with_costs(self, step: Step, decision: Decision, after: TokenState) -> Step:
+        """Add what only rewards want to know."""
+        overhead = (self._extra_macs - self._booked) / self.cost.dense()
+        self._booked = self._extra_macs.clone()
+        merged = None if decision.merge_into is None else step.acted & ~step.kept & (after.source >= 0)
+        return replace(step, merged=merged, overhead=overhead.float())
+
+    def _finish(self, reward: Tensor | None) -> Tensor | None:
+        """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
+        state, _ = self.backbone.run(self.state, self._bounds[-1], log_size=self._log_size)
+        state = recall(state)
+        logits = self.backbone.classify(state)
+        if self.check and not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+            raise NumericalError(
+                f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images"
+            )
+        table = None
+        if self._labels is not None and reward is not None:
+            deferred = self._deferred(logits.detach(), self._labels)
+            table = torch.stack(self._immediate) + deferred
+            reward = reward + deferred.sum(dim=0)
+        n_kept = torch.stack([step.carried.sum(dim=1) for step in self._steps], dim=1)
+        self._finished = Outcome(
+            logits=logits,
+            correct=None if self._labels is None else logits.argmax(dim=1) == self._labels,
+            n_kept=n_kept,
+            macs=self.cost.forward(n_kept, self.sites) + self._extra_macs,
+            policy_macs=self._extra_macs,
+            source=state.source,
+            size=state.size,
+            alive=state.alive,
+            reward=table,
+        )
+        return reward
+
+    def _deferred(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What depends on the outcome, `[T, B, N]`."""
+        deferred = self.reward.deferred(self._steps, self.reward.score(logits, labels))
+        if isinstance(self.reward, CreditRewardFn):
+            assert self._start is not None
+            credit = attribution(self.backbone, self._start, self._steps, labels, self.reward.potential)
+            deferred = deferred + self.reward.credited(self._steps, credit)
+        return deferred

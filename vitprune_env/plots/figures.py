@@ -1,0 +1,243 @@
+"""Figures for reports: what is left of some images after each site, how learning went, how methods compare."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from vitprune_env.plots.render import Scene, draw_row, panel_size, tint, to_rgb
+from vitprune_env.types import Site
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = Sequence[float] | Sequence[Sequence[float]]
+MARKERS = "osD^vP*X<>pd"
+GREYS = (14, 15)  # of matplotlib's tab20
+NEAR = 0.1  # accuracies this far below the reference are shown enlarged
+MAX_IMAGES = 8  # images of a figure that stay readable on a page
+
+
+def tokens_figure(
+    images: Tensor,
+    keep: Tensor,
+    grid_size: tuple[int, int],
+    sites: Sequence[int | str | Site],
+    titles: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    columns: int = 1,
+) -> Figure:
+    """One row per image: the image, then what is left of it after each site (Fig. 5 of paper 000).
+
+    Args:
+        images: `[B, C, H, W]`, at most 8 of them.
+        keep: `[T, B, N]` bool, tokens alive after each site (an `Episode`'s `keep`).
+        grid_size: rows and columns of patches, N in all.
+        sites: where the tokens were pruned, T of them.
+        titles: one per image, written on its left; None: nothing.
+        mean: of the images' normalisation, see `to_rgb`.
+        std: likewise.
+        columns: how many such rows to set side by side.
+
+    Raises:
+        ValueError: for shapes that do not fit together or too many images.
+    """
+    expected = (len(sites), len(images), grid_size[0] * grid_size[1])
+    if tuple(keep.shape) != expected:
+        raise ValueError(f"keep: expected shape [T, B, N] = {expected}, got {tuple(keep.shape)}")
+    if not 1 <= len(images) <= MAX_IMAGES:
+        raise ValueError(f"images: expected 1 to {MAX_IMAGES} images, got {len(images)}")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"titles: expected one for each of {len(images)} images, got {len(titles)}")
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    width, height = panel_size(rows, len(sites))
+    figure = Figure(figsize=(columns * width, height), layout="constrained")
+    blocks = [
+        block.subplots(rows, len(sites) + 1, squeeze=False)
+        for block in figure.subfigures(1, columns, wspace=0.04, squeeze=False)[0]
+    ]
+    rgb, kept = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy(), keep.cpu().numpy()
+    for index, axes in enumerate(axes for block in blocks for axes in block):
+        if index < len(images):
+            scene = Scene(rgb[index], kept[:, index], grid_size, tuple(map(str, sites)))
+            draw_row(axes, scene, first=index % rows == 0)
+            axes[0].set_ylabel(titles[index] if titles else "")
+        else:
+            for panel in axes:
+                panel.set_axis_off()
+    return figure
+
+
+def learning_curve_figure(
+    updates: Sequence[float],
+    accuracy: Curve,
+    macs_share: Curve,
+    references: Mapping[str, float] | None = None,
+    budget: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Accuracy and cost over training, one above the other.
+
+    Args:
+        updates: `[U]`, when it was evaluated.
+        accuracy: `[U]` in 0..1, or `[S, U]` for S runs: their mean and range are drawn.
+        macs_share: GMACs as a share of the dense model's, of the same shape.
+        references: accuracies to compare with, by name, such as the dense model's.
+        budget: the share of GMACs to meet.
+        title: of the figure.
+
+    Raises:
+        ValueError: for curves that do not fit `updates`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 5.0), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    _curve(upper, "accuracy", updates, accuracy)
+    for number, (name, value) in enumerate((references or {}).items(), start=1):
+        upper.axhline(value, color=f"C{number}", linestyle=":", label=f"{name} {value:.1%}")
+    _curve(lower, "macs_share", updates, macs_share)
+    if budget is not None:
+        lower.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.0%}")
+    upper.set(ylabel="accuracy", title=title)
+    lower.set(ylabel="GMACs, share of dense", xlabel="updates", ylim=(0, None))
+    for axes in (upper, lower):
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> None:
+    runs = np.atleast_2d(np.asarray(values, dtype=float))
+    if runs.ndim != 2 or runs.shape[1] != len(updates):
+        raise ValueError(f"{name}: expected {len(updates)} values per run, one for each update, got {list(runs.shape)}")
+    label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
+    axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
+    axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
+
+
+class Point(NamedTuple):
+    """A method at one budget."""
+
+    share: float  # GMACs as a share of the dense model's
+    accuracy: float  # 0 to 1
+    low: float  # of the accuracy's interval
+    high: float
+
+
+def pareto_figure(
+    lines: Mapping[str, Sequence[Point]],
+    reference: tuple[str, float] | None = None,
+    muted: Container[str] = (),
+    title: str = "",
+) -> Figure:
+    """Accuracy over cost, one line per method; with a reference also as seen from near it.
+
+    Args:
+        lines: points of each method, in any order.
+        reference: name and accuracy to compare with, drawn as a horizontal line.
+        muted: methods to draw in grey and without intervals, such as controls.
+        title: of the figure.
+
+    Raises:
+        ValueError: if there are no methods, or one has no points.
+    """
+    if not lines or not all(lines.values()):
+        raise ValueError("lines: expected methods with points, got none, or one without any")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    best = {name: max(point.accuracy for point in points) for name, points in lines.items()}
+    near = reference is not None and max(best.values()) > reference[1] - NEAR
+    figure = Figure(figsize=(12.0 if near else 7.5, 5.0), layout="constrained")
+    panels = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
+    coloured = [name for name in lines if name not in muted]
+    palette = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2)) if index not in GREYS]
+    colours = {name: palette[index % len(palette)] for index, name in enumerate(coloured)}
+    for axes in panels:
+        for index, (name, points) in enumerate(lines.items()):
+            share, accuracy, low, high = np.array(sorted(points)).T
+            style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+            if name in colours:
+                error = np.stack([accuracy - low, high - accuracy])
+                axes.errorbar(share, accuracy, error, capsize=2, label=name, color=colours[name], **style)
+            else:
+                axes.plot(share, accuracy, label=name, color="0.6", linestyle="--", **style)
+        if reference is not None:
+            axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
+        axes.set(xlabel="GMACs, share of dense, policy included")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    panels[0].set(ylabel="accuracy, with 95 % intervals", title=title)
+    if near and reference is not None:
+        panels[1].set(ylim=(reference[1] - NEAR, min(1.0, reference[1] + NEAR / 5)), title=f"near {reference[0]}")
+    handles, names = panels[0].get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda index: -best.get(names[index], 2.0))
+    legend: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": "small"}
+    figure.legend([handles[index] for index in order], [names[index] for index in order], **legend)
+    return figure
+
+
+def fates_figure(
+    images: Tensor,
+    sources: Mapping[str, Tensor],
+    grid_size: tuple[int, int],
+    labels: Sequence[int] | None = None,
+    predicted: Mapping[str, Sequence[int]] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Figure:
+    """What several methods leave of the same images: the images, then one row per method.
+
+    Pruned patches are white; patches that were merged into one token share a tint.
+
+    Args:
+        images: `[B, C, H, W]`, at most 8 of them.
+        sources: for each method `[B, N]` int64, the token that every patch ended up in, -1 where it was pruned (an
+            `Outcome`'s `source`).
+        grid_size: rows and columns of patches, N in all.
+        labels: true classes, written over the images.
+        predicted: for each method the classes it predicts, written under the panels, wrong ones in red.
+        mean: of the images' normalisation, see `to_rgb`.
+        std: likewise.
+
+    Raises:
+        ValueError: for shapes that do not fit together, no methods or too many images.
+    """
+    if not 1 <= len(images) <= MAX_IMAGES:
+        raise ValueError(f"images: expected 1 to {MAX_IMAGES} images, got {len(images)}")
+    if not sources:
+        raise ValueError("sources: expected at least one method, got none")
+    for name, source in sources.items():
+        if tuple(source.shape) != (expected := (len(images), grid_size[0] * grid_size[1])):
+            raise ValueError(f"sources: expected shape [B, N] = {expected} of {name!r}, got {tuple(source.shape)}")
+    from matplotlib.figure import Figure
+
+    rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
+    figure = Figure(figsize=(len(images) + 1.6, 1.15 * (len(sources) + 1) + 0.2), layout="constrained")
+    table = figure.subplots(len(sources) + 1, len(images), squeeze=False)
+    for panel in table.flat:
+        panel.set(xticks=[], yticks=[])
+    for name, row in zip(("image", *sources), table, strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for column, image in enumerate(rgb):
+        label = None if labels is None else labels[column]
+        table[0, column].imshow(image)
+        table[0, column].set_title("" if label is None else f"class {label}", fontsize="small")
+        for panel, (name, source) in zip(table[1:, column], sources.items(), strict=True):
+            panel.imshow(tint(image, source[column].cpu().numpy(), grid_size))
+            guess = None if predicted is None else predicted[name][column]
+            colour = "black" if label in (None, guess) else "tab:red"
+            panel.set_xlabel("" if guess is None else f"{guess}", fontsize="small", color=colour, labelpad=1)
+    return figure
