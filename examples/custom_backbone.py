@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         logits, same = model(images), again(images)
     accuracy = float((logits.argmax(dim=1) == labels).float().mean())
-    print(f"at half the cost {accuracy:.1%} correct; saved to {path}; loaded again, the same: {torch.equal(logits, same)}")
+    print(
+        f"at half the cost {accuracy:.1%} correct; saved to {path}; loaded again, the same: {torch.equal(logits, same)}"
+    )
 
 
 if __name__ == "__main__":
