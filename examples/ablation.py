@@ -250,10 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.prepare()
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = [Job(variant, share, seed, args) for seed in seeds for share in args.shares for variant in args.variants]
-    settings = {name: getattr(args, name) for name in ("updates", "split", "images", "quick")}
-    store = Store(
-        args.output, {**settings, "variants": {name: str(each) for name, each in VARIANTS.items()}}, args.resume
-    )
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick")}
+    settings["variants"] = {name: str(config) for name, config in VARIANTS.items()}
+    store = Store(args.output, settings, args.resume)
     run_all(jobs, store)
     rows = summarise(jobs, store)
     text = markdown([cells(row, args.variants[0]) for row in rows])

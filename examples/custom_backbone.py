@@ -2,8 +2,8 @@
 
     python examples/custom_backbone.py
 
-The builder is registered under a name. A saved file holds the name and the weights, never code: a program that loads the
-file registers the same name first.
+The builder is registered under a name. A saved file holds the name and the weights, never code: a program that loads
+the file registers the same name first.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         logits, same = model(images), again(images)
     accuracy = float((logits.argmax(dim=1) == labels).float().mean())
-    print(
-        f"at half the cost {accuracy:.1%} correct; saved to {path}; loaded again, the same: {torch.equal(logits, same)}"
-    )
+    print(f"{accuracy:.1%} correct at half the cost; loaded from {path}, the same logits: {torch.equal(logits, same)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python examples/custom_policy.py
 
-A policy may ask to see more than the tokens: attention, keys, values of the block that it acts in. What is not there yet
-is a record: how it is computed from packed rows, how in masked execution, and how many MACs it takes.
+A policy may ask to see more than the tokens: attention, keys, values of the block that it acts in. A piece of evidence
+that is not there yet is a record: how it is computed from packed rows, how in masked execution, and its MACs.
 """
 
 from __future__ import annotations

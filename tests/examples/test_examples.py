@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import common
 import evaluate
+import pytest
 import train_mappo
+
 from places import EXAMPLES
 from vitprune_env.agents.runs.config import PRESETS
 

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
-
-import evaluate
 import train_mappo
 from make_image_folder import main as make_image_folder
 from presets import PUBLISHED, TRAINING
+
 from vitprune_env import TokenGame, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, train
 from vitprune_env.agents.checkpoint import save_policy

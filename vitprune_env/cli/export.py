@@ -5,7 +5,8 @@
     vitprune export --policy evit --keep-rate 0.5 --to onnx       # any batch size
 
 `PrunedViT.from_pretrained(folder)` reads the folder, `torch.export.load(file)` the program. A learnt policy keeps as
-many tokens as each image needs, so its graph takes one image at a time; methods that keep a fixed number take any batch.
+many tokens as each image needs, so its graph takes one image at a time; methods that keep a fixed number of tokens take
+any batch.
 """
 
 from __future__ import annotations
