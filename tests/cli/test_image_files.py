@@ -1,23 +1,23 @@
-"""The examples on an image folder, from training with a paper's preset to evaluation, with random weights."""
+"""The commands on an image folder, from training with a paper's preset to evaluation, with random weights."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 import torch
-import train_mappo
-from make_image_folder import main as make_image_folder
-from presets import PUBLISHED, TRAINING
 
 from vitprune_env import TokenGame, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, train
 from vitprune_env.agents.checkpoint import save_policy
 from vitprune_env.baselines import EViT
+from vitprune_env.benchmarking.presets import PUBLISHED
+from vitprune_env.cli import evaluate, main
+from vitprune_env.cli import train as train_command
+from vitprune_env.cli.presets import TRAINING
 from vitprune_env.data import open_images
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.types import parse_sites
@@ -26,17 +26,15 @@ SMALL = ["--img-size", "48", "--num-classes", "10", "--workers", "0", "--quick"]
 BUDGET = 0.048  # GMACs, of 0.056
 
 
-def run(monkeypatch: pytest.MonkeyPatch, main: Any, *argv: object) -> None:
-    """Call an example as its command line would."""
-    monkeypatch.setattr(sys, "argv", ["example", *map(str, argv)])
-    main()
+def vitprune(*argv: object) -> None:
+    """Run a command."""
+    main(list(map(str, argv)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits")
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, make_image_folder, "--output", root, "--train", 40, "--val", 60)
+    vitprune("digits-folder", "--output", root, "--train", 40, "--val", 60)
     return root
 
 
@@ -45,9 +43,8 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the preset of DeiT-S leaves behind, on a smaller network and a few images."""
     output = tmp_path_factory.mktemp("runs")
     network = ["--model", "deit_tiny_patch16_224", "--no-pretrained", *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, train_mappo.main, "--preset", "rl4evit-deit-s", "--data-dir", folder, "--target-gmacs", BUDGET,
-            "--output", output, *network)  # fmt: skip
+    vitprune("train", "--preset", "rl4evit-deit-s", "--data-dir", folder, "--target-gmacs", BUDGET, "--output", output,
+             *network)  # fmt: skip
     return output
 
 
@@ -76,10 +73,8 @@ def test_training_reads_files_as_it_goes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_its_checkpoint_is_evaluated(
-    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
-) -> None:
-    run(monkeypatch, evaluate.main, "--checkpoint", trained, "--data-dir", folder, "--amp", amp, "--output", tmp_path,
+def test_its_checkpoint_is_evaluated(trained: Path, folder: Path, tmp_path: Path, amp: str) -> None:
+    vitprune("evaluate", "--checkpoint", trained, "--data-dir", folder, "--amp", amp, "--output", tmp_path,
         *SMALL)  # fmt: skip
     found, before = results(tmp_path), results(trained, "summary.json")
     dense, policy = found["rows"]
@@ -91,28 +86,30 @@ def test_its_checkpoint_is_evaluated(
 
 
 def test_the_built_in_network_reads_its_task_from_files(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = folder / "val" / "0" / "broken.png"
     broken.write_bytes(b"nothing")
     options = ["--data-dir", folder, "--model", "vit_digits", "--policy", "evit", "--keep-rate", 0.8, "--workers", 0]
     try:
-        run(monkeypatch, evaluate.main, *options, "--quick", "--output", tmp_path)
-        with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
-            run(monkeypatch, evaluate.main, *options, "--quick", "--on-corrupt", "fail", "--output", tmp_path)
+        vitprune("evaluate", *options, "--quick", "--output", tmp_path)
+        shown = capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            vitprune("evaluate", *options, "--quick", "--on-corrupt", "fail", "--output", tmp_path)
+        assert "broken.png: not a readable image" in capsys.readouterr().err
     finally:
         broken.unlink()
     dense, evit = results(tmp_path)["rows"]
     assert dense["accuracy"] > 0.9  # trained on scenes, read from PNG files
     assert evit["gmacs"] < 0.8 * dense["gmacs"]
     assert results(tmp_path)["skipped"] == [str(broken)]
-    assert "1 unreadable images were left out" in capsys.readouterr().out
+    assert "1 unreadable images were left out" in shown
 
 
-def test_the_built_in_task_needs_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_built_in_task_needs_no_files(tmp_path: Path) -> None:
     policy = TokenPolicy(TokenActor(48), info={"backbone": "vit_digits"})
     save_policy(policy, tmp_path / "policy.safetensors")
-    run(monkeypatch, evaluate.main, "--checkpoint", tmp_path, "--quick", "--output", tmp_path, "--target-share", 0.7)
+    vitprune("evaluate", "--checkpoint", tmp_path, "--quick", "--output", tmp_path, "--target-share", 0.7)
     dense, policy_row = results(tmp_path)["rows"]
     assert dense["accuracy"] > 0.9
     assert policy_row["gmacs"] == pytest.approx(0.7 * dense["gmacs"], rel=0.03)
@@ -126,22 +123,30 @@ def test_the_built_in_task_needs_no_files(tmp_path: Path, monkeypatch: pytest.Mo
         (["--policy", "evit", "--target-share", "0.5"], "target_share: expected a trained policy"),
     ],
 )
-def test_flags_that_make_no_sense(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(monkeypatch, evaluate.main, *argv, "--quick")
+def test_flags_that_make_no_sense(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        vitprune("evaluate", *argv, "--quick", "--output", tmp_path)
+    assert stopped.value.code == 2
+    assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
-def test_a_policy_of_another_width_is_refused(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_of_another_width_is_refused(trained: Path, folder: Path) -> None:
+    args = evaluate.parse(["--checkpoint", str(trained), "--data-dir", str(folder), "--model", "vit_digits"])
     with pytest.raises(ValueError, match=r"trained on deit_tiny_patch16_224 \(width 192\), vit_digits has width 48"):
-        run(monkeypatch, evaluate.main, "--checkpoint", trained, "--data-dir", folder, "--model", "vit_digits")
+        evaluate.load(args)
 
 
 def test_presets_give_way_to_flags() -> None:
     args = evaluate.parse(["--preset", "evit-deit-b-0.7", "--keep-rate", "0.5", "--no-pretrained"])
-    assert (args.model, args.policy, args.keep_rate, args.pretrained) == ("deit_base_patch16_224", "evit", 0.5, False)
-    train = train_mappo.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
-    assert (train.model, train.pretrained, train.lr, train.epochs) == ("deit_base_patch16_224", True, 1e-4, 15)
-    assert train.actor_hidden == train.critic_hidden == (3072, 256, 64)
+    assert (args.source.model, args.source.pretrained) == ("deit_base_patch16_224", False)
+    assert (args.policy, args.keep_rate) == ("evit", 0.5)
+    train = train_command.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
+    assert (train.images.model, train.images.pretrained) == ("deit_base_patch16_224", True)
+    config = train.config
+    assert (config.lr, config.epochs) == (1e-4, 15)
+    assert config.actor_hidden == config.critic_hidden == (3072, 256, 64)
 
 
 def test_local_weights_win_over_the_preset(folder: Path, tmp_path: Path) -> None:
