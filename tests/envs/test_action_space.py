@@ -98,21 +98,21 @@ def test_weights_by_hand() -> None:
 def observed(alive: Tensor, seed: int) -> Observation:
     """As much of an observation as actions look at."""
     size = torch.randint(1, 5, alive.shape, generator=torch.Generator().manual_seed(seed)) * alive.float()
-    return cast(Any, type("Seen", (), {"alive": alive, "size": size}))
+    return cast(Any, type("Seen", (), {"alive": alive, "present": alive, "size": size}))
 
 
 @given(agents=st.integers(1, 17), living=st.sampled_from([0.6, 1.0]), seed=seeds)
 def test_from_actions_to_a_decision_and_back(agents: int, living: float, seed: int) -> None:
     alive = torch.rand(3, agents, generator=torch.Generator().manual_seed(seed)) < living
-    space, obs = MergeActions(agents), observed(alive, seed)
+    space, obs = MergeActions(), observed(alive, seed)
     decision = space.decision(draw_arrows(agents, seed, batch=3, stay=0.3), obs)
     check_decision(decision, alive)
     assert decision.merge_into is not None
-    straight = space.actions(decision.merge_into)
+    straight = space.encode(decision, obs)
     again = space.decision(straight, obs)
     for name in ("keep", "merge_into", "weight"):
         assert torch.equal(getattr(again, name), getattr(decision, name))
-    assert torch.equal(space.actions(cast(Tensor, again.merge_into)), straight)
+    assert torch.equal(space.encode(again, obs), straight)
     mask = space.mask(alive)
     assert mask.gather(2, straight[:, :, None]).all(), "what comes out is allowed"
 

@@ -17,7 +17,7 @@ from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test, ren
 
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, draw_arrows, images_for, make_env, merge_env
 from helpers import toy
-from vitprune_env.envs.actions import KeepActions, MergeActions, make_actions
+from vitprune_env.envs.actions import KeepActions, MergeActions, action_kind
 from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, env, parallel_env
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.game.rewards import RewardFn
@@ -90,7 +90,7 @@ def test_law_5_both_environments_play_the_game(name: str, reward: RewardFn, inde
         expected = np.where(alive[:, None], np.array([1, *alive]), np.array([1] + [0] * len(alive)))
         assert np.array_equal(mask, expected)
         actions = draw_arrows(game.num_agents, seed + step, stay=stay)
-        following, paid, _, _, info = game.step(MergeActions(game.num_agents).decision(actions, obs))
+        following, paid, _, _, info = game.step(MergeActions().decision(actions, obs))
         assert paid is not None
         observations, rewards, _, _, infos = environment.step(
             dict(zip(environment.agents, actions[0].tolist(), strict=True))
@@ -155,7 +155,7 @@ def test_spaces() -> None:
     assert infos["action_mask"].shape == (3, 16, 17)
     for _ in range(venv.num_steps):
         venv.step(venv.action_space.sample())
-    assert KeepActions(16).joint_space(3) == MultiBinary([3, 16])
+    assert KeepActions().joint_space(16, 3) == MultiBinary([3, 16])
 
 
 def test_bad_actions_and_names_are_refused() -> None:
@@ -175,4 +175,4 @@ def test_bad_actions_and_names_are_refused() -> None:
     for make in (make_env, lambda **o: TokenVectorEnv(venv.game, cast(Any, images_for(CLASS_TOKEN)), **o)):
         with pytest.raises(ValueError, match=r"action_space: expected one of \('keep', 'merge'\), got 'fuse'"):
             make(action_space="fuse")
-    assert make_actions("keep", 4).mask(torch.ones(1, 4, dtype=torch.bool)) is None
+    assert action_kind("keep").mask(torch.ones(1, 4, dtype=torch.bool)) is None

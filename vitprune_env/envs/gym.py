@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.actions import Action
-from vitprune_env.envs.parallel import ENV_ID, parallel_env
+from vitprune_env.envs.actions import ActionKind
+from vitprune_env.envs.parallel import ENV_ID, Action, parallel_env
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.team_reward import TeamOutcome
 from vitprune_env.plots.render import RENDER_MODES
@@ -76,7 +76,7 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         needs: frozenset[str] = frozenset(),
         device: str | torch.device | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
         attention_bias: str | None = None,
     ) -> None:
         self.tokens = parallel_env(
@@ -92,7 +92,7 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         self.render_mode = render_mode
         self.observation_space = self.tokens.state_space
-        self.action_space = self.tokens.actions.joint_space()
+        self.action_space = self.tokens.actions.joint_space(self.tokens.game.num_agents)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.actions import Action, ask, make_actions, read_actions
+from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.load import load_backbone
@@ -30,6 +30,7 @@ BUILT_IN_IMAGES = 4096  # scenes of the built-in task that episodes are drawn fr
 
 Features = dict[str, np.ndarray]
 Infos = dict[str, dict[str, Any]]
+Action = int | np.int64
 StepResult = tuple[Features, dict[str, float], dict[str, bool], dict[str, bool], Infos]
 
 
@@ -86,7 +87,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         dataset: ImageDataset,
         on_prune: str = "noop",
         render_mode: str | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
     ) -> None:
         if on_prune not in PRUNE_MODES:
             raise ValueError(f"on_prune: expected one of {PRUNE_MODES}, got {on_prune!r}")
@@ -98,14 +99,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         rows, width = game.backbone.num_prefix + game.num_agents, game.backbone.embed_dim
         # One box for everybody: nobody samples observations, and the bounds of N boxes would add up.
         self.observation_spaces = dict.fromkeys(self.possible_agents, Box(-np.inf, np.inf, (width,), np.float32))
-        self.actions = make_actions(action_space, game.num_agents)
-        self.action_spaces = {agent: Discrete(self.actions.count) for agent in self.possible_agents}
+        self._play = ActionGame(game, action_space)
+        self.actions = self._play.kind
+        count = self.actions.count(game.num_agents)
+        self.action_spaces = {agent: Discrete(count) for agent in self.possible_agents}
         self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
         self.np_random = np.random.default_rng()
         self._viewer = Viewer(render_mode, self.metadata["name"])
         self._slots = np.arange(0)  # patch numbers of `agents`
-        self._alive = torch.zeros(1, game.num_agents, dtype=torch.bool)
-        self._order: Tensor | None = None  # [1, N], how the policy last asked wants to see the tokens next
         self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
 
     def observation_space(self, agent: str) -> Space[np.ndarray]:
@@ -132,14 +133,12 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         if index is None:
             index = int(self.np_random.integers(len(self.dataset)))
         self.agents = []  # nobody plays if the image turns out not to fit
-        device = next(self.game.backbone.parameters()).device
-        self._images, self._labels = (part.to(device) for part in fetch(self.dataset, [index]))
-        obs = self.game.reset(self._images, self._labels)
-        self.agents, self._slots, self._alive = self.possible_agents[:], np.arange(self.game.num_agents), obs.alive
-        self._order = None
+        self._images, self._labels = fetch(self.dataset, [index])
+        tokens = self._play.reset(self._images, self._labels)
+        self.agents, self._slots = self.possible_agents[:], np.arange(self.game.num_agents)
         if self.render_mode == "human":
             self.render()
-        return dict(zip(self.agents, _rows(obs.dense()), strict=True)), self._infos(self.agents, self._slots)
+        return dict(zip(self.agents, _rows(tokens), strict=True)), self._infos(self.agents, self._slots)
 
     def step(self, actions: Mapping[str, Action]) -> StepResult:
         """Let all agents decide and run the network up to the next site, or to the end.
@@ -156,21 +155,18 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         if not self.agents:
             return {}, {}, {}, {}, {}
         acted, slots = self.agents, self._slots
-        choices = torch.zeros(self._alive.shape, dtype=torch.int64)
-        choices[0, slots] = torch.tensor(read_actions(actions, self.agents, self.actions))
-        decision = self.actions.decision(choices.to(self._alive.device), self.game.observation())
-        obs, reward, _, _, info = self.game.step(replace(decision, order=self._order))
-        assert reward is not None  # every game has a label
-        left, self._alive, self._order = self._alive & ~info["alive"], info["alive"], None
-        alive = self._alive[0].cpu().numpy()[slots]
-        done = np.full_like(alive, obs is None)
-        if obs is not None and self.on_prune == "terminate":
-            done, reward = ~alive, self._settled(reward, left)
-        tokens = torch.zeros(1, len(self._alive[0]), self.game.backbone.embed_dim) if obs is None else obs.dense()
+        choices = torch.zeros(1, self.game.num_agents, dtype=torch.int64)
+        choices[0, slots] = torch.tensor(self._read(actions))
+        before = self._play.present
+        tokens, reward, over = self._play.step(choices)
+        left = before & ~self._play.present
+        done = np.full(len(slots), over)
+        if not over and self.on_prune == "terminate":
+            done, reward = left[0].cpu().numpy()[slots], self._settled(reward, left)
         self._slots = slots[~done]
         self.agents = [self.possible_agents[slot] for slot in self._slots.tolist()]
         while not self.agents and len(self.game.steps) < self.game.num_steps:  # nobody is left: finish the pass
-            self.game.step(Decision(keep=self._alive))
+            self.game.step(Decision(keep=self._play.present))
         if self.render_mode == "human":
             self.render()
         return (
@@ -209,8 +205,8 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         Raises:
             ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
         """
-        choices, self._order = ask(policy, self.game, self.actions)
-        return dict(zip(self.agents, choices[0].cpu().numpy()[self._slots].tolist(), strict=True))
+        actions = self._play.actions_from(policy)
+        return dict(zip(self.agents, actions[0].cpu().numpy()[self._slots].tolist(), strict=True))
 
     def outcome(self) -> Outcome:
         """How the episode ended (logits, MACs, tokens kept), with B = 1; a `RuntimeError` before the end."""
@@ -228,13 +224,28 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         self._viewer.close()
 
     def _infos(self, agents: Sequence[str], slots: np.ndarray) -> Infos:
-        """Who is alive, and which actions make sense."""
-        alive = self._alive[0].cpu().numpy()[slots].tolist()
-        infos: Infos = {agent: {"alive": flag} for agent, flag in zip(agents, alive, strict=True)}
-        if (mask := self.actions.mask(self._alive)) is not None:
-            for info, row in zip(infos.values(), mask[0].to(torch.int8).cpu().numpy()[slots], strict=True):
-                info["action_mask"] = row
-        return infos
+        """The facts about these agents, agent by agent."""
+        columns = {name: values[0].cpu().numpy()[slots] for name, values in self._play.infos().items()}
+        rows = zip(
+            *(values.astype(np.int8) if values.ndim > 1 else values.tolist() for values in columns.values()),
+            strict=True,
+        )
+        return {agent: dict(zip(columns, row, strict=True)) for agent, row in zip(agents, rows, strict=True)}
+
+    def _read(self, actions: Mapping[str, Action]) -> list[int]:
+        """The actions of a dict in the order of the agents.
+
+        Raises:
+            ValueError: for a missing or unknown agent or an action outside the space, naming the agent.
+        """
+        for agent in actions.keys() ^ set(self.agents):
+            problem = "is missing" if agent in self.agents else "is not in the game, or not any more"
+            raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
+        num_agents = self.game.num_agents
+        for agent, action in actions.items():
+            if not _is_below(action, self.actions.count(num_agents)):
+                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {action!r} for {agent}")
+        return [int(actions[agent]) for agent in self.agents]
 
     def _settled(self, reward: Tensor, left: Tensor) -> Tensor:
         """Pay those who leave now for all their steps, as if nobody left after them."""
@@ -253,7 +264,7 @@ def parallel_env(
     render_mode: str | None = None,
     needs: frozenset[str] = frozenset(),
     device: str | torch.device | None = None,
-    action_space: str = "keep",
+    action_space: ActionKind | str = "keep",
     attention_bias: str | None = None,
 ) -> TokenPruningEnv:
     """Make the environment; without arguments, with the built-in backbone and task.
@@ -297,3 +308,11 @@ def _rows(tokens: Tensor) -> np.ndarray:
     rows = tokens[0].detach().float().cpu().numpy()
     rows.setflags(write=False)
     return rows
+
+
+def _is_below(action: Any, count: int) -> bool:
+    """Whether an action is a whole number from 0 to `count - 1`, of whatever type."""
+    try:
+        return 0 <= int(action) < count and bool(int(action) == action)
+    except (TypeError, ValueError, OverflowError):
+        return False

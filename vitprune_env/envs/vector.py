@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vitprune_env.data import ImageDataset, fetch
-from vitprune_env.envs.actions import ask, make_actions
+from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.types import Observation, Outcome
@@ -73,7 +73,7 @@ class TokenVectorEnv:
         data: ImageDataset | Iterable[tuple[Tensor, Tensor]],
         num_envs: int | None = None,
         seed: int | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
     ) -> None:
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
@@ -84,10 +84,10 @@ class TokenVectorEnv:
         if seed is not None:
             self._source.restart(self.np_random)
         self.num_envs = num_envs or self._source.natural_size(self.np_random)
-        self.actions = make_actions(action_space, game.num_agents)
-        self._order: Tensor | None = None  # [B, N], how the policy last asked wants to see the tokens next
+        self._play = ActionGame(game, action_space)
+        self.actions = self._play.kind
         self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
-        self.single_action_space = self.actions.joint_space()
+        self.single_action_space = self.actions.joint_space(game.num_agents)
 
     @cached_property
     def observation_space(self) -> Box:
@@ -97,7 +97,7 @@ class TokenVectorEnv:
     @cached_property
     def action_space(self) -> MultiBinary | MultiDiscrete:
         """The actions of all games, `[B, N]`."""
-        return self.actions.joint_space(self.num_envs)
+        return self.actions.joint_space(self.game.num_agents, self.num_envs)
 
     @property
     def num_steps(self) -> int:
@@ -122,10 +122,7 @@ class TokenVectorEnv:
             self._source.restart(self.np_random)
         indices = (options or {}).get("indices")
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
-        device = next(self.game.backbone.parameters()).device
-        obs = self.game.reset(images.to(device), labels.to(device))
-        self._order = None
-        return obs.dense(), self._infos(obs.alive)
+        return self._play.reset(images, labels), self._play.infos()
 
     def step(self, actions: Tensor | np.ndarray) -> VectorStep:
         """Let all agents of all games decide.
@@ -140,19 +137,13 @@ class TokenVectorEnv:
             ValueError: for actions of another shape, dtype or value.
             RuntimeError: when the games are over, or none has begun.
         """
-        before = self.game.observation()
-        choices = self._checked(torch.as_tensor(actions)).to(before.alive.device)
-        decision = replace(self.actions.decision(choices, before), order=self._order)
-        obs, rewards, _, truncations, info = self.game.step(decision)
-        assert rewards is not None  # every game has labels
-        self._order = None
-        infos = self._infos(info["alive"])
-        if obs is not None:
-            return obs.dense(), rewards, torch.zeros_like(truncations), truncations, infos
-        outcome = self.game.outcome()
-        infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
-        zeros = rewards.new_zeros(*rewards.shape, self.game.backbone.embed_dim)
-        return zeros, rewards, torch.ones_like(truncations), truncations, infos
+        tokens, rewards, over = self._play.step(self._checked(torch.as_tensor(actions)))
+        infos: dict[str, Any] = self._play.infos()
+        terminations = torch.full_like(self._play.present, over)
+        if over:
+            outcome = self.game.outcome()
+            infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
+        return tokens, rewards, terminations, torch.zeros_like(terminations), infos
 
     def observation(self) -> Observation:
         """The game's own observation, packed: what a `Policy` decides on."""
@@ -164,8 +155,7 @@ class TokenVectorEnv:
         Raises:
             ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
         """
-        choices, self._order = ask(policy, self.game, self.actions)
-        return choices
+        return self._play.actions_from(policy)
 
     def outcome(self) -> Outcome:
         """How the games ended; a `RuntimeError` before the end."""
@@ -180,24 +170,20 @@ class TokenVectorEnv:
             raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
         return fetch(self._source.dataset, indices)
 
-    def _infos(self, alive: Tensor) -> dict[str, Any]:
-        """Who is alive, and which actions make sense."""
-        mask = self.actions.mask(alive)
-        return {"alive": alive} if mask is None else {"alive": alive, "action_mask": mask}
-
     def _checked(self, actions: Tensor) -> Tensor:
         """Actions as int64, if they are what they should be."""
         shape = (self.num_envs, self.game.num_agents)
+        count = self.actions.count(shape[1])
         is_whole = not (actions.is_floating_point() or actions.is_complex())
         is_flag = actions.dtype == torch.bool
-        if tuple(actions.shape) != shape or not is_whole or (is_flag and self.actions.count > 2):
-            kind = "bool or integers" if self.actions.count == 2 else "integers"
+        if tuple(actions.shape) != shape or not is_whole or (is_flag and count > 2):
+            kind = "bool or integers" if count == 2 else "integers"
             got = f"{actions.dtype} of shape {tuple(actions.shape)}"
             raise ValueError(f"actions: expected {kind} of shape [B, N] = {shape}, got {got}")
         chosen = actions.long()
-        if self.game.check and ((chosen < 0) | (chosen >= self.actions.count)).any():
+        if self.game.check and ((chosen < 0) | (chosen >= count)).any():
             got = f"{int(chosen.min())} to {int(chosen.max())}"
-            raise ValueError(f"actions: expected {self.actions.meaning}, got {got}")
+            raise ValueError(f"actions: expected {self.actions.meaning(shape[1])}, got {got}")
         return chosen
 
 
