@@ -187,9 +187,11 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             raise RuntimeError("state: no game has begun; call reset() first")
         tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
         table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
-        rows = np.concatenate([np.arange(num_prefix), num_prefix + tokens.token.cpu().numpy()])
-        table[rows, :-1] = _rows(tokens.x[None])
-        table[rows, -1] = 1
+        for part in (tokens, tokens.parked):  # waiting tokens have no prefix tokens among them
+            if part is not None:
+                rows = np.concatenate([np.arange(part.num_prefix), num_prefix + part.token.cpu().numpy()])
+                table[rows, :-1] = _rows(part.x[None])
+                table[rows, -1] = 1
         return table.flatten()
 
     def observation(self) -> Observation:
