@@ -79,9 +79,7 @@ def test_spaces_and_errors_come_from_the_kind() -> None:
     with pytest.raises(ValueError, match=r"expected integers of shape .* got torch\.bool"):
         venv.step(torch.ones(1, 16, dtype=torch.bool))
     for wrong in (None, 3, StayDropWait):
-        with pytest.raises(
-            TypeError, match=r"action_space: expected an ActionKind object or one of \('keep', 'm"
-        ):
+        with pytest.raises(TypeError, match=r"action_space: expected an ActionKind object or one of \('keep', 'm"):
             make_env(action_space=wrong)
 
 
