@@ -28,3 +28,6 @@ class StayDropWait(ActionKind):
     def encode(self, decision: Decision, obs: Observation) -> Tensor:
         stays = KeepActions().encode(replace(decision, park=None), obs)  # refuses merges
         return stays if decision.park is None else stays + decision.park
+
+    def unseen_actions(self, obs: Observation) -> Tensor:
+        return obs.present.long()  # a learner lets waiting tokens come back at the next site

@@ -68,6 +68,14 @@ class ActionKind(Protocol):
         """
         return None
 
+    def unseen_actions(self, obs: Observation) -> Tensor:
+        """The actions `[B, N]` int64 of the tokens that a policy does not see; by default 0.
+
+        A policy sees the rows of `obs.tokens`, the features of `obs.alive`. Environments take the actions of waiting
+        tokens from their agents, but a learner gives actions to the rows only; all other tokens then get these.
+        """
+        return torch.zeros_like(obs.alive, dtype=torch.int64)
+
     def distribution(self, logits: Tensor, mask: Tensor | None = None) -> ActionDistribution:
         """The distribution that a learner draws actions from; by default `Categorical`.
 
