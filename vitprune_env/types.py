@@ -16,8 +16,6 @@ from torch import Tensor
 from vitprune_env.errors import SiteError
 from vitprune_env.lazy_fields import lazily
 
-EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
-
 
 @dataclass(frozen=True, order=True)
 class Site:
@@ -80,6 +78,16 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     if any(a >= b for a, b in zip(parsed, parsed[1:], strict=False)):
         raise SiteError(f"sites: expected increasing sites, got {[site.label for site in parsed]}")
     return parsed
+
+
+def quarter_sites(depth: int) -> list[int]:
+    """After every quarter of the blocks: 3, 6 and 9 of 12."""
+    return sorted({max(1, round(depth * part / 4)) for part in (1, 2, 3)})
+
+
+def every_block(depth: int) -> list[str]:
+    """Inside every block, between attention and MLP."""
+    return [f"{number}.attn" for number in range(1, depth + 1)]
 
 
 @lazily("image", "token", "offsets", "size", "order")
