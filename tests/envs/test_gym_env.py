@@ -130,7 +130,7 @@ def test_pays_the_outcome_once_and_every_kept_token() -> None:
 
 @given(seed=st.integers(0, 99), price=st.floats(0.0, 0.5))
 def test_the_teams_objective_is_that_of_the_agents(seed: int, price: float) -> None:
-    """Team's return = outcome - everybody's charges; each agent's return = outcome - its own charges."""
+    """The team's return is the outcome minus all charges; an agent's is the outcome minus its own charges."""
     images, labels = images_for(CLASS_TOKEN)[:6]
     keeps = torch.rand(3, 6, 16, generator=torch.Generator().manual_seed(seed)) < 0.7
     tables = []

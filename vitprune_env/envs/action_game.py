@@ -31,7 +31,7 @@ class ActionGame:
         self.kind = action_kind(action_space)
         self.present = torch.zeros(1, game.num_agents, dtype=torch.bool)
         self._parked: Tensor | None = None  # [B, N] bool, of those present, tokens that wait; None: none
-        self._order: Tensor | None = None  # [B, N], sequence that the last policy wants to see next
+        self._order: Tensor | None = None  # [B, N], the `order` of the decision that `actions_from` encoded last
 
     def reset(self, images: Tensor, labels: Tensor) -> Tensor:
         """Begin a game per image and return the features `[B, N, D]` at the first site."""
@@ -74,7 +74,7 @@ class ActionGame:
     def actions_from(self, policy: Policy) -> Tensor:
         """The actions `[B, N]` int64 that a policy would take now.
 
-        The order in which it wants to see the tokens next goes to the game with the next step.
+        The `order` of its decision is remembered and applied in the next step.
 
         Raises:
             ValueError: if the game lacks what the policy needs, or its decision does not fit or is not expressible.

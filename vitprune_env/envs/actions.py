@@ -1,7 +1,7 @@
 """Action kinds: which actions an agent has at a site, and what the actions of all agents mean as a `Decision`.
 
-An action kind is one object. It holds all that environments and learners need to know of its actions, so a new kind is
-a new class in a file of its own. `KeepActions` and `MergeActions` are built in.
+An action kind is one object with everything that environments and learners need to handle its actions. A new kind is a
+new class in a file of its own. `KeepActions` and `MergeActions` are built in.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class KeepActions(ActionKind):
 class MergeActions(ActionKind):
     """0 = drop, 1 + j = go into token j; token i stays with action 1 + i.
 
-    All agents act at once, so the token that one wants to go into may itself leave. Every token therefore follows the
+    All agents act at once, so the token that another one goes into may itself leave. Every token therefore follows the
     arrows (`resolve`) to their end: to a token that stays; to a token that is dropped or dead, and then all on the way
     leave with it; or into a circle, and then the lowest-numbered token of the circle stays and the others go into it.
     What goes into one token becomes the mean of its patches: features weighted with the tokens' sizes, as in ToMe.

@@ -215,8 +215,8 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     def actions_from(self, policy: Policy) -> dict[str, int]:
         """The actions that a policy would take now; empty when the episode is over.
 
-        The next step passes on the order in which the policy wants to see the tokens afterwards (ToMe, LTMP). It does
-        not pass on the policy's own cost, so `outcome().macs` leaves it out.
+        The `order` of the policy's decision (ToMe, LTMP) is remembered and applied in the next step. The policy's own
+        cost is not, so `outcome().macs` leaves it out.
 
         Raises:
             ValueError: if the game lacks the evidence that the policy needs, or actions cannot express its decision.
@@ -251,8 +251,8 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         self._viewer.close()
 
     def _infos(self, agents: Sequence[str], slots: np.ndarray) -> Infos:
-        """What `ActionGame.infos` says of these agents, one dict per agent."""
-        columns: dict[str, Sequence[Any]] = {}
+        """The facts of `ActionGame.infos` about these agents, one dict per agent."""
+        columns: dict[str, Any] = {}
         for name, values in self._play.infos().items():
             rows = values[0].cpu().numpy()[slots]
             columns[name] = rows.astype(np.int8) if name == "action_mask" else rows.tolist()
