@@ -123,6 +123,11 @@ class Observation:
         """N, the number of patch tokens."""
         return self.alive.shape[1]
 
+    @property
+    def present(self) -> Tensor:
+        """`[B, N]` bool, the tokens in the game, alive or waiting."""
+        return self.alive if self.parked is None else self.alive | self.parked
+
     @cached_property
     def num_alive(self) -> Tensor:
         """Alive tokens of each image, `[B]` int64."""
