@@ -97,7 +97,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
             ValueError: for images that do not fit the model.
         """
         self.backbone.check_images(images)
-        self.policy.reset(len(images), self.backbone.num_patches)
+        self.policy.reset(images.shape[0], self.backbone.num_patches)
         medium = Packed(self.backbone, self.policy.attention_bias == "log_size", self._how)
         walk = Walk(medium, self.sites, self.policy.needs)
 

@@ -63,8 +63,11 @@ class Compiled:
     def of(cls, family: Family, **options: Any) -> Compiled:
         """Compile the parts of a family; `options` go to `torch.compile`, sizes are dynamic unless set otherwise."""
         options = {"dynamic": True, **options}
-        parts = (family.before_attention, family.after_attention, family.feed_forward)
-        return cls(*(torch.compile(part, **options) for part in parts))
+        return cls(
+            torch.compile(family.before_attention, **options),
+            torch.compile(family.after_attention, **options),
+            torch.compile(family.feed_forward, **options),
+        )
 
 
 @dataclass(frozen=True)

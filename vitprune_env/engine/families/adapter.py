@@ -88,7 +88,7 @@ def common_refusal(model: Any) -> str | None:
     if getattr(model, "pool_include_prefix", False):
         return "pooling over the prefix tokens (pool_include_prefix)"
     if getattr(model, "dynamic_img_size", False):
-        return "dynamic_img_size=True (the number of agents must be fixed)"
+        return "dynamic_img_size=True (the number of agents must be fixed; pass dynamic_img_size=False)"
     if not isinstance(getattr(model, "patch_drop", None) or nn.Identity(), nn.Identity):
         return "patch_drop_rate > 0 (the number of agents must be fixed)"
     if model.num_classes <= 0:
