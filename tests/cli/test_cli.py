@@ -16,7 +16,7 @@ from places import ROOT
 from vitprune_env import PrunedViT
 from vitprune_env.agents import TokenActor, TokenPolicy, save_policy
 from vitprune_env.agents.runs.config import PRESETS
-from vitprune_env.cli import COMMANDS, evaluate, main
+from vitprune_env.cli import COMMANDS, benchmark, evaluate, main
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 
@@ -61,9 +61,9 @@ def test_help_shows_flags_in_groups_with_defaults(command: str, capsys: pytest.C
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: vitprune {command}" in shown
-    groups = re.split(r"^╭", shown, flags=re.MULTILINE)[1:]
-    assert all("(default:" in group or "(required)" in group for group in groups)
-    assert max(group.count("│ --") for group in groups) <= 20
+    _, *groups = re.split(r"^\W*(?:[\w.]+ )?options\W*$", shown, flags=re.MULTILINE)
+    assert all("(default:" in group for group in groups)
+    assert max(len(re.findall(r"^\W* --", group, flags=re.MULTILINE)) for group in groups) <= 20
 
 
 def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,9 +72,9 @@ def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     names = (
         "target-share target-gmacs target-keep preset keep-cost outcome-bonus adaptive finetune algorithm reward "
-        "outcome resume output quick seed device threads amp data-dir model pretrained weights sites split lr updates images "
-        "minibatch precision update-chunk cache-images checkpoint-every log-images-every wandb actor-hidden distill "
-        "finetune-every discount charge-overhead test-images"
+        "outcome resume output quick seed device threads amp data-dir model pretrained weights sites split lr updates "
+        "images minibatch precision update-chunk cache-images checkpoint-every log-images-every wandb actor-hidden "
+        "distill finetune-every discount charge-overhead test-images"
     )
     for name in names.split():
         assert re.search(rf"--{name}\b", shown), name
@@ -82,9 +82,9 @@ def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'trian'; did you mean train?" in mistake(capsys, "trian")
-    line = mistake(capsys, "train", "--sites", 3, 99, "--output", tmp_path)
+    line = mistake(capsys, "train", "--quick", "--sites", 3, 99, "--output", tmp_path)
     assert line == "error: sites: expected blocks 1 to 8, got '99'"
-    line = mistake(capsys, "train", "--target-share", 0.1, "--output", tmp_path)
+    line = mistake(capsys, "train", "--quick", "--target-share", 0.1, "--output", tmp_path)
     assert line.startswith("error: budget: expected above 0.00495")
     line = mistake(capsys, "train", "--epochs", 0, "--output", tmp_path)
     assert line == "error: epochs: expected at least 1, got 0"
@@ -94,7 +94,7 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert "did you mean evit" in line
     line = mistake(capsys, "benchmark", "--images", 0, "--output", tmp_path)
     assert line == "error: images: expected 1 or more, got 0"
-    line = mistake(capsys, "benchmark", "--budgets", 1.5, "--methods", "evit", "--output", tmp_path)
+    line = mistake(capsys, "benchmark", "--quick", "--budgets", 1.5, "--methods", "evit", "--output", tmp_path)
     assert "budgets: expected shares of the dense GMACs between 0 and 1, got 1.5" in line
     (tmp_path / "file").touch()
     assert "output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
@@ -143,30 +143,37 @@ def test_a_network_is_fine_tuned_for_a_baseline(tmp_path: Path, capsys: pytest.C
 
 def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--quick", "--methods", "topk", "--budgets", 0.4, "--sites", 2, 4, "--output", tmp_path)
-    vitprune("benchmark", *flags, "--checkpoints", checkpoint, f"mine={checkpoint}")
+    vitprune("benchmark", *flags, "--seeds", 1, "--checkpoints", f"mine={checkpoint}")
     shown = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in shown.splitlines() if line[:2] == "| "}
     assert {rows[name] for name in ("topk", "*random*", "*untrained actor*")} == {"2, 4"}
-    assert {rows[name] for name in ("MAPPO", "mine")} == {"1, 3, 5"}  # trained there
+    assert rows["mine"] == "1, 3, 5"  # trained there
     assert (tmp_path / "table.md").read_text() in shown
+
+
+def test_policies_of_a_label_share_a_line() -> None:
+    args = benchmark.parse(["--methods", "topk", "--checkpoints", "a", "b", "mine=c"])
+    assert benchmark.entries(args) == {"topk": "topk", "MAPPO": ["a", "b"], "mine": ["c"]}
 
 
 def test_the_speed_of_a_trained_policy_is_measured(checkpoint: Path, tmp_path: Path) -> None:
     vitprune("speedup", "--quick", "--dtypes", "fp32", "--checkpoint", checkpoint, "--output", tmp_path)
     cases = json.loads((tmp_path / "speedup.json").read_text())["timings"]
     assert [case["batch"] for case in cases] == [1, 8]
-    assert all(case["speedup"] > 0 and case["ideal"] > 1 for case in cases)
+    assert all(case["speedup"] > 0 and case["ideal"] > 0.9 for case in cases)
     assert len((tmp_path / "speedup.csv").read_text().splitlines()) == 3
     assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_pruned_model_is_exported(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_is_exported(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, _ = Digits("test", size=3).batch(range(3))
-    vitprune("export", "--checkpoint", checkpoint, "--output", tmp_path / "folder")
-    model = PrunedViT.from_pretrained(tmp_path / "folder")
-    vitprune("export", "--to", "program", "--policy", "evit", "--keep-rate", 0.5, "--output", tmp_path)
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    assert model(images).shape == program(images).shape == (3, 10)
+    vitprune("export", "--checkpoint", checkpoint, "--output", tmp_path)
+    assert PrunedViT.from_pretrained(tmp_path)(images).shape == (3, 10)
+    asked: list[object] = []
+    monkeypatch.setattr("vitprune_env.deploy.export.export_onnx", lambda _, path, batch: asked.append((path, batch)))
+    vitprune("export", "--to", "onnx", "--checkpoint", checkpoint, "--output", tmp_path)
+    vitprune("export", "--to", "onnx", "--policy", "evit", "--output", tmp_path)
+    assert asked == [(tmp_path / "model.onnx", 1), (tmp_path / "model.onnx", None)]  # ragged: one image at a time
 
 
 def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

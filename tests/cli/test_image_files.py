@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vitprune_env import TokenGame, load_backbone
+from vitprune_env import Backbone, TokenGame, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, train
 from vitprune_env.agents.checkpoint import save_policy
 from vitprune_env.baselines import EViT
@@ -24,6 +25,11 @@ from vitprune_env.types import parse_sites
 
 SMALL = ["--img-size", "48", "--num-classes", "10", "--workers", "0", "--quick"]
 BUDGET = 0.048  # GMACs, of 0.056
+
+
+@cache
+def stock_network(name: str) -> Backbone:
+    return load_backbone(name)
 
 
 def vitprune(*argv: object) -> None:
@@ -171,7 +177,7 @@ def test_presets_are_what_the_papers_print() -> None:
     """Widths are four times the network's, sites its quarters; budgets lie where the network can be."""
     for preset in (TRAINING["rl4evit-deit-s"], TRAINING["rl4evit-deit-b"]):
         assert preset.model is not None
-        backbone, config = load_backbone(preset.model), preset.config
+        backbone, config = stock_network(preset.model), preset.config
         assert config.actor_hidden[0] == 4 * backbone.embed_dim
         assert list(config.sites) == [site.label for site in backbone.default_sites]
         assert (config.lr, config.epochs, config.reward) == (5e-5, 15, "paper")
@@ -182,7 +188,7 @@ def test_presets_are_what_the_papers_print() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_cost_what_was_printed(name: str) -> None:
     published = PUBLISHED[name]
-    cost = CostModel.of(load_backbone(published.model))
+    cost = CostModel.of(stock_network(published.model))
     policy, n, counts = EViT(published.keep_rate), cost.num_patches, []
     for _ in range(3):
         n = -int(-n * published.keep_rate // 1) + 1

@@ -121,7 +121,7 @@ def at_share(args: Args, policy: Policy, backbone: Backbone, share: float) -> To
     if isinstance(policy, AdaptivePolicy):
         return policy.at(share)
     game = TokenGame.for_policy(backbone, policy)
-    tune = args.batches(backbone, "train", 128 if args.common.quick else 512, TUNE_SEED)
+    tune = args.batches(backbone, "train", 64 if args.common.quick else 512, TUNE_SEED)
     return calibrate_threshold(game, policy, [images for images, _ in tune], share * game.cost.dense())
 
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.autocast(torch.device(args.common.device).type, dtype, enabled=dtype is not None):
         if args.target_share is not None:
             policy = at_share(args, policy, backbone, args.target_share)
-        timing = Timing(3, 64) if args.common.quick else Timing(9, args.batch_size)
+        timing = Timing(3, 16) if args.common.quick else Timing(9, args.batch_size)
         dense = replace(measure("dense", backbone, KeepAll(), test), speedup=1.0)
         pruned = measure(args.policy or "policy", backbone, policy, test, timing=timing)
         figure = figure_of_tokens(backbone, policy, *first_images(test, 8))
