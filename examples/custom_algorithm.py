@@ -105,12 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     env = vp.TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed)
     actor = reinforce(args, game, env, 3 if args.quick else args.updates)
 
-    tune, test = Digits("train", 256, TUNE_SEED), Digits("test", 200 if args.quick else 2000, TEST_SEED)
-    logits = actor(game.reset(tune.batch(range(256))[0].to(args.device)).tokens).detach().squeeze(-1)
+    tune = Digits("train", 32 if args.quick else 256, TUNE_SEED)
+    test = Digits("test", 100 if args.quick else 2000, TEST_SEED)
+    logits = actor(game.reset(tune.batch(range(len(tune)))[0].to(args.device)).tokens).detach().squeeze(-1)
     policies = {"REINFORCE": lambda rate: ReinforcePolicy(actor, float(logits.quantile(1 - rate))), "EViT": "evit"}
     if args.checkpoint is not None:
         policies["MAPPO"] = args.checkpoint
-    result = vp.benchmark(policies, backbone, test, tune=tune, budgets=[args.target_share], seeds=1, progress=False)
+    result = vp.benchmark(policies, backbone, test, tune=tune, budgets=[args.target_share], controls=False, timing=None)
     print(result.table())
 
 

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     game = TokenGame.for_policy(backbone, policy)  # the policy's sites, and the evidence that it needs
 
     if args.target_share is not None:
-        images, _ = Digits("train", size=256, seed=TUNE_SEED).batch(range(256))
+        count = 32 if args.quick else 256
+        images, _ = Digits("train", size=count, seed=TUNE_SEED).batch(range(count))
         budget = args.target_share * game.cost.dense()  # MACs per image, the policy's own included
         policy = calibrate_threshold(game, policy, [images.to(args.device)], budget)
 

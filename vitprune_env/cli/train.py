@@ -110,7 +110,7 @@ def open_task(args: Args, backbone: Backbone) -> Task:
         training = images.open(backbone, "train", None, common.seed)
     else:
         training = Digits("train", size=max(run.cache_images, run.calibration_images), seed=common.seed)
-    tune = images.open(backbone, "train", TUNE_IMAGES, TUNE_SEED)
+    tune = images.open(backbone, "train", 64 if common.quick else TUNE_IMAGES, TUNE_SEED)
     split = images.held_out_split(args.split)
     test = images.batches(backbone, split, args.test_images, TEST_SEED, args.batch_size, common.device)
     return Task(training, batches_of(tune, TUNE_IMAGES, common.device), test)
