@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -63,11 +62,10 @@ POLICIES: dict[str, Any] = {
 
 
 @pytest.fixture
-def own_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
     monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
-    return
 
 
 def logits(backbone: Backbone, policy: Any) -> Tensor:
