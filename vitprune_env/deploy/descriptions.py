@@ -38,7 +38,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
             f"vitprune_env.register_policy('a_name', {kind.__name__}) lets it be saved and loaded"
         )
     description = {"name": name, "config": _json(_settings(policy), f"{kind.__name__}.config()")}
-    with torch.random.fork_rng(devices=[]):  # initial weights of the second one must not move the random state
+    with torch.random.fork_rng(devices=[]):  # a constructor may draw initial weights
         again = build_policy(description)
     if _json(_settings(again), name) != description["config"] or _parts(again) != _parts(policy):
         raise CheckpointError(
