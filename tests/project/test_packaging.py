@@ -141,8 +141,8 @@ def test_wheel_and_sdist_carry_real_files(tmp_path: Path) -> None:
     for name in ("__init__.py", "py.typed", "agents/__init__.py", "baselines/__init__.py", "baselines/evit.py"):
         assert f"vitprune_env/{name}" in names
         assert members[f"vitprune_env/{name}"].isfile()
-    weights = {path.name for path in (ROOT / "vitprune_env/weights").glob("*") if path.is_file()}
-    assert weights == {Path(name).name for name in names if name.startswith("vitprune_env/weights/")}
+    weights = {path.name for path in (ROOT / "vitprune_env/models/weights").glob("*") if path.is_file()}
+    assert weights == {Path(name).name for name in names if name.startswith("vitprune_env/models/weights/")}
     unpacked = tmp_path / "site"
     with zipfile.ZipFile(wheel) as file:
         file.extractall(unpacked)
