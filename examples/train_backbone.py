@@ -37,7 +37,7 @@ from vitprune_env.cli.flags import read_flags
 from vitprune_env.data import Digits, DigitsConfig, batches_of
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import CheckpointError, NumericalError
-from vitprune_env.models.load import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
 from vitprune_env.policy import keep_top
 
 GRID = round(create_vit_digits().patch_embed.num_patches ** 0.5)  # patches per side

@@ -15,7 +15,8 @@ from vitprune_env.envs.registration import register_envs
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.comparison import benchmark
     from vitprune_env.benchmarking.result import BenchmarkResult
-    from vitprune_env.deploy.pruned_vit import PrunedViT
+    from vitprune_env.deploy.policy_files import load_policy, save_policy
+    from vitprune_env.deploy.pruned_vit import PrunedViT, load_pruned
     from vitprune_env.engine.backbone import Backbone
     from vitprune_env.envs.gym import SingleAgentEnv
     from vitprune_env.envs.parallel import parallel_env
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from vitprune_env.game.rollout import evaluate, play
     from vitprune_env.game.team_reward import TeamOutcome
     from vitprune_env.game.token_game import TokenGame
-    from vitprune_env.models.load import load_backbone
-    from vitprune_env.policy import BasePolicy, KeepAll, Policy
+    from vitprune_env.models.load import load_backbone, register_backbone
+    from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy
     from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 
 __all__ = [
@@ -51,14 +52,20 @@ __all__ = [
     "check_policy",
     "evaluate",
     "load_backbone",
+    "load_policy",
+    "load_pruned",
     "parallel_env",
     "play",
+    "register_backbone",
+    "register_policy",
+    "save_policy",
 ]
 
 _HOMES = {
     "benchmarking.comparison": ("benchmark",),
     "benchmarking.result": ("BenchmarkResult",),
-    "deploy.pruned_vit": ("PrunedViT",),
+    "deploy.policy_files": ("load_policy", "save_policy"),
+    "deploy.pruned_vit": ("PrunedViT", "load_pruned"),
     "engine.backbone": ("Backbone",),
     "envs.gym": ("SingleAgentEnv",),
     "envs.parallel": ("parallel_env",),
@@ -68,8 +75,8 @@ _HOMES = {
     "game.rollout": ("evaluate", "play"),
     "game.team_reward": ("TeamOutcome",),
     "game.token_game": ("TokenGame",),
-    "models.load": ("load_backbone",),
-    "policy": ("BasePolicy", "KeepAll", "Policy"),
+    "models.load": ("load_backbone", "register_backbone"),
+    "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),
     "types": ("Decision", "Episode", "Observation", "Outcome", "Site"),
 }
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from vitprune_env import Backbone, TokenGame, load_backbone
-from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, train
-from vitprune_env.agents.checkpoint import save_policy
+from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, save_policy, train
 from vitprune_env.baselines import EViT
 from vitprune_env.benchmarking.presets import PUBLISHED
 from vitprune_env.cli import evaluate, main

@@ -28,7 +28,7 @@ from vitprune_env.examples.train_backbone import (
 )
 from vitprune_env.game.rollout import evaluate, play
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.models.load import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
 
 TINY = {"steps": 6, "batch_size": 4, "eval_images": 20, "checkpoint_every": 2}
 
