@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitprune_env import BasePolicy, Decision, Observation, benchmark, check_policy, load_backbone, register_policy
+from vitprune_env.benchmarking import Timing
 from vitprune_env.cli import explained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_policy(KeyNorms(0.7), backbone, tune.batch(range(4))[0].to(args.device))  # shapes, determinism, independence
     policies = {"key norms": KeyNorms, "EViT": "evit", "TopK": "topk"}
-    result = benchmark(policies, backbone, test, tune=tune, budgets=(0.5,), controls=False, output=args.output)
+    timing = Timing(pairs=2, images=8) if args.quick else Timing()
+    result = benchmark(policies, backbone, test, tune=tune, budgets=(0.5,), timing=timing, seeds=2, output=args.output)
     print(result.table())
     print(f"table, CSV, LaTeX and figures are in {args.output}/")
 

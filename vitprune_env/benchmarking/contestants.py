@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 
-from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, calibrate_threshold, load_policy
+from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, calibrate_threshold
 from vitprune_env.baselines import Method, available, calibrate, describe
-from vitprune_env.baselines.fitted import load_fitted
 from vitprune_env.baselines.knobs import Knob
 from vitprune_env.baselines.registry import KEEP_RATE, METHODS
 from vitprune_env.benchmarking.images import Batches, Images, digest
 from vitprune_env.benchmarking.measurement import Group, Sites
+from vitprune_env.deploy.policy_files import load_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
 from vitprune_env.game.token_game import TokenGame
@@ -346,12 +346,7 @@ def _loaded(file: Path) -> Policy:
     Raises:
         CheckpointError: for one whose network was fine-tuned with it, and would not be the one that is compared.
     """
-    try:
-        policy: Policy = load_policy(file)
-    except CheckpointError as error:
-        if "got a fitted policy file" not in str(error):
-            raise
-        policy = load_fitted(file)
+    policy = load_policy(file)
     if isinstance(policy, TokenPolicy) and policy.info.get("finetune", "off") != "off":
         raise CheckpointError(
             f"{file}: expected a policy of the network as it is, got one with a fine-tuned network of its own; "

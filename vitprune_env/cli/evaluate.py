@@ -86,8 +86,8 @@ def load(args: Args) -> tuple[Policy, Backbone]:
         CheckpointError: for a policy file that cannot be read.
         SettingsError: for a policy and a network that do not fit.
     """
-    from vitprune_env.agents import load_policy
     from vitprune_env.baselines import make
+    from vitprune_env.deploy.policy_files import load_policy
     from vitprune_env.errors import SettingsError
 
     source, common = args.source, args.common
@@ -95,12 +95,14 @@ def load(args: Args) -> tuple[Policy, Backbone]:
         return make(args.policy, keep_rate=args.keep_rate), source.network(common.seed, common.device)
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     policy = load_policy(path, device=common.device)
-    if policy.info.get("finetune", "off") != "off" and source.weights is None:
+    info = getattr(policy, "info", {})  # of trained policies: where they come from
+    if info.get("finetune", "off") != "off" and source.weights is None:
         source = replace(source, weights=path.with_name("backbone.safetensors"))  # the run wrote it beside the policy
-    backbone = source.network(common.seed, common.device, policy.info.get("backbone", "vit_digits"))
-    if policy.width != backbone.embed_dim:
+    backbone = source.network(common.seed, common.device, info.get("backbone", "vit_digits"))
+    width = getattr(policy, "width", backbone.embed_dim)
+    if width != backbone.embed_dim:
         raise SettingsError(
-            f"model: the policy was trained on {policy.info.get('backbone')} (width {policy.width}), "
+            f"model: the policy was trained on {info.get('backbone')} (width {width}), "
             f"{backbone.name} has width {backbone.embed_dim}"
         )
     return policy, backbone

@@ -18,11 +18,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune, load_policy
+from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
 from vitprune_env.baselines import calibrate, describe
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.deploy.policy_files import load_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import replace_file
 from vitprune_env.game.token_game import TokenGame

@@ -63,11 +63,13 @@ def about_method(name: str) -> dict[str, Any]:
 
 def about_policy(path: Path) -> dict[str, Any]:
     """A saved policy: its class, settings and origin."""
-    from vitprune_env.agents import load_policy
+    from vitprune_env.deploy.descriptions import describe_policy
+    from vitprune_env.deploy.policy_files import load_policy
 
     policy = load_policy(path / "policy.safetensors" if path.is_dir() else path)
-    settings = {name: value for name, value in policy.config().items() if name != "info"}
-    return {"policy": type(policy).__name__, **settings, **policy.info}
+    description = describe_policy(policy)
+    settings = {name: value for name, value in description["config"].items() if name != "info"}
+    return {"policy": description["name"], **settings, **getattr(policy, "info", {})}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,7 +66,7 @@ def policy_for(args: Args, dtype: torch.dtype) -> Policy:
 
     if args.checkpoint is None:
         return ScriptedCounts(args.keep, args.spread, args.common.seed)
-    from vitprune_env.agents import load_policy
+    from vitprune_env.deploy.policy_files import load_policy
 
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     return load_policy(path, device=args.common.device).to(dtype)
