@@ -1,9 +1,9 @@
-"""LTMP's training form: the same decisions as its inference form, but nobody leaves and thresholds have gradients.
+"""LTMP's training form: the decisions of the inference form on masked tokens, differentiable in the thresholds.
 
-The authors' code trains on another model than it runs: there, removed tokens keep their place in the even/odd split
-and their vote in the importance, so that with the same thresholds counts and logits drift apart. Here the split is
-over the tokens that are left, in their current order, and who is removed has no vote; `LTMP` with the same thresholds
-then gives the same decisions and logits.
+In the authors' code the training form differs from the inference form: removed tokens keep their place among senders
+and receivers and still count in the importance, so that the same thresholds give other decisions. Here both agree: only
+the remaining tokens are matched, in their current order, and only they count in the importance. `LTMP` with the
+same thresholds gives the same decisions and logits.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ...engine.backbone import Backbone
 from ...engine.cost import CostModel
 from ...engine.masked import SoftState, classify_soft, run_soft
 from ...types import Observation, Site
-from ..bipartite_matching import match, merge
+from ..bipartite_matching import match_bipartite, merge_senders
 
 
 @dataclass(frozen=True)
 class SoftPass:
-    """How a batch left the network."""
+    """Result of a training pass."""
 
     logits: Tensor  # [B, C]
     keep: Tensor  # [T, B, N] 0 or 1, tokens alive after each site
@@ -32,23 +32,22 @@ class SoftPass:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """All tokens of a batch, and what became of them."""
+    """All tokens of a batch, removed ones included."""
 
     state: SoftState
-    mask: Tensor  # [B, N], 1 for who is there and 0 for who is not
-    size: Tensor  # [B, N], patches that each token stands for; of no meaning for those who left
-    order: Tensor  # [B, N] int64, rank in the current sequence; -1 for those who left
+    mask: Tensor  # [B, N], 1 for remaining tokens, 0 for removed ones
+    size: Tensor  # [B, N], patches that each token stands for; undefined for removed tokens
+    order: Tensor  # [B, N] int64, rank in the current sequence; -1 for removed tokens
 
 
 @dataclass(frozen=True)
 class ThresholdWalk:
-    """Walks a backbone with thresholds at some sites.
+    """Runs a backbone with thresholds at some sites.
 
     Args:
         backbone: the network.
         sites: where the thresholds act.
-        temperature: of the sigmoid that stands in for each comparison in the backward pass, by name of the thresholds:
-            `"merge"` and `"prune"`.
+        temperature: of the sigmoid that replaces each comparison in the backward pass, for `"merge"` and `"prune"`.
     """
 
     backbone: Backbone
@@ -93,16 +92,16 @@ class ThresholdWalk:
     def _decide(
         self, before: _Tokens, evidence: Mapping[str, Tensor], limits: Mapping[str, Tensor], site: Site, step: int
     ) -> tuple[_Tokens, Tensor]:
-        """Merge, then prune; the tokens afterwards, and what the matching cost `[B]`."""
+        """Merge, then prune; returns the tokens afterwards, and the MACs of the matching `[B]`."""
         alive = before.mask.detach() > 0
         obs, tokens = self._observe(before, evidence, alive, site, step), before
         into = torch.arange(obs.num_agents, device=alive.device).expand(alive.shape)
         macs = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
         if "merge" in limits:
-            matching = match(obs)
+            matching = match_bipartite(obs)
             score = matching.score.masked_fill(~matching.sends, -1)
             joins = _step(score - limits["merge"], self.temperature["merge"]) * matching.sends
-            into, _, order = merge(obs, matching, joins.detach() > 0)
+            into, _, order = merge_senders(obs, matching, joins.detach() > 0)
             tokens = _merged(tokens, joins, matching.partner, order)
             into, macs = into.clamp(min=0), _matching_macs(before.mask, obs.evidence["keys"].shape[1])
         if "prune" in limits:
@@ -119,7 +118,7 @@ class ThresholdWalk:
     def _observe(
         self, tokens: _Tokens, evidence: Mapping[str, Tensor], alive: Tensor, site: Site, step: int
     ) -> Observation:
-        """What the inference form would see."""
+        """The observation of the inference form."""
         image, token = alive.nonzero(as_tuple=True)
         counts = alive.sum(dim=1)
         return Observation(
@@ -142,13 +141,13 @@ class ThresholdWalk:
 
 
 def _step(margin: Tensor, temperature: float) -> Tensor:
-    """1 where the margin is above 0, else 0; backwards a sigmoid (the paper's threshold masking module)."""
+    """1 where the margin is above 0, else 0, with the gradient of a sigmoid (the paper's threshold masking module)."""
     soft = (margin / temperature).sigmoid()
     return (margin > 0).to(soft) + (soft - soft.detach())
 
 
 def _merged(tokens: _Tokens, joins: Tensor, partner: Tensor, order: Tensor) -> _Tokens:
-    """Every receiver becomes the mean, weighted by size, of itself and of who joins it; those leave their place."""
+    """Receivers become the means of their groups, weighted by size; the senders that join them are removed."""
     share = joins * tokens.size
     total = tokens.size.scatter_add(1, partner, share)
     x = tokens.state.tokens
@@ -158,7 +157,7 @@ def _merged(tokens: _Tokens, joins: Tensor, partner: Tensor, order: Tensor) -> _
 
 
 def _rescued(before: _Tokens, after: _Tokens, alive: Tensor) -> _Tokens:
-    """Where an image has lost its last token, the one of the largest norm stays as it was, as in the game."""
+    """In an image that has lost its last token the one with the largest norm stays unchanged, as in the game."""
     empty = ~(after.mask.detach() > 0).any(dim=1)
     norms = before.state.tokens.detach().norm(dim=2).masked_fill(~alive, -1)
     stays = torch.zeros_like(alive).scatter(1, norms.argmax(dim=1, keepdim=True), True) & empty[:, None]
@@ -168,6 +167,6 @@ def _rescued(before: _Tokens, after: _Tokens, alive: Tensor) -> _Tokens:
 
 
 def _matching_macs(mask: Tensor, width: int) -> Tensor:
-    """Senders times receivers times the width of a key `[B]`: half the tokens times the other half, or nearly so."""
+    """MACs of the matching `[B]`: senders times receivers times the width of a key, differentiable in the mask."""
     alive = mask.sum(dim=1).double()
     return (alive * alive - alive.detach() % 2) / 4 * width

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.search import bisect
 from vitprune_env.errors import BudgetError
 from vitprune_env.types import Site
 
@@ -94,11 +95,12 @@ class CostModel:
             BudgetError: if the budget is not above what the prefix tokens cost alone, or above the dense cost.
         """
         check_budget(budget_macs, self.floor(sites), self.dense())
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            rate = (low + high) / 2
+
+        def macs(rate: float) -> float:
             counts = self.num_patches * rate ** torch.arange(1, len(sites) + 1, dtype=torch.float64)
-            low, high = (rate, high) if float(self.forward(counts[None], sites)) < budget_macs else (low, rate)
+            return float(self.forward(counts[None], sites))
+
+        low, high = bisect(macs, budget_macs, 0.0, 1.0, steps=60)
         return (low + high) / 2
 
 
