@@ -16,8 +16,6 @@ from torch import Tensor
 from vitprune_env.errors import SiteError
 from vitprune_env.lazy_fields import lazily
 
-EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
-
 
 @dataclass(frozen=True, order=True)
 class Site:

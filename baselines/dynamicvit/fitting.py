@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, classify_soft, run_soft
+from ...engine.masked import MaskedState, classify_masked, run_masked
+from ...engine.walk import Arrival, Masked, Walk
 from ...types import Site
 from ..argument_checks import check_fields
 from ..fitting.keep_rate import KeepRateRecipe, KeepRateTask
@@ -62,8 +63,8 @@ class DynamicViTTask(KeepRateTask[DynamicViT]):
         """Loss of a batch, with decisions sampled from the predictors."""
         backbone, state = self.game.backbone, self.data.state(images)
         with torch.no_grad():
-            dense, _ = run_soft(backbone, state, 2 * backbone.depth)
-            teacher = classify_soft(backbone, dense)
+            dense, _ = run_masked(backbone, state, 2 * backbone.depth)
+            teacher = classify_masked(backbone, dense)
 
         def choose(step: int, tokens: Tensor, alive: Tensor) -> Tensor:
             predictor = self.policy.predictor(step, self.game.num_steps, tokens)
@@ -80,7 +81,7 @@ class DynamicViTTask(KeepRateTask[DynamicViT]):
         return total, {**{name: float(value.detach()) for name, value in losses.items()}, **fractions}
 
     def losses(
-        self, logits: Tensor, kept: Sequence[Tensor], last: SoftState, labels: Tensor, teacher: Tensor, tokens: Tensor
+        self, logits: Tensor, kept: Sequence[Tensor], last: MaskedState, labels: Tensor, teacher: Tensor, tokens: Tensor
     ) -> dict[str, Tensor]:
         """The four losses by name."""
         norm = self.game.backbone.model.norm
@@ -123,8 +124,8 @@ def fit_dynamicvit(
 
 
 def forward_train(
-    backbone: Backbone, state: SoftState, sites: Sequence[Site], choose: Choose
-) -> tuple[Tensor, list[Tensor], SoftState]:
+    backbone: Backbone, state: MaskedState, sites: Sequence[Site], choose: Choose
+) -> tuple[Tensor, list[Tensor], MaskedState]:
     """The training form: no token is removed, but pruned ones are masked as keys for all tokens except themselves.
 
     Args:
@@ -137,14 +138,16 @@ def forward_train(
     Returns:
         Logits `[B, classes]`; for each site 1 where a token is kept, `[B, N]`; and the tokens after the last block.
     """
-    alive, kept = state.tokens.new_ones(state.tokens.shape[:2]), []
-    weights = None
-    for step, site in enumerate(sites):
-        state, _ = run_soft(backbone, state, site.half, weights, see_themselves=weights is not None)
-        weights = alive = choose(step, state.tokens, alive) * alive
-        kept.append(alive)
-    state, _ = run_soft(backbone, state, 2 * backbone.depth, weights, see_themselves=True)
-    return classify_soft(backbone, state, weights), kept, state
+    kept: list[Tensor] = []
+
+    def decide(arrival: Arrival[MaskedState]) -> MaskedState:
+        tokens = arrival.state.tokens
+        alive = kept[-1] if kept else tokens.new_ones(tokens.shape[:2])
+        kept.append(choose(arrival.step, tokens, alive) * alive)
+        return arrival.state.with_weights(kept[-1])
+
+    last = Walk(Masked(backbone, see_themselves=True), sites).through(state, decide)
+    return classify_masked(backbone, last, last.weights), kept, last
 
 
 def living_mean(values: Tensor, alive: Tensor) -> Tensor:

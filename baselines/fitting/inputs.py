@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...data import ImageDataset, fetch
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, run_soft, start_soft
+from ...engine.masked import MaskedState, run_masked, start_masked
 from .task import frozen
 
 CHUNK = 256  # images that are prepared together
@@ -48,7 +48,7 @@ class PreparedTokens:
         with torch.no_grad(), frozen(backbone):
             for start in range(0, size, CHUNK):
                 inputs, targets = fetch(dataset, range(start, min(start + CHUNK, size)))
-                tokens.append(run_soft(backbone, start_soft(backbone, inputs.to(device)), half)[0].x.cpu())
+                tokens.append(run_masked(backbone, start_masked(backbone, inputs.to(device)), half)[0].x.cpu())
                 labels.append(targets)
         self.tokens, self.labels = torch.cat(tokens), torch.cat(labels)
 
@@ -63,9 +63,9 @@ class PreparedTokens:
         rows = torch.as_tensor(indices)
         return self.tokens[rows], self.labels[rows]
 
-    def state(self, inputs: Tensor) -> SoftState:
-        """The tokens of a batch as a state that `run_soft` continues from."""
-        return SoftState(inputs, self.num_prefix, self.half)
+    def state(self, inputs: Tensor) -> MaskedState:
+        """The tokens of a batch as a state that `run_masked` continues from."""
+        return MaskedState(inputs, self.num_prefix, self.half)
 
 
 class ImageInputs:
@@ -96,9 +96,9 @@ class ImageInputs:
         return fetch(self.dataset, indices)
 
     @torch.no_grad()
-    def state(self, inputs: Tensor) -> SoftState:
-        """The tokens of a batch as a state that `run_soft` continues from."""
-        return run_soft(self.backbone, start_soft(self.backbone, inputs), self.half)[0]
+    def state(self, inputs: Tensor) -> MaskedState:
+        """The tokens of a batch as a state that `run_masked` continues from."""
+        return run_masked(self.backbone, start_masked(self.backbone, inputs), self.half)[0]
 
 
 Inputs = PreparedTokens | ImageInputs

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, classify_soft, run_soft, start_soft
+from ...engine.masked import MaskedState, classify_masked, run_masked, start_masked
+from ...engine.walk import Masked, Walk
 from ...files import PathLike
 from ...game.token_game import TokenGame
-from ...types import quarter_sites
+from ...types import Site, quarter_sites
 from ..argument_checks import check_fields
 from ..fitting.inputs import ImageInputs, device_of
 from ..fitting.keep_rate import KeepRateRecipe, KeepRateTask
@@ -55,7 +56,7 @@ class LifeConfig:
         return replace(self, fit=self.fit.quick(), finetune=self.finetune.quick(), images=min(self.images, 64))
 
 
-def forward_soft_lives(backbone: Backbone, state: SoftState, lives: Tensor, sharpness: float) -> Tensor:
+def forward_soft_lives(backbone: Backbone, state: MaskedState, lives: Tensor, sharpness: float) -> Tensor:
     """Logits `[B, classes]` of the training form (Eqs. 6 and 7).
 
     As a key in block t a token has the weight `1 / (1 + exp(U (t - tau)))`, which falls with t; as printed it would
@@ -67,11 +68,15 @@ def forward_soft_lives(backbone: Backbone, state: SoftState, lives: Tensor, shar
         lives: tau `[B, N]`, in blocks.
         sharpness: U, per block.
     """
-    weights = None
-    for block in range(state.half // 2 + 1, backbone.depth + 1):
-        weights = (sharpness * (lives - block)).sigmoid()
-        state, _ = run_soft(backbone, state, 2 * block, weights)
-    return classify_soft(backbone, state, weights)
+    blocks = range(state.half // 2 + 1, backbone.depth + 1)
+
+    def weighted(tokens: MaskedState, block: int) -> MaskedState:
+        return tokens.with_weights((sharpness * (lives - block)).sigmoid())
+
+    walk = Walk(Masked(backbone), [Site(2 * block) for block in blocks[:-1]])
+    start = weighted(state, blocks[0]) if blocks else state
+    last = walk.through(start, lambda arrival: weighted(arrival.state, arrival.site.block + 1))
+    return classify_masked(backbone, last, last.weights)
 
 
 class _PredictorTask(KeepRateTask[LifeRegression]):
@@ -81,7 +86,7 @@ class _PredictorTask(KeepRateTask[LifeRegression]):
         """Loss of a batch."""
         return self.cross_entropy(self.data.state(images), labels)
 
-    def cross_entropy(self, state: SoftState, labels: Tensor) -> tuple[Tensor, Row]:
+    def cross_entropy(self, state: MaskedState, labels: Tensor) -> tuple[Tensor, Row]:
         """Loss from the tokens at the first site."""
         backbone, sites = self.game.backbone, self.game.sites
         cls = state.prefix[:, 0] if backbone.has_class_token else state.tokens.mean(dim=1)
@@ -106,7 +111,7 @@ class _BackboneTask(_PredictorTask):
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
         """Loss of a batch of images, with gradients from the first block on."""
         backbone = self.game.backbone
-        state, _ = run_soft(backbone, start_soft(backbone, images), self.game.sites[0].half)
+        state, _ = run_masked(backbone, start_masked(backbone, images), self.game.sites[0].half)
         return self.cross_entropy(state, labels)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data import ImageDataset, batches_of
 from ...engine.backbone import Backbone
 from ...engine.cost import CostModel, check_budget
-from ...engine.masked import run_soft, start_soft
+from ...engine.masked import run_masked, start_masked
 from ...engine.search import bisect
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
@@ -21,11 +21,12 @@ from ...types import every_block
 from ..argument_checks import check_fields
 from ..calibration import out_of_reach
 from ..fitting.inputs import device_of
+from ..fitting.keep_rate import before_block
 from ..fitting.loop import FitConfig
 from ..fitting.recipe import FitOptions, Problem, Sites, fit_policy
 from ..fitting.task import ModuleTask, Row
 from .policy import LTMP
-from .training_pass import ThresholdWalk
+from .training_pass import run_training_pass
 
 EVALUATION_BATCH = 128
 OFFSETS = (-4.0, 2.0)  # of `LTMP.at`: hardly any token is removed, nearly all are
@@ -110,8 +111,10 @@ class ThresholdTask(ModuleTask):
             nn.ParameterDict({name: nn.Parameter(torch.full(size, start[name], device=device)) for name in start})
         )
         self.average = 1 / (self.backbone.num_prefix + self.backbone.num_patches)
-        temperature = {"merge": self.config.merge_temperature, "prune": self.config.prune_temperature * self.average}
-        self.walk = ThresholdWalk(self.backbone, problem.sites, temperature)
+        self.temperature = {
+            "merge": self.config.merge_temperature,
+            "prune": self.config.prune_temperature * self.average,
+        }
         self.dense = CostModel.of(self.backbone).dense()
         self.target = problem.target_gmacs * 1e9 / self.dense
 
@@ -127,10 +130,10 @@ class ThresholdTask(ModuleTask):
 
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
         """Loss of a batch, with the share of the dense MACs and the accuracy."""
+        sites, thresholds = self.problem.sites, dict(self.module.named_parameters())
         with torch.no_grad():  # the part before the first site does not depend on the thresholds
-            start = start_soft(self.backbone, images)
-            start, _ = run_soft(self.backbone, start, 2 * (self.walk.sites[0].block - 1))
-        found = self.walk(start, dict(self.module.named_parameters()))
+            start, _ = run_masked(self.backbone, start_masked(self.backbone, images), before_block(sites[0]))
+        found = run_training_pass(self.backbone, sites, start, thresholds, self.temperature)
         share = found.macs.mean() / self.dense
         error = F.cross_entropy(found.logits, labels, label_smoothing=self.config.label_smoothing)
         loss = error + self.config.budget_weight * (share - self.target).square()

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune_env.baselines import bipartite_matching as matching
 from vitprune_env.baselines.argument_checks import per_site
-from vitprune_env.baselines.bipartite_matching import is_sender, match, merge
+from vitprune_env.baselines.bipartite_matching import is_sender, match_bipartite, merge_senders
 from vitprune_env.types import Observation, Site
 
 seeds = st.integers(0, 2**31)
@@ -72,7 +72,7 @@ def test_every_sender_finds_its_best_receiver(
     with pytest.MonkeyPatch.context() as patch:
         if padded:  # as on a GPU
             patch.setattr(matching, "_by_length", matching._padded)
-        found = match(obs)
+        found = match_bipartite(obs)
     for image in range(batch):
         expected = naive_match(obs, image)
         for token in range(tokens):
@@ -88,7 +88,7 @@ def test_every_sender_finds_its_best_receiver(
 def test_similarities_cost_what_is_said(seed: int, batch: int, tokens: int, ragged: bool) -> None:
     obs = random_observation(seed, batch, tokens, 1, ragged)
     with FlopCounterMode(display=False) as counter:
-        macs = match(obs).macs
+        macs = match_bipartite(obs).macs
     assert counter.get_total_flops() == 2 * int(macs.sum())
 
 
@@ -96,13 +96,13 @@ def test_by_hand() -> None:
     """Positions: class 0, then tokens 0 to 4 at 1 to 5. Receivers 0, 2, 4; senders 1, 3."""
     keys = torch.tensor([[[1.0, 0.0], [3.0, 0.3], [0.0, 1.0], [-1.0, -1.0], [0.8, -0.6]]])
     obs = replace(observe(torch.ones(1, 5, dtype=torch.bool), keys), size=torch.tensor([[3.0, 1.0, 1.0, 1.0, 1.0]]))
-    found = match(obs)
+    found = match_bipartite(obs)
     assert found.sends.tolist() == [[False, True, False, True, False]]
     assert found.partner.tolist() == [[0, 0, 2, 4, 4]]
     assert found.score[0, [1, 3]].tolist() == pytest.approx([3 / 9.09**0.5, -0.2 / 2**0.5])
     assert found.macs.tolist() == [2 * 3 * 2]
     merges = torch.tensor([[False, True, False, False, False]])
-    into, weight, order = merge(obs, found, merges)
+    into, weight, order = merge_senders(obs, found, merges)
     assert into.tolist() == [[0, 0, 2, 3, 4]]
     assert weight.tolist() == [[0.75, 0.25, 1, 1, 1]], "the mean counts every patch once"
     left = sorted((0, 2, 3, 4), key=lambda token: int(order[0, token]))
@@ -112,8 +112,8 @@ def test_by_hand() -> None:
 def test_dead_tokens_go_nowhere() -> None:
     alive = torch.tensor([[True, False, True, True], [False, False, False, True]])
     obs = observe(alive, torch.ones(2, 4, 3))
-    found = match(obs)
-    into, weight, order = merge(obs, found, found.sends)
+    found = match_bipartite(obs)
+    into, weight, order = merge_senders(obs, found, found.sends)
     assert into.tolist() == [[0, -1, 0, 3], [-1, -1, -1, 3]]
     assert weight.tolist() == [[0.5, 0, 0.5, 1], [0, 0, 0, 1]]
     assert order.tolist() == [[4, -1, 1, 6], [-1, -1, -1, 4]]

@@ -25,8 +25,7 @@ from helpers import (
 )
 from vitprune_env import PrunedViT
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.engine.parking import recall
-from vitprune_env.engine.reduction import reduce_tokens
+from vitprune_env.engine.reduction import recall, reduce_tokens
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision

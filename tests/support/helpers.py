@@ -49,6 +49,8 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_medium_patch16_gap_240": {},  # average pooling, no class token
     "vit_base_patch16_224": {"global_pool": "avg"},  # average pooling beside a class token, as MAE fine-tunes
     "vit_base_patch16_clip_224": {},  # norm before the blocks
+    "eva02_tiny_patch14_224": {"img_size": 56},  # rotary positions, separate projections, SwiGLU, average pooling
+    "vit_small_patch16_rope_mixed_224": {"global_pool": "token"},  # learnt angles per head and block
     "vit_small_patch16_224": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "reg_tokens": 2},
 }
 

@@ -132,6 +132,11 @@ class TokenState:
         return shift[self.image] + torch.arange(self.image.shape[0], device=shift.device)
 
     @cached_property
+    def row_patches(self) -> Tensor:
+        """`[rows]` int64, the patch number of each row of `x`; -1 for prefix rows."""
+        return self.token.new_full((self.x.shape[0],), -1).index_copy(0, self.patch_rows, self.token)
+
+    @cached_property
     def row_of(self) -> Tensor:
         """`[B, N]` int64, the row of `x` that holds each alive token; of no meaning for the dead."""
         return (self.first_row + self.num_prefix)[:, None] + self._place
