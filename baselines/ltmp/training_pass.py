@@ -57,13 +57,14 @@ def run_training_pass(
     cost, keep = CostModel.of(backbone), []
     ones = torch.ones(state.tokens.shape[:2], device=state.x.device)
     ranks = torch.arange(ones.shape[1], device=ones.device).expand(ones.shape)
-    own = [torch.zeros(len(ones), dtype=torch.float64, device=ones.device)]  # MACs of evidence and matching
+    own = torch.zeros(len(ones), dtype=torch.float64, device=ones.device)  # MACs of evidence and matching
+    rows = ones.sum(dim=1).double() + state.num_prefix  # that the next attention runs on
 
     def decide(arrival: Arrival[MaskedState]) -> MaskedState:
-        before, site = arrival.state, arrival.site
+        nonlocal own, rows
+        before = arrival.state
         if arrival.is_fresh:
-            rows = _mask(before).sum(dim=1).double() + before.num_prefix
-            own.append(cost.evidence(site, rows, needs))
+            own = own + cost.evidence(arrival.site, rows, needs)
         after = before
         into = torch.arange(ones.shape[1], device=ones.device).expand(ones.shape)
         alive = _mask(before).detach() > 0
@@ -74,7 +75,7 @@ def run_training_pass(
             joins = _step(score - thresholds["merge"][arrival.step], temperature["merge"]) * matching.sends
             into, _, order = merge_senders(obs, matching, joins.detach() > 0)
             after, into = _merged(before, joins, matching.partner, order), into.clamp(min=0)
-            own.append(_matching_macs(_mask(before), obs.evidence["keys"].shape[1]))
+            own = own + _matching_macs(_mask(before), obs.evidence["keys"].shape[1])
         if "prune" in thresholds:
             importance = arrival.evidence["mean_attention"] * alive
             importance = importance.scatter_reduce(1, into, importance, "amax")
@@ -83,11 +84,12 @@ def run_training_pass(
         if backbone.needs_patches:
             after = _rescued(before, after, alive)
         keep.append(_mask(after))
+        rows = keep[-1].sum(dim=1).double() + state.num_prefix
         return _ranked(after)
 
     last = walk.through(replace(state, weights=ones, size=ones, order=ranks), decide)
     masks = torch.stack(keep)
-    macs = cost.forward(masks.sum(dim=2).T, sites) + torch.stack(own).sum(dim=0)
+    macs = cost.forward(masks.sum(dim=2).T, sites) + own
     return TrainingPass(classify_masked(backbone, last, last.weights), masks, macs)
 
 
