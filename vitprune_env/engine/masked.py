@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.engine.attention import Rows
-from vitprune_env.engine.evidence import EVIDENCE, MaskedAttention
+from vitprune_env.engine.evidence import EVIDENCE, MaskedAttention, check_needs
 from vitprune_env.engine.families.adapter import Projections
 from vitprune_env.engine.halves import AttendPacked, Execution, Found, run_halves
 from vitprune_env.engine.network import Network
@@ -95,9 +95,11 @@ def run_masked(
 
     Raises:
         ValueError: for a stop outside the rest of the network, or weights or a bias of a wrong shape.
+        EvidenceError: for evidence that is not known, or that the network cannot give.
     """
     if not state.half <= stop <= 2 * network.depth:
         raise ValueError(f"stop: expected {state.half} to {2 * network.depth} half-blocks, got {stop}")
+    check_needs(needs, network)
     factor, bias = _with_prefix(state, key_weights, 1.0, "key_weights"), _with_prefix(state, key_bias, 0.0, "key_bias")
     batch, length, _ = state.x.shape
     rows = Rows(((batch, length),), patches=lambda: _patches(state))
@@ -178,7 +180,7 @@ def soft_weights(q: Tensor, k: Tensor, key_factor: Tensor, scale: float, key_bia
     if key_bias is not None:
         logits = logits + key_bias[:, None, None].to(q)
     top = logits.masked_fill(factor == 0, float("-inf")).amax(dim=-1, keepdim=True).detach()
-    # A removed key may exceed the largest remaining one by any amount: clamp, lest inf * 0 become NaN.
+    # A removed key may exceed the largest remaining one by any amount: clamp, or inf * 0 would become NaN.
     weights = (logits - top).clamp(max=30.0).exp() * factor
     return weights / weights.sum(dim=-1, keepdim=True)
 

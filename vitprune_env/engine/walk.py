@@ -1,4 +1,4 @@
-"""The walk through a network: run to a site, gather evidence, let somebody decide, go on; to the logits.
+"""The walk through a network: run to a site, gather evidence, decide, go on, up to the last block.
 
 The loop is written once, for two media. `Packed` removes tokens physically: the game, the deployed model and the
 benchmarks use it. `Masked` keeps every token and gives it a weight: the training forms of baselines and the credit of
@@ -182,7 +182,7 @@ class Walk(Generic[S]):
 
         Args:
             state: the tokens at or before the first site.
-            decide: told of every arrival, in order; returns the tokens to go on with.
+            decide: called at every arrival, in order; returns the tokens to go on with.
 
         Returns:
             The tokens that leave the last block.

@@ -48,7 +48,7 @@ def attribution(
         raise DecisionError("credit: expected tokens to be kept or dropped, got merged ones; they have no weight of 0")
     if any(step.parked is not None and bool(step.parked.any()) for step in steps):
         raise DecisionError(
-            "credit: expected tokens to be kept or dropped, got waiting ones; nobody sees them meanwhile"
+            "credit: expected tokens to be kept or dropped, got waiting ones; they are not seen meanwhile"
         )
     batch = start.batch_size
     x = start.x.detach().view(batch, -1, start.x.shape[1])

@@ -75,7 +75,7 @@ class TokenGame:
 
         Args:
             backbone: the network to prune.
-            policy: who will play.
+            policy: the policy that will play.
             **kwargs: further arguments of `TokenGame`; they win over the policy's wishes.
         """
         sites = policy.default_sites(backbone.depth)
@@ -105,7 +105,7 @@ class TokenGame:
 
         Args:
             images: `[B, C, H, W]` as the model wants them (normalised).
-            labels: `[B]` int64 classes; None: nobody is paid.
+            labels: `[B]` int64 classes; None: no reward is paid.
 
         Returns:
             What the agents see at the first site.
@@ -119,7 +119,7 @@ class TokenGame:
         """Begin a batch of games from a prepared state, see `reset`.
 
         Raises:
-            ValueError: for a state that has run past what this game needs to see, or whose tokens have been pruned.
+            ValueError: for a state that has run past the blocks whose evidence this game needs, or has lost tokens.
         """
         if state.half > self._cached_halves or not state.alive.all():
             raise ValueError(
