@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self, Unpack
+from dataclasses import dataclass, field
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ...engine.tokens import start_state
 from ...game.rollout import play
 from ...types import quarter_sites
 from ..argument_checks import check_fields
-from ..fitting.keep_rate import KeepRateRecipe, KeepRateTask, before_block
+from ..fitting.keep_rate import KeepRateConfig, KeepRateRecipe, KeepRateTask, before_block
 from ..fitting.loop import FitConfig
 from ..fitting.recipe import FitOptions, Problem, fit_policy
 from ..fitting.task import Row
@@ -23,24 +23,19 @@ from .subsample import SubSampleMerge
 
 
 @dataclass(frozen=True)
-class MergerConfig:
+class MergerConfig(KeepRateConfig):
     """Settings of the fit of a merger with trained layers."""
 
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(steps=300, batch_size=32, lr=2e-3, validation=512, validate_every=50)
     )
     """The training loop."""
-    images: int = 4096
-    """Training images, prepared up to the first site and kept in memory; 0: all, each run when drawn."""
     logit_weight: float = 1.0
     """Weight of the divergence from the dense network's class probabilities; that of the cross-entropy is 1."""
 
     def __post_init__(self) -> None:
-        check_fields(self, ("images", "logit_weight"), lambda value: value >= 0, "at least 0")
-
-    def quick(self) -> Self:
-        """The same settings with very few steps and images, for tests of the whole fit."""
-        return replace(self, fit=self.fit.quick(), images=min(self.images, 64))
+        super().__post_init__()
+        check_fields(self, ("logit_weight",), lambda value: value >= 0, "at least 0")
 
 
 class MergerTask(KeepRateTask[SubSampleMerge]):

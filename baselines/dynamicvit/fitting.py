@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self, Unpack
+from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ...engine.masked import MaskedState, classify_masked, run_masked
 from ...engine.walk import Arrival, Masked, Walk
 from ...types import Site
 from ..argument_checks import check_fields
-from ..fitting.keep_rate import KeepRateRecipe, KeepRateTask
+from ..fitting.keep_rate import KeepRateConfig, KeepRateRecipe, KeepRateTask
 from ..fitting.loop import FitConfig
 from ..fitting.recipe import FitOptions, Problem, fit_policy
 from ..fitting.task import Row
@@ -26,7 +26,7 @@ Choose = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DynamicViTConfig:
+class DynamicViTConfig(KeepRateConfig):
     """Settings of the fit; the weights of the losses are those published for DeiT-S."""
 
     fit: FitConfig = field(
@@ -35,8 +35,6 @@ class DynamicViTConfig:
         )
     )
     """The training loop."""
-    images: int = 4096
-    """Training images, prepared up to the first site and kept in memory; 0: all, each run when drawn."""
     ratio_weight: float = 2.0
     """Weight of the squared distance between kept and wanted fractions, mean over sites."""
     logit_weight: float = 0.5
@@ -47,13 +45,10 @@ class DynamicViTConfig:
     """Temperature of the Gumbel softmax."""
 
     def __post_init__(self) -> None:
-        names = ("ratio_weight", "logit_weight", "token_weight", "images")
+        super().__post_init__()
+        names = ("ratio_weight", "logit_weight", "token_weight")
         check_fields(self, names, lambda value: value >= 0, "at least 0")
         check_fields(self, ("temperature",), lambda value: value > 0, "above 0")
-
-    def quick(self) -> Self:
-        """The same settings with very few steps and images, for tests of the whole fit."""
-        return replace(self, fit=self.fit.quick(), images=min(self.images, 64))
 
 
 class DynamicViTTask(KeepRateTask[DynamicViT]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import torch
@@ -17,11 +17,29 @@ from ...game.rollout import play
 from ...game.token_game import TokenGame
 from ...policy import Policy
 from ...types import Site
+from ..argument_checks import check_fields
 from ..calibration import calibrate_policy
 from .inputs import Inputs, device_of, inputs_of
 from .loop import FitConfig
 from .recipe import Problem, Sites
 from .task import ModuleTask, Row
+
+
+@dataclass(frozen=True)
+class KeepRateConfig:
+    """Settings that all of these fits have; a method adds those of its loss."""
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The training loop."""
+    images: int = 4096
+    """Training images, prepared up to the first site and kept in memory; 0: all, each run when drawn."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("images",), lambda value: value >= 0, "at least 0")
+
+    def quick(self) -> Self:
+        """The same settings with very few steps and images, for tests of the whole fit."""
+        return replace(self, fit=self.fit.quick(), images=min(self.images, 64))
 
 
 class KeepRateModule(Policy, Protocol):
@@ -46,7 +64,7 @@ class KeepRateTask(ModuleTask, Generic[M]):
         policy: what learns, at the keep rate of the budget.
         game: on the network and the sites that it is trained for.
         data: training images up to the first site.
-        config: settings of the method, a dataclass.
+        config: settings of the method.
     """
 
     def __init__(self, policy: M, game: TokenGame, data: Inputs, config: Any) -> None:
@@ -93,14 +111,14 @@ class KeepRateRecipe(Generic[M]):
     """The recipe of a module with a keep rate.
 
     Args:
-        config: default settings, with fields `fit` (a `FitConfig`) and `images` (prepared images; 0: none).
+        config: default settings.
         sites: default sites in a network.
         untrained: the policy for a problem, at keep rate 1 and with initial weights.
         make_task: the task of a policy at the keep rate of the budget.
         prepared: half-blocks of the network that the training inputs have been through, from the first site.
     """
 
-    config: Any
+    config: KeepRateConfig
     sites: Callable[[Backbone], Sites]
     untrained: Callable[[Problem], M]
     make_task: Callable[[M, TokenGame, Inputs, Any], KeepRateTask[M]]

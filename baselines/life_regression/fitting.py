@@ -20,7 +20,7 @@ from ...game.token_game import TokenGame
 from ...types import Site, quarter_sites
 from ..argument_checks import check_fields
 from ..fitting.inputs import ImageInputs, device_of
-from ..fitting.keep_rate import KeepRateRecipe, KeepRateTask
+from ..fitting.keep_rate import KeepRateConfig, KeepRateRecipe, KeepRateTask
 from ..fitting.loop import FitConfig, fit_task
 from ..fitting.recipe import FitOptions, Problem, fit_policy
 from ..fitting.task import Row, frozen
@@ -28,7 +28,7 @@ from .policy import LifeRegression
 
 
 @dataclass(frozen=True)
-class LifeConfig:
+class LifeConfig(KeepRateConfig):
     """Settings of both stages: training the predictor, and fine-tuning the network for it."""
 
     fit: FitConfig = field(
@@ -40,20 +40,18 @@ class LifeConfig:
         default_factory=lambda: FitConfig(steps=240, batch_size=32, lr=1e-4, validation=256, validate_every=40)
     )
     """Second stage, the network (`finetune_life_regression`)."""
-    images: int = 4096
-    """Training images, prepared up to the first site and kept in memory; 0: all, each run when drawn."""
     sharpness: float = 8.0
     """U, how steeply a token's weight falls at the end of its life, per block. The paper has 1.5; on the built-in task,
     whose sites lie closer together, 8 was best on validation images (25 % of the MACs, 150 steps, U of 1, 1.5, 4, 8 and
     16: 92.2, 93.9, 95.2, 96.0 and 94.9 %)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, ("sharpness",), lambda value: value > 0, "above 0")
-        check_fields(self, ("images",), lambda value: value >= 0, "at least 0")
 
     def quick(self) -> Self:
         """The same settings with very few steps and images, for tests of the whole fit."""
-        return replace(self, fit=self.fit.quick(), finetune=self.finetune.quick(), images=min(self.images, 64))
+        return replace(super().quick(), finetune=self.finetune.quick())
 
 
 def forward_soft_lives(backbone: Backbone, state: MaskedState, lives: Tensor, sharpness: float) -> Tensor:
