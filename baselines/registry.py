@@ -21,13 +21,13 @@ from .clusters.dpc_knn import DPCKNN
 from .clusters.dpc_merge import DPCMerge
 from .clusters.mergers import KMeansMerge, PoolMerge
 from .clusters.subsample import SubSampleMerge
-from .clusters.subsample_fitting import MergerConfig, merger_recipe
-from .dynamicvit import fitting as dynamicvit_fitting
+from .clusters.subsample_fitting import merger_recipe
+from .dynamicvit.fitting import DYNAMICVIT_RECIPE
 from .dynamicvit.policy import DynamicViT
 from .evit import EViT, TriLevel
 from .evo_vit import EvoViT
 from .fitting.recipe import FitOptions, Recipe, Sites, fit_policy
-from .life_regression import fitting as life_regression_fitting
+from .life_regression.fitting import LIFE_RECIPE
 from .life_regression.policy import LifeRegression
 from .ltmp.fitting import LTMPFitConfig, LTMPRecipe
 from .ltmp.policy import LTMP
@@ -62,7 +62,7 @@ class Method:
             `Policy.default_sites`.
         start: values of other parameters for the untrained method, where none are given.
         recipe: what it brings to be fitted; None: it has nothing to train.
-        fit_config: makes the settings of a fit that `calibrate` follows; their `quick()` gives a fit of seconds.
+        uncalibrated: settings of a fit that `calibrate` follows, if not the recipe's.
         fitted_knob: what `at(value)` of a trained policy changes, to move it to another budget.
     """
 
@@ -74,13 +74,17 @@ class Method:
     sites: Callable[[Backbone], Sites] = backbone_sites
     start: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe[Policy] | None = None
-    fit_config: Callable[[], Any] | None = None
+    uncalibrated: Any = None
     fitted_knob: Knob = KEEP_RATE
 
     @property
     def fit(self) -> Callable[..., Policy] | None:
         """`fit_policy` with this method's recipe; None: it has nothing to train."""
         return None if self.recipe is None else partial(fit_policy, self.recipe)
+
+    def fit_config(self) -> Any:
+        """Settings of a fit that `calibrate` follows, with a `quick()` for a fit of seconds; None: nothing to train."""
+        return self.uncalibrated or (self.recipe and self.recipe.config)
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -136,7 +140,7 @@ def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary:
         all_blocks,
         start={"merge_thresholds": LTMPFitConfig().merge_init} if variant == "merge+prune" else {},
         recipe=LTMPRecipe(LTMPFitConfig(variant=variant)),
-        fit_config=partial(LTMPFitConfig, variant=variant, calibration=0),
+        uncalibrated=LTMPFitConfig(variant=variant, calibration=0),
         fitted_knob=Knob("offset", -4, 4, rising=False),
     )
 
@@ -148,7 +152,6 @@ def _merger(name: str, kind: Literal["convolution", "mlp"]) -> Method:
         f"the same with a trained {kind} in place of the clusters",
         "Long et al., 2023, Table 4",
         recipe=merger_recipe(kind),
-        fit_config=MergerConfig,
     )
 
 
@@ -156,7 +159,7 @@ METHODS: tuple[Method, ...] = (
     Method("random", RandomDrop, "keeps a share of the tokens, drawn uniformly: the control", "-"),
     Method("topk", TopK, "keeps a share of the original tokens, by class attention", "Haurum et al., 2023"),
     Method("evit", EViT, "keeps a share of the tokens, by class attention, and fuses the rest", "Liang et al., 2022"),
-    Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2023"),
+    Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2022"),
     Method(
         "dpc",
         DPCMerge,
@@ -193,16 +196,14 @@ METHODS: tuple[Method, ...] = (
         DynamicViT,
         "keeps a share of the tokens, by a predictor trained with Gumbel noise",
         "Rao et al., 2021",
-        recipe=dynamicvit_fitting.RECIPE,
-        fit_config=dynamicvit_fitting.DynamicViTConfig,
+        recipe=DYNAMICVIT_RECIPE,
     ),
     Method(
         "life_regression",
         LifeRegression,
         "predicts once, at the first site, how long each token is needed; the longest-lived stay",
         "Chen et al., Life Regression based Patch Slimming",
-        recipe=life_regression_fitting.RECIPE,
-        fit_config=life_regression_fitting.LifeConfig,
+        recipe=LIFE_RECIPE,
     ),
 )
 

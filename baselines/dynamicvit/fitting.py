@@ -92,7 +92,7 @@ def _untrained(problem: Problem) -> DynamicViT:
     return DynamicViT(1.0, problem.seed, problem.backbone.embed_dim, problem.sites)
 
 
-RECIPE = KeepRateRecipe(
+DYNAMICVIT_RECIPE = KeepRateRecipe(
     config=DynamicViTConfig(),
     sites=lambda backbone: backbone.default_sites,
     untrained=_untrained,
@@ -115,7 +115,7 @@ def fit_dynamicvit(
     Returns:
         The policy at the keep rate of the budget; `policy.at(rate)` has the same predictors at another one.
     """
-    return fit_policy(RECIPE, backbone, dataset, target_gmacs, config=config, **options)
+    return fit_policy(DYNAMICVIT_RECIPE, backbone, dataset, target_gmacs, config=config, **options)
 
 
 def forward_train(

@@ -117,7 +117,7 @@ def _untrained(problem: Problem) -> LifeRegression:
     return LifeRegression(1.0, problem.seed, problem.backbone.embed_dim, problem.sites)
 
 
-RECIPE = KeepRateRecipe(
+LIFE_RECIPE = KeepRateRecipe(
     config=LifeConfig(),
     sites=lambda backbone: quarter_sites(backbone.depth, later=1),
     untrained=_untrained,
@@ -138,7 +138,7 @@ def fit_life_regression(
     Returns:
         The policy at the keep rate of the budget; `policy.at(rate)` has the same predictor at another one.
     """
-    return fit_policy(RECIPE, backbone, dataset, target_gmacs, config=config, **options)
+    return fit_policy(LIFE_RECIPE, backbone, dataset, target_gmacs, config=config, **options)
 
 
 def finetune_life_regression(
