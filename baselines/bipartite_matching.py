@@ -85,7 +85,7 @@ def merge_senders(obs: Observation, matching: Matching, merges: Tensor) -> tuple
     itself = torch.arange(obs.num_agents, device=merges.device).expand(merges.shape)
     merge_into = torch.where(merges, matching.partner, itself).masked_fill(~obs.alive, -1)
     order = torch.where(is_sender(obs), obs.order, obs.order + obs.num_agents).masked_fill(~obs.alive, -1)
-    return merge_into, mean_weights(merge_into, obs.size), order
+    return merge_into, mean_weights(merge_into, obs.size) * obs.alive, order
 
 
 def is_sender(obs: Observation) -> Tensor:

@@ -47,12 +47,7 @@ class Problem:
 
 
 class PolicyTask(FitTask, Protocol[P_co]):
-    """A task of the training loop that results in a policy.
-
-    Attributes:
-        data: inputs of the loss.
-        settings: JSON values that must be equal in a checkpoint to be resumed.
-    """
+    """A task of the training loop that results in a policy."""
 
     @property
     def data(self) -> ImageDataset:
