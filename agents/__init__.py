@@ -1,8 +1,8 @@
 """Learning to prune: actor, critic, MAPPO on tianshou, training to a budget, fine-tuning of the network."""
 
+from ..deploy.policy_files import load_policy, save_policy
 from .budgets.adaptive import AdaptivePolicy
 from .budgets.targets import calibrate_threshold
-from .checkpoint import load_policy, save_policy
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
 from .learners.mappo import MAPPO
 from .learners.ppo_single import ImageCritic, PPOSingle

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policy import BasePolicy
+from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
 from .learners.noise import exploration_noise
 from .networks import TokenActor, keep_log_prob
 
 
+@register_policy("token_policy")
 class TokenPolicy(BasePolicy, nn.Module):
     """Keeps the tokens whose log-odds of being kept exceed a threshold; deterministic.
 

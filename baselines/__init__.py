@@ -1,5 +1,7 @@
 """Methods to compare with: fixed and fitted token-reduction policies, one file or folder per method."""
 
+from ..deploy.policy_files import load_policy as load_fitted
+from ..deploy.policy_files import save_policy as save_fitted
 from .ats import ATS
 from .calibration import Knob
 from .clusters import (
@@ -15,7 +17,6 @@ from .clusters import (
 from .dynamicvit import DynamicViT, DynamicViTConfig, fit_dynamicvit
 from .evit import EViT, TriLevel
 from .evo_vit import EvoViT, read_from_patches
-from .fitted import load_fitted, save_fitted
 from .fitting import FitConfig, Recipe
 from .life_regression import LifeConfig, LifeRegression, finetune_life_regression, fit_life_regression
 from .ltmp import LTMP, LTMPFitConfig, fit_ltmp

@@ -13,7 +13,7 @@ from ..data import ImageDataset
 from ..engine.backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
 from ..files import PathLike
-from ..policy import Policy
+from ..policy import Policy, register_policy
 from ..types import every_block
 from .ats import ATS
 from .calibration import KEEP_RATE, Batches, Knob, P, Setting, calibrate_policy
@@ -206,6 +206,23 @@ METHODS: tuple[Method, ...] = (
         recipe=LIFE_RECIPE,
     ),
 )
+
+# The names of these classes in files; a name stays when a class is renamed or moved.
+register_policy("ats", ATS)
+register_policy("dpc", DPCMerge)
+register_policy("dpc_kmeans", KMeansMerge)
+register_policy("dpc_pool", PoolMerge)
+register_policy("dpc_subsample", SubSampleMerge)
+register_policy("dpcknn", DPCKNN)
+register_policy("dynamicvit", DynamicViT)
+register_policy("evit", EViT)
+register_policy("evo_vit", EvoViT)
+register_policy("life_regression", LifeRegression)
+register_policy("ltmp", LTMP)
+register_policy("random", RandomDrop)
+register_policy("tome", ToMe)
+register_policy("topk", TopK)
+register_policy("tri_level", TriLevel)
 
 
 def available() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...game.rewards import Attribution, RewardFn, SharedOutcome
+from ...policy import register_policy
 from ...types import Decision, Observation, Site
 from ..networks import TokenActor
 from ..policies import ExploringPolicy, TokenPolicy
@@ -63,6 +64,7 @@ def spaced(low: float, high: float) -> tuple[float, ...]:
     return (*(low + (high - low) * index / (KNOTS - 1) for index in range(KNOTS - 1)), high)
 
 
+@register_policy("adaptive_policy")
 class AdaptivePolicy(TokenPolicy):
     """A `TokenPolicy` that serves any budget of a range; `at(share)` is the same policy at another one.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from games import NAME, OwnLabels
 from helpers import toy
 from vitprune_env.agents import TrainConfig, train
-from vitprune_env.agents.checkpoint import load_state
+from vitprune_env.files import load_state
 
 CONFIG = TrainConfig(
     updates=8,

@@ -22,8 +22,8 @@ from games import NAME, OwnLabels
 from helpers import toy
 from kills import CONFIG, forked
 from vitprune_env.agents import MAPPO, TrainConfig, train
-from vitprune_env.agents.checkpoint import save_state
 from vitprune_env.agents.runs.processes import Processes, launched
+from vitprune_env.files import save_state
 
 SEVERAL = replace(CONFIG, updates=5, images=7, epochs=2, minibatch=100, cache_images=0, checkpoint_every=2)
 RUNS: dict[str, tuple[TrainConfig, tuple[int, ...]]] = {  # settings, numbers of processes

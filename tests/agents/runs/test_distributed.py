@@ -20,10 +20,10 @@ from helpers import toy
 from places import SUPPORT as HERE
 from ranks import RUNS
 from vitprune_env.agents import TokenActor, TrainConfig
-from vitprune_env.agents.checkpoint import load_state
 from vitprune_env.agents.learners.noise import exploration_noise, philox
 from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.agents.runs.processes import Processes, launched
+from vitprune_env.files import load_state
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 
