@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import ImageDataset, batches_of
 from ..engine.backbone import Backbone
-from ..engine.search import bisect
+from ..engine.cost import bisect
 from ..engine.tokens import TokenState
 from ..errors import BudgetError
 from ..game.rollout import play

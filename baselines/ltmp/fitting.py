@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ...data import ImageDataset, batches_of
 from ...engine.backbone import Backbone
-from ...engine.cost import CostModel, check_budget
+from ...engine.cost import CostModel, bisect, check_budget
 from ...engine.masked import run_masked, start_masked
-from ...engine.search import bisect
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
 from ...types import every_block
