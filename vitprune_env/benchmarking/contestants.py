@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 
 from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, calibrate_threshold
-from vitprune_env.baselines import Method, available, calibrate, describe
-from vitprune_env.baselines.knobs import Knob
-from vitprune_env.baselines.registry import KEEP_RATE, METHODS
+from vitprune_env.baselines import Knob, Method, available, calibrate, describe, fit
+from vitprune_env.baselines.calibration import KEEP_RATE
+from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.images import Batches, Images, digest
 from vitprune_env.benchmarking.measurement import Group, Sites
 from vitprune_env.deploy.policy_files import load_policy
@@ -216,7 +216,7 @@ def _of_method(label: str, text: str) -> list[Contestant]:
         return _fitted(method, task, budget, where(task))
 
     as_it_is = Contestant(label, "control" if name == "random" else "baseline", calibrated, where, method.knob.name)
-    if method.fit is None:
+    if method.recipe is None:
         return [as_it_is]
     found = []
     if not parameters:
@@ -248,13 +248,13 @@ def _calibrated(
 
 def _fitted(method: Method, task: Task, budget: float, sites: Sites | None) -> list[Policy]:
     """A method trained for the budget, then brought to it exactly."""
-    assert method.fit is not None
-    assert method.fit_config is not None
+    assert task.fit is not None
     config = method.fit_config()
     folder = f"{method.name}-{budget / task.dense_gmacs:.3g}"
-    policy: Any = method.fit(
+    policy: Any = fit(
+        method,
         task.backbone,
-        task.fit,
+        cast(Any, task.fit),
         budget,
         sites=sites,
         seed=task.seed,

@@ -56,7 +56,7 @@ def about_method(name: str) -> dict[str, Any]:
         "summary": method.summary,
         "source": method.source,
         "budget set by": method.knob.name,
-        "trained": "yes" if method.fit is not None else "no",
+        "trained": "no" if method.recipe is None else "yes",
         **{f"parameter {key}": str(value) for key, value in method.parameters.items()},
     }
 
