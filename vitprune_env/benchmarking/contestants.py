@@ -180,7 +180,7 @@ def _entered(label: str, entry: Any) -> Iterable[Contestant]:
         return [_of_files(label, [path])]
     if isinstance(entry, type):
         method = next((method for method in METHODS if method.make is entry), None)
-        return [_of_factory(label, entry)] if method is None else _of_method(label, method.name)
+        return [_of_factory(label, cast(Any, entry))] if method is None else _of_method(label, method.name)
     if isinstance(entry, Policy):
         return [_of_policy(label, entry)]
     if isinstance(entry, Sequence):

@@ -18,10 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
-
-PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,13 @@ def entries(args: Args) -> dict[str, str | list[str]]:
     return {**found, **trained}
 
 
+def sites_of(args: Args) -> tuple[str, ...] | Literal["published"] | None:
+    """The sites of the flags as `benchmark` takes them."""
+    if args.sites == ("backbone",):
+        return None
+    return "published" if args.sites == ("published",) else args.sites
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
@@ -96,13 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     common, source = args.common, args.source
     common.prepare(built_in=not source.reads_files)
     backbone = source.network(common.seed, common.device)
-    words = {("backbone",): None, (PUBLISHED,): PUBLISHED}
     result = benchmark(
         entries(args),
         backbone,
         source.open(backbone, args.split, args.images, TEST_SEED),
         budgets=args.budgets,
-        sites=words.get(args.sites, args.sites),
+        sites=sites_of(args),
         tune=source.open(backbone, "train", args.tune_images, TUNE_SEED),
         fit=source.open(backbone, "train", args.fit_images, common.seed),
         seeds=args.seeds,

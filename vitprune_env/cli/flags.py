@@ -165,11 +165,6 @@ def read_flags(
         prog: name of the command; None: that of the process.
         default: values of flags that are not given; None: those of the dataclass.
     """
-    return tyro.cli(
-        flags,
-        args=argv,
-        description=description,
-        prog=prog,
-        config=(tyro.conf.OmitArgPrefixes,),
-        **({} if default is None else {"default": default}),
-    )
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    short_names = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(flags, args=argv, description=description, prog=prog, config=short_names, **given)

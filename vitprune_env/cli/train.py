@@ -31,7 +31,7 @@ from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
 from vitprune_env.cli.presets import TRAINING
 from vitprune_env.cli.train_flags import TrainingFlags
-from vitprune_env.data import Digits, ImageDataset, batches_of
+from vitprune_env.data import Digits, ImageFiles, batches_of
 from vitprune_env.engine.backbone import Backbone
 
 TUNE_IMAGES = 256
@@ -72,7 +72,7 @@ class Args:
 class Task:
     """Images to train on, to calibrate baselines on and to report on."""
 
-    training: ImageDataset
+    training: Digits | ImageFiles
     tune: Sequence[tuple[Tensor, Tensor]]
     test: Batches
 
