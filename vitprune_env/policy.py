@@ -112,7 +112,7 @@ class BasePolicy:
 
     def decide(self, obs: Observation) -> Decision:
         """Decide for all alive tokens of all images at once."""
-        raise TypeError(f"{type(self).__name__} has no method decide")
+        raise TypeError(f"{type(self).__name__} does not say how to decide")
 
 
 @register_policy("keep_all")
