@@ -1,7 +1,7 @@
-"""Fine-tune a network on what its policy leaves of the images: the second half of Algorithm 1 (paper 000).
+"""Fine-tune a network on what its policy leaves of the images: the second half of Algorithm 1 (RL4EViT).
 
 The policy is frozen, the pruned forward runs packed and is differentiable, so no masks are needed. Any policy can be
-fine-tuned with, learnt or heuristic; those with a keep rate may anneal it, as EViT and paper 001 do.
+fine-tuned with, learnt or heuristic; those with a keep rate may anneal it, as EViT and Long et al. (2023) do.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ...errors import CheckpointError
 from ...files import PathLike, load_state, prepare_folder, replace_file, save_state
 from ...policy import Policy, check_keep_rate
 from ...types import Site
-from ..runs.processes import Processes
-from ..runs.signals import StopSignals, TrainingStopped
-from ..runs.training_images import BatchedDataset
-from ..runs.writers import HistoryFile
+from ..shared.processes import Processes
+from ..shared.signals import StopSignals, TrainingStopped
+from ..shared.training_images import BatchedDataset
+from ..shared.writers import HistoryFile
 from .settings import CosineKeepRate, FinetuneConfig
 from .step import FineTuner
 

@@ -20,8 +20,8 @@ from ...game.rollout import play
 from ...game.token_game import TokenGame
 from ...policy import Policy
 from ...types import Site
-from ..runs.processes import Processes
-from ..runs.training_images import BatchedDataset, TrainingImages
+from ..shared.processes import Processes
+from ..shared.training_images import BatchedDataset, TrainingImages
 from .settings import FinetuneConfig
 
 

@@ -25,7 +25,7 @@ from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.game.rewards import SharedOutcome, log_probability
 from vitprune_env.game.rollout import play
-from vitprune_env.game.team_reward import TeamOutcome
+from vitprune_env.game.rewards import TeamOutcome
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Episode
 
