@@ -36,7 +36,7 @@ from vitprune_env import TokenGame, load_backbone, play
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
 from vitprune_env.agents.learners.mappo import MAPPO
 from vitprune_env.agents.networks import TokenActor, TokenCritic, paper_sizes
-from vitprune_env.agents.policies import ExploringPolicy
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.game.rewards import SharedOutcome
 
 LR = 1e-3
