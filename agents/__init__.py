@@ -10,7 +10,7 @@ from .learners.exploration import ExploringPolicy
 from .learners.learner import Learner, LearnerConfig, Parts
 from .learners.mappo import MAPPO, MAPPOConfig
 from .learners.ppo_single import ImageCritic, PPOSingle, PPOSingleConfig
-from .networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
+from .networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic, mlp
 from .policies import TokenPolicy
 from .presets import PRESETS, Preset
 from .runs.run import TrainResult, train
@@ -55,6 +55,7 @@ __all__ = [
     "finetune",
     "launched",
     "load_policy",
+    "mlp",
     "save_policy",
     "train",
 ]

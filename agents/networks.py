@@ -66,7 +66,7 @@ class TokenActor(nn.Module):
         self.num_actions = num_actions
         self.hidden = light_sizes(embed_dim) if hidden is None else tuple(hidden)
         self.norm = nn.LayerNorm(embed_dim)
-        self.layers = _chain((embed_dim, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
+        self.layers = mlp((embed_dim, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
         with torch.no_grad():
             self._last.bias.copy_(torch.tensor([0.0] + [keep_bias] * (num_actions - 1)))
 
@@ -134,7 +134,7 @@ class TokenCritic(nn.Module):
             self.token.weight.copy_(first.weight[:, :embed_dim])
             self.token.bias.copy_(first.bias)
             self.image.weight.copy_(first.weight[:, embed_dim:])
-        self.layers = _chain((*self.hidden, 1), 1.0, generator)
+        self.layers = mlp((*self.hidden, 1), 1.0, generator)
 
     def forward(self, tokens: Tensor, cls: Tensor, image: Tensor) -> Tensor:
         """Values of tokens.
@@ -229,8 +229,15 @@ def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) 
     return layer
 
 
-def _chain(sizes: Sequence[int], last_gain: float, generator: torch.Generator, leak: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU between them, leaky if asked for."""
+def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator, leak: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU between them, orthogonal weights and zero biases.
+
+    Args:
+        sizes: widths of input, hidden layers and output.
+        last_gain: of the last layer's weights; those of the others have gain sqrt(2).
+        generator: of the weights.
+        leak: slope of the ReLU below 0.
+    """
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         is_last = index == len(sizes) - 2

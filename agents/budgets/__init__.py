@@ -9,7 +9,8 @@ in the end the calibration of the policy.
     >>> from vitprune_env.agents.learners.exploration import ExploringPolicy
     >>> from vitprune_env.data import Digits
     >>> images, labels = Digits("train", size=32).batch(range(32))
-    >>> game, actor = TokenGame(load_backbone("vit_digits")), TokenActor(96)
+    >>> game = TokenGame(load_backbone("vit_digits"))
+    >>> actor = TokenActor(game.backbone.embed_dim)
     >>> explorer = ExploringPolicy(actor, torch.Generator().manual_seed(0))
     >>> controller = Share(0.35).controller(game, updates=3, macs_per_token=actor.macs_per_token)
     >>> for update in range(3):

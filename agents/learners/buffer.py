@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import NumericalError
 from ...types import Episode
+from .advantage import generalized_advantage
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def advantage(self, value: Tensor, discount: float, trace: float) -> Tensor:
+        """Generalised advantage estimates, see `generalized_advantage`.
+
+        Args:
+            value: `[M]`, of each agent-step.
+            discount: gamma, 0 to 1.
+            trace: lambda, 0 to 1.
+
+        Returns:
+            `[M]`; advantage + value are the TD(lambda) returns.
+        """
+        table = self.dense(value)
+        return self.flat(generalized_advantage(self.reward, table, self.alive, self.terminated, discount, trace))
 
     def flat(self, table: Tensor) -> Tensor:
         """The live entries of `[T, B, N]` as `[M]`, agent by agent."""

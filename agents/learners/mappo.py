@@ -24,7 +24,6 @@ from ...envs.action_kinds import ActionDistribution, ActionKind, KeepActions
 from ..networks import TokenActor, TokenCritic, standardize
 from ..shared.processes import Processes
 from ..shared.settings import check
-from .advantage import generalized_advantage
 from .buffer import GameBuffer, Lanes, Trajectory
 from .gradient import GradientStep, Shared, chunk_rows
 from .learner import LearnerConfig, Parts, finite_table, minibatches, tokenwise_policy
@@ -228,10 +227,7 @@ class MAPPO(PPO):
         out = cast(Any, batch)
         out.v_s = self._values(games)
         value = out.v_s if self.value_norm is None else self.value_norm.denormalize(out.v_s)
-        table = generalized_advantage(
-            games.reward, games.dense(value), games.alive, games.terminated, self.gamma, self.gae_lambda
-        )
-        out.adv = games.flat(table)
+        out.adv = games.advantage(value, self.gamma, self.gae_lambda)
         out.returns = self._targets(out.adv + value, value)
         return cast(BatchWithAdvantagesProtocol, batch)
 
