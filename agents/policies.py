@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..envs.action_kinds import ActionKind, KeepActions
+from ..envs.actions import ActionKind, KeepActions
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
@@ -59,8 +59,8 @@ class TokenPolicy(BasePolicy, nn.Module):
         """Choose an action for every alive token."""
         # In half precision, logits near the threshold would be rounded, and the calibrated budget would be missed.
         with full_precision(obs.tokens.device.type):
-            actions = obs.scatter(self._chosen(obs), fill=0)
-        return replace(self.actions.decision(actions, obs), macs=decision_macs(self.actor, obs))
+            chosen = self._chosen(obs)
+        return joint_decision(self.actions, chosen, obs, self.actor)
 
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
@@ -109,6 +109,13 @@ def full_precision(device_type: str) -> AbstractContextManager[object]:
 def decision_macs(actor: TokenActor, obs: Observation) -> Tensor:
     """MACs per image of letting the actor look at every alive token, `[B]` float64."""
     return obs.num_alive.double() * actor.macs_per_token
+
+
+def joint_decision(kind: ActionKind, actions: Tensor, obs: Observation, actor: TokenActor) -> Decision:
+    """The decision that the actions `[sum n_i]` of the alive tokens amount to, with the MACs of the actor."""
+    table = kind.unseen_actions(obs)
+    table[obs.image, obs.token] = actions
+    return replace(kind.decision(table, obs), macs=decision_macs(actor, obs))
 
 
 def action_rows(actions: ActionKind, obs: Observation) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Fields of frozen dataclasses that are worked out only where somebody reads them.
+"""Fields of frozen dataclasses that are computed only when they are read.
 
 A site of the game has to be cheap: most policies read few of the things that an observation or a token state can
 say, and on a single small image each of them costs about as much as a layer norm.
@@ -32,7 +32,7 @@ class _Later:
 
 
 def lazily(*names: str) -> Callable[[type[T]], type[T]]:
-    """Decorate a frozen dataclass some of whose fields are worked out only where somebody reads them.
+    """Decorate a frozen dataclass some of whose fields are computed only when they are read.
 
     The constructor takes the value of such a field, or what `on_demand` makes. `given` says what it took.
     """
@@ -46,10 +46,10 @@ def lazily(*names: str) -> Callable[[type[T]], type[T]]:
 
 
 def on_demand(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The value of `function(*args, **kwargs)`, for a field that is worked out only where somebody reads it."""
+    """The value of `function(*args, **kwargs)`, for a field that is computed only when it is read."""
     return partial(function, *args, **kwargs)  # unlike a lambda it can be pickled
 
 
 def given(instance: Any, name: str) -> Any:
-    """What the constructor took for a field, or its value once somebody has read it."""
+    """What the constructor took for a field, or its value once it has been read."""
     return vars(instance)[name]

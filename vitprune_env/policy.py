@@ -16,7 +16,7 @@ class Policy(Protocol):
     """Decides at every site which tokens stay.
 
     Attributes:
-        needs: evidence to compute for it (see `types.EVIDENCE`); empty for none.
+        needs: evidence to compute for it, by name (see `engine.evidence`); empty for none.
         attention_bias: `"log_size"` for proportional attention (a merged token counts as often as its size).
     """
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from vitprune_env.errors import SiteError
 from vitprune_env.lazy_fields import lazily
 
-EVIDENCE = ("cls_attention", "mean_attention", "keys", "value_norms")
-
 
 @dataclass(frozen=True, order=True)
 class Site:
@@ -82,10 +80,20 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     return parsed
 
 
+def quarter_sites(depth: int) -> list[int]:
+    """After every quarter of the blocks: 3, 6 and 9 of 12."""
+    return sorted({max(1, round(depth * part / 4)) for part in (1, 2, 3)})
+
+
+def every_block(depth: int) -> list[str]:
+    """Inside every block, between attention and MLP."""
+    return [f"{number}.attn" for number in range(1, depth + 1)]
+
+
 @lazily("image", "token", "offsets", "size", "order")
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees at a site: the alive tokens as packed rows, so that nobody computes on the dead."""
+    """What a policy sees at a site: the alive tokens as packed rows, so that dead tokens cost nothing."""
 
     tokens: Tensor  # [sum n_i, D] alive patch tokens, image by image, in token order
     image: Tensor  # [sum n_i] int64, the image of each row
@@ -101,9 +109,9 @@ class Observation:
     num_steps: int  # T
     depth: int  # blocks of the network
     evidence: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [sum n_i, ...], only what was asked for
-    count: int | None = None  # alive tokens of every image where all have equally many; known without asking the device
+    count: int | None = None  # alive tokens of every image where all have equally many; known in advance
     num_prefix: int = 1  # P, prefix tokens that stand in front of the sequence which `order` ranks
-    parked: Tensor | None = None  # [B, N] bool, tokens that wait: not among `alive`, yet not dead; None: nobody
+    parked: Tensor | None = None  # [B, N] bool, tokens that wait: not among `alive`, yet not dead; None: none wait
 
     @property
     def batch_size(self) -> int:
@@ -114,6 +122,11 @@ class Observation:
     def num_agents(self) -> int:
         """N, the number of patch tokens."""
         return self.alive.shape[1]
+
+    @property
+    def present(self) -> Tensor:
+        """`[B, N]` bool, the tokens in the game, alive or waiting."""
+        return self.alive if self.parked is None else self.alive | self.parked
 
     @cached_property
     def num_alive(self) -> Tensor:
@@ -144,12 +157,12 @@ class Decision:
     whole. Without `merge_into` every kept token stands alone with weight 1.
 
     A token that is kept and parked waits: no half-block touches it and it costs nothing, until a later decision says
-    something else of it. Every decision says anew who waits: a waiting token that is kept and parked waits on, one
-    that is kept and not parked comes back behind the others of the sequence, one that is not kept dies. Who still
-    waits at the end comes back before the image is classified.
+    otherwise. Every decision says anew which tokens wait: a waiting token that is kept and parked waits on, one
+    that is kept and not parked comes back behind the others of the sequence, one that is not kept dies. Tokens that
+    still wait at the end come back before the image is classified.
     """
 
-    keep: Tensor  # [B, N] bool, False for the dead; a waiting token must be kept, too, lest it die
+    keep: Tensor  # [B, N] bool, False for the dead; a waiting token must be kept, too, or it dies
     merge_into: Tensor | None = None  # [B, N] int64
     weight: Tensor | None = None  # [B, N] float; None: 1 for every token
     order: Tensor | None = None  # [B, N], sorts the tokens that stay into their new sequence; None: as before
@@ -168,8 +181,8 @@ class Step:
     acted: Tensor  # [B, N] bool, tokens that were in the game and decided, waiting ones included
     kept: Tensor  # [B, N] bool, tokens that are in the game afterwards, waiting ones included
     share: float  # part of the network's half-blocks between this site and the next one (or the end), 0 to 1
-    parked: Tensor | None = None  # [B, N] bool, of those kept, who waits up to the next site; None: nobody
-    merged: Tensor | None = None  # [B, N] bool, of those not kept, who lives on in another token; None: nobody
+    parked: Tensor | None = None  # [B, N] bool, of those kept, the ones that wait up to the next site; None: none
+    merged: Tensor | None = None  # [B, N] bool, of those not kept, the ones merged into another token; None: none
     overhead: Tensor | None = None  # [B] float, MACs of evidence and decision as a share of the dense network's
 
     @property
@@ -189,7 +202,7 @@ class Outcome:
     policy_macs: Tensor  # [B] float64, the part of `macs` spent on evidence and policy
     source: Tensor  # [B, N] int64, token that each original patch ended up in; -1 where it was pruned
     size: Tensor  # [B, N] float, patches that each token alive at the end stands for; 0 for the dead
-    alive: Tensor  # [B, N] bool, tokens alive at the end, who waited included
+    alive: Tensor  # [B, N] bool, tokens alive at the end, waiting ones included
     reward: Tensor | None  # [T, B, N] float; None without labels
 
 
@@ -202,7 +215,7 @@ class Episode:
     reward: Tensor | None  # [T, B, N] float; None without labels
     outcome: Outcome
     observations: tuple[Observation, ...] = ()  # T of them, when recording was asked for
-    parked: Tensor | None = None  # [T, B, N] bool, of those kept, who waits after each decision; None: nobody ever
+    parked: Tensor | None = None  # [T, B, N] bool, of those kept, the waiting ones after each decision; None: none
 
     @property
     def terminated(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...envs.action_kinds import ActionKind
+from ...envs.actions import ActionKind
 from ...errors import BudgetError
 from ...game.rewards import RewardFn, at_price, has_price
 from ...game.token_game import TokenGame

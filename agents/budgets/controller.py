@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...engine.tokens import TokenState
-from ...envs.action_kinds import ActionKind
+from ...envs.actions import ActionKind
 from ...game.rewards import START_PRICE, RewardFn, SettlingReward, SharedOutcome, has_price
 from ...game.token_game import TokenGame
 from ...types import Site

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...engine.backbone import Backbone
-from ...envs.action_kinds import ActionKind
+from ...envs.actions import ActionKind
 from ...errors import SettingsError
 from ..learners.exploration import ExploringPolicy
 from ..networks import TokenActor

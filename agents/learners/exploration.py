@@ -7,16 +7,15 @@ it is a function of the seed, the game's number in the run, the step and the tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...envs.action_kinds import ActionKind, KeepActions
+from ...envs.actions import ActionKind, KeepActions
 from ...policy import BasePolicy
 from ...types import Decision, Observation
 from ..networks import TokenActor
-from ..policies import action_rows, decision_macs, full_precision
+from ..policies import action_rows, full_precision, joint_decision
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -83,8 +82,7 @@ class ExploringPolicy(BasePolicy):
         self.log_probs.append(chance.log_prob(actions))
         if mask is not None:
             self.masks.append(mask)
-        decision = self.kind.decision(obs.scatter(actions, fill=0), obs)
-        return replace(decision, macs=decision_macs(self.actor, obs))
+        return joint_decision(self.kind, actions, obs, self.actor)
 
 
 def philox(counter: Counter, key: tuple[int, int]) -> Counter:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ...envs.action_kinds import ActionKind
+from ...envs.actions import ActionKind
 from ...errors import NumericalError
 from ...game.rewards import START_PRICE, RewardFn, SharedOutcome
 from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic

@@ -20,7 +20,8 @@ from tianshou.data import ReplayBuffer, SequenceSummaryStats
 from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
 from torch import Tensor
 
-from ...envs.action_kinds import ActionDistribution, ActionKind, KeepActions
+from ...envs.actions import ActionKind, KeepActions
+from ...envs.distributions import ActionDistribution
 from ..networks import TokenActor, TokenCritic, standardize
 from ..shared.processes import Processes
 from ..shared.settings import check
@@ -315,7 +316,7 @@ class MAPPO(PPO):
             with self._autocast():
                 logits = self.actor.logits_folded(some.tokens, *actor.leaves)
                 value = self.token_critic.value_folded(some.tokens, some.image, *critic.leaves).float()
-            loss, part = self._loss(some, self.actions.distribution(logits, some.mask), value)
+            loss, part = self._loss(some, self.actions.distribution(in_fp32(logits), some.mask), value)
             share = len(chunk) / everyones
             (share * loss).backward()
             log += share * part
@@ -344,3 +345,11 @@ class MAPPO(PPO):
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._seen.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def in_fp32(logits: Tensor) -> Tensor:
+    """Logits `[rows, A]` of any precision as fp32. Of half-precision ones only the differences to the first are kept.
+
+    The differences are what probabilities depend on; they are rounded once, as half-precision numbers.
+    """
+    return logits if logits.dtype == torch.float32 else (logits - logits[:, :1]).float()

@@ -22,7 +22,7 @@ from .advantage import generalized_advantage
 from .buffer import GameBuffer, Trajectory
 from .learner import Parts
 from .losses import policy_loss, value_loss
-from .mappo import MAPPO, MAPPOConfig
+from .mappo import MAPPO, MAPPOConfig, in_fp32
 
 
 class ImageCritic(nn.Module):
@@ -208,7 +208,7 @@ class PPOSingle(MAPPO):
         mine = (place[seen.row] >= 0).nonzero().squeeze(1)
         row = place[seen.row[mine]]
         with self._autocast():
-            logits = self.actor(games.tokens[mine])
+            logits = in_fp32(self.actor(games.tokens[mine]))
             value = self.critic(seen.mean[rows], seen.cls[rows], seen.left[rows]).float()
         chance = self.actions.distribution(logits, None if games.mask is None else games.mask[mine])
         log_ratio = joint_sum(chance.log_prob(games.action[mine]) - games.log_prob[mine], row, len(rows))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...engine.backbone import Backbone
-from ...envs.action_kinds import ActionKind, KeepActions
+from ...envs.actions import ActionKind, KeepActions, action_kind
 from ...errors import SettingsError
 from ...files import PathLike
 from ...game.rewards import RewardFn, SharedOutcome
@@ -110,7 +110,7 @@ def train(
     finetune: FinetuneConfig | None = None,
     *,
     sites: Sequence[int | str | Site] | None = None,
-    actions: ActionKind = KeepActions(),  # noqa: B008, frozen
+    actions: ActionKind | str = KeepActions(),  # noqa: B008, frozen
     output: PathLike | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -129,7 +129,7 @@ def train(
         run: length of the run, seed, images, checkpoints.
         finetune: how the network learns, too; None: it does not.
         sites: where tokens are pruned, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
-        actions: what agents may do.
+        actions: what agents may do; an object, or the name of a built-in kind.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -152,7 +152,7 @@ def train(
         raise ValueError("resume: expected an output folder to resume from, got output=None")
     reward = learner.default_reward() if reward is None else reward
     budget = Equilibrium() if budget is None else budget
-    settings = Settings(budget, learner, reward, run, finetune, sites, actions)
+    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions))
     processes = Processes() if processes is None else processes
     settings.check(processes)
     folder = None if output is None else RunFolder(output, processes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, classify_soft, run_soft
+from ...engine.masked import MaskedState, classify_masked, run_masked
 from ...files import PathLike
 from ...game.token_game import TokenGame
 from ...types import Site, parse_sites
@@ -122,8 +122,8 @@ class DynamicViTTask(ModuleTask):
         """Loss of a batch, its decisions drawn from the predictors."""
         backbone, state = self.game.backbone, self.inputs.state(images)
         with torch.no_grad():
-            dense, _ = run_soft(backbone, state, 2 * backbone.depth)
-            teacher = classify_soft(backbone, dense)
+            dense, _ = run_masked(backbone, state, 2 * backbone.depth)
+            teacher = classify_masked(backbone, dense)
 
         def choose(step: int, tokens: Tensor, alive: Tensor) -> Tensor:
             predictor = self.policy.predictor(step, self.game.num_steps, tokens)
@@ -140,7 +140,7 @@ class DynamicViTTask(ModuleTask):
         return total, {**{name: float(value.detach()) for name, value in losses.items()}, **fractions}
 
     def losses(
-        self, logits: Tensor, kept: Sequence[Tensor], last: SoftState, labels: Tensor, teacher: Tensor, tokens: Tensor
+        self, logits: Tensor, kept: Sequence[Tensor], last: MaskedState, labels: Tensor, teacher: Tensor, tokens: Tensor
     ) -> dict[str, Tensor]:
         """The four losses by name."""
         norm = self.game.backbone.model.norm
@@ -161,8 +161,8 @@ class DynamicViTTask(ModuleTask):
 
 
 def forward_train(
-    backbone: Backbone, state: SoftState, sites: Sequence[Site], choose: Choose
-) -> tuple[Tensor, list[Tensor], SoftState]:
+    backbone: Backbone, state: MaskedState, sites: Sequence[Site], choose: Choose
+) -> tuple[Tensor, list[Tensor], MaskedState]:
     """The training form: every token stays, removed ones are seen by nobody but themselves.
 
     Args:
@@ -177,11 +177,11 @@ def forward_train(
     alive, kept = state.tokens.new_ones(state.tokens.shape[:2]), []
     weights = None
     for step, site in enumerate(sites):
-        state, _ = run_soft(backbone, state, site.half, weights, see_themselves=weights is not None)
+        state, _ = run_masked(backbone, state, site.half, weights, see_themselves=weights is not None)
         weights = alive = choose(step, state.tokens, alive) * alive
         kept.append(alive)
-    state, _ = run_soft(backbone, state, 2 * backbone.depth, weights, see_themselves=True)
-    return classify_soft(backbone, state, weights), kept, state
+    state, _ = run_masked(backbone, state, 2 * backbone.depth, weights, see_themselves=True)
+    return classify_masked(backbone, state, weights), kept, state
 
 
 def living_mean(values: Tensor, alive: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...data import ImageDataset, batches_of, fetch
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, run_soft, start_soft
+from ...engine.masked import MaskedState, run_masked, start_masked
 from ...engine.tokens import start_state
 from ...game.rollout import play
 from ...game.token_game import TokenGame
@@ -54,7 +54,7 @@ class PreparedTokens:
         with torch.no_grad(), frozen(backbone):
             for start in range(0, size, CHUNK):
                 inputs, targets = fetch(dataset, range(start, min(start + CHUNK, size)))
-                tokens.append(run_soft(backbone, start_soft(backbone, inputs.to(device)), half)[0].x.cpu())
+                tokens.append(run_masked(backbone, start_masked(backbone, inputs.to(device)), half)[0].x.cpu())
                 labels.append(targets)
         self.tokens, self.labels = torch.cat(tokens), torch.cat(labels)
 
@@ -69,9 +69,9 @@ class PreparedTokens:
         rows = torch.as_tensor(indices)
         return self.tokens[rows], self.labels[rows]
 
-    def state(self, inputs: Tensor) -> SoftState:
-        """A batch's tokens as what `run_soft` goes on from."""
-        return SoftState(inputs, self.num_prefix, self.half)
+    def state(self, inputs: Tensor) -> MaskedState:
+        """A batch's tokens as what `run_masked` goes on from."""
+        return MaskedState(inputs, self.num_prefix, self.half)
 
 
 class ImageInputs:
@@ -102,9 +102,9 @@ class ImageInputs:
         return fetch(self.dataset, indices)
 
     @torch.no_grad()
-    def state(self, inputs: Tensor) -> SoftState:
-        """A batch's tokens as what `run_soft` goes on from."""
-        return run_soft(self.backbone, start_soft(self.backbone, inputs), self.half)[0]
+    def state(self, inputs: Tensor) -> MaskedState:
+        """A batch's tokens as what `run_masked` goes on from."""
+        return run_masked(self.backbone, start_masked(self.backbone, inputs), self.half)[0]
 
 
 Inputs = PreparedTokens | ImageInputs

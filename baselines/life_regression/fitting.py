@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
-from ...engine.masked import SoftState, classify_soft, run_soft, start_soft
+from ...engine.masked import MaskedState, classify_masked, run_masked, start_masked
 from ...files import PathLike
 from ...game.token_game import TokenGame
 from ...types import Site, parse_sites
@@ -142,7 +142,7 @@ def finetune_life_regression(
     return tuned
 
 
-def forward_soft_lives(backbone: Backbone, state: SoftState, lives: Tensor, sharpness: float) -> Tensor:
+def forward_soft_lives(backbone: Backbone, state: MaskedState, lives: Tensor, sharpness: float) -> Tensor:
     """Logits `[B, classes]` of the training form (Eqs. 6 and 7).
 
     In block t a token is seen with weight `1 / (1 + exp(U (t - tau)))`, which falls with t; as printed it would rise.
@@ -157,8 +157,8 @@ def forward_soft_lives(backbone: Backbone, state: SoftState, lives: Tensor, shar
     weights = None
     for block in range(state.half // 2 + 1, backbone.depth + 1):
         weights = (sharpness * (lives - block)).sigmoid()
-        state, _ = run_soft(backbone, state, 2 * block, weights)
-    return classify_soft(backbone, state, weights)
+        state, _ = run_masked(backbone, state, 2 * block, weights)
+    return classify_masked(backbone, state, weights)
 
 
 class _PredictorTask(ModuleTask):
@@ -174,7 +174,7 @@ class _PredictorTask(ModuleTask):
         """Loss of a batch."""
         return self.cross_entropy(self.inputs.state(images), labels)
 
-    def cross_entropy(self, state: SoftState, labels: Tensor) -> tuple[Tensor, Row]:
+    def cross_entropy(self, state: MaskedState, labels: Tensor) -> tuple[Tensor, Row]:
         """From the tokens at the first site."""
         backbone, sites = self.game.backbone, self.game.sites
         cls = state.prefix[:, 0] if backbone.has_class_token else state.tokens.mean(dim=1)
@@ -198,7 +198,7 @@ class _BackboneTask(_PredictorTask):
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
         """Loss of a batch of images, with gradients from the first block on."""
         backbone = self.game.backbone
-        state, _ = run_soft(backbone, start_soft(backbone, images), self.game.sites[0].half)
+        state, _ = run_masked(backbone, start_masked(backbone, images), self.game.sites[0].half)
         return self.cross_entropy(state, labels)
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data import ImageDataset, batches_of
 from ...engine.backbone import Backbone
 from ...engine.cost import CostModel, check_budget
-from ...engine.masked import run_soft, start_soft
+from ...engine.masked import run_masked, start_masked
 from ...errors import BudgetError
 from ...files import PathLike
 from ...game.rollout import evaluate
@@ -126,8 +126,8 @@ class ThresholdTask(ModuleTask):
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
         """Loss of a batch; the share of the dense MACs and the accuracy to show beside it."""
         with torch.no_grad():  # nothing before the first site depends on a threshold
-            start = start_soft(self.backbone, images)
-            start, _ = run_soft(self.backbone, start, 2 * (self.walk.sites[0].block - 1))
+            start = start_masked(self.backbone, images)
+            start, _ = run_masked(self.backbone, start, 2 * (self.walk.sites[0].block - 1))
         found = self.walk(start, dict(self.module.named_parameters()))
         share = found.macs.mean() / self.dense
         error = F.cross_entropy(found.logits, labels, label_smoothing=self.config.label_smoothing)

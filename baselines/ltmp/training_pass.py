@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...engine.backbone import Backbone
 from ...engine.cost import CostModel
-from ...engine.masked import SoftState, classify_soft, run_soft
+from ...engine.masked import MaskedState, classify_masked, run_masked
 from ...types import Observation, Site
 from ..bipartite_matching import match, merge
 
@@ -34,7 +34,7 @@ class SoftPass:
 class _Tokens:
     """All tokens of a batch, and what became of them."""
 
-    state: SoftState
+    state: MaskedState
     mask: Tensor  # [B, N], 1 for who is there and 0 for who is not
     size: Tensor  # [B, N], patches that each token stands for; of no meaning for those who left
     order: Tensor  # [B, N] int64, rank in the current sequence; -1 for those who left
@@ -55,7 +55,7 @@ class ThresholdWalk:
     sites: Sequence[Site]
     temperature: Mapping[str, float]
 
-    def __call__(self, state: SoftState, thresholds: Mapping[str, Tensor]) -> SoftPass:
+    def __call__(self, state: MaskedState, thresholds: Mapping[str, Tensor]) -> SoftPass:
         """Run to the end.
 
         Args:
@@ -84,10 +84,10 @@ class ThresholdWalk:
         tokens, _ = self._run(tokens, 2 * self.backbone.depth, frozenset())
         masks = torch.stack(keep)
         macs = cost.forward(masks.sum(dim=2).T, self.sites) + own
-        return SoftPass(classify_soft(self.backbone, tokens.state, tokens.mask), masks, macs)
+        return SoftPass(classify_masked(self.backbone, tokens.state, tokens.mask), masks, macs)
 
     def _run(self, tokens: _Tokens, stop: int, needs: frozenset[str]) -> tuple[_Tokens, dict[str, Tensor]]:
-        state, found = run_soft(self.backbone, tokens.state, stop, tokens.mask, tokens.size.log(), needs)
+        state, found = run_masked(self.backbone, tokens.state, stop, tokens.mask, tokens.size.log(), needs)
         return replace(tokens, state=state), found
 
     def _decide(

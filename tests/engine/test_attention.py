@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from vitprune_env.engine.attention import Rows, attend_packed
+from vitprune_env.engine.attention import Rows
+from vitprune_env.engine.families.adapter import leave_attention
+from vitprune_env.engine.families.vit import ViTFamily
+from vitprune_env.engine.halves import AttendPacked, Found
+from vitprune_env.engine.masked import AttendMasked
 
 WIDTH, HEADS = 24, 3
 ALL = frozenset({"cls_attention", "mean_attention", "keys", "value_norms"})
@@ -22,6 +27,21 @@ def attention(**options: Any) -> Attention:
     """A random attention module of timm."""
     torch.manual_seed(0)
     return Attention(WIDTH, HEADS, qkv_bias=True, norm_layer=cast(Any, nn.LayerNorm), **options).eval()
+
+
+def attend(
+    attn: Attention,
+    x: Tensor,
+    rows: Rows,
+    needs: frozenset[str] = frozenset(),
+    key_bias: Tensor | None = None,
+    key_factor: Tensor | None = None,
+) -> tuple[Tensor, Found]:
+    """What `attn(x)` computes, on packed rows, through the parts that the engine puts together."""
+    block = SimpleNamespace(attn=attn, norm1=nn.Identity())
+    how = AttendPacked() if key_factor is None else AttendMasked(key_factor)
+    y, evidence = how(ViTFamily().before_attention(block, x, None), rows, key_bias, block, needs)
+    return leave_attention(attn, x, y), evidence
 
 
 def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Rows, list[Tensor]]:
@@ -45,7 +65,7 @@ def test_equals_timm_image_by_image(options: dict[str, Any], lengths: list[int],
     attn = attention(**options)
     x, rows, images = packed(lengths, seed)
     bias = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)) if biased else None
-    y, evidence = attend_packed(attn, x, rows, key_bias=bias)
+    y, evidence = attend(attn, x, rows, key_bias=bias)
     assert evidence == {}
     masks = [None] * len(images) if bias is None else [part.view(1, 1, 1, -1) for part in bias.split(lengths)]
     expected = [attn(image, attn_mask=mask)[0] for image, mask in zip(images, masks, strict=True)]
@@ -58,7 +78,7 @@ def test_evidence_is_what_the_softmax_says(lengths: list[int], seed: int, biased
     attn = attention(qk_norm=qk_norm)
     x, rows, images = packed(lengths, seed)
     bias = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)) if biased else None
-    _, evidence = attend_packed(attn, x, rows, needs=ALL, key_bias=bias)
+    _, evidence = attend(attn, x, rows, needs=ALL, key_bias=bias)
     biases = [None] * len(images) if bias is None else list(bias.split(lengths))
     tables = [explicit(attn, image, b) for image, b in zip(images, biases, strict=True)]
     expected = {
@@ -73,21 +93,21 @@ def test_evidence_is_what_the_softmax_says(lengths: list[int], seed: int, biased
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_only_evidence_that_is_asked_for(name: str) -> None:
     x, rows, _ = packed([3, 2])
-    assert set(attend_packed(attention(), x, rows, needs=frozenset({name}))[1]) == {name}
+    assert set(attend(attention(), x, rows, needs=frozenset({name}))[1]) == {name}
 
 
 def test_soft_factors_of_one_change_nothing_and_of_zero_remove() -> None:
     attn = attention()
     x, rows, _ = packed([5, 5])
     ones = torch.ones(2, 5)
-    dense, _ = attend_packed(attn, x, rows)
-    soft, _ = attend_packed(attn, x, rows, key_factor=ones)
+    dense, _ = attend(attn, x, rows)
+    soft, _ = attend(attn, x, rows, key_factor=ones)
     torch.testing.assert_close(soft, dense, atol=1e-6, rtol=1e-5)
     factor = ones.clone()
     factor[:, 3] = 0
-    masked, _ = attend_packed(attn, x, rows, key_factor=factor)
+    masked, _ = attend(attn, x, rows, key_factor=factor)
     without = torch.tensor([0, 1, 2, 4, 5, 6, 7, 9])
-    removed, _ = attend_packed(attn, x[without], Rows.of(4, 4))
+    removed, _ = attend(attn, x[without], Rows.of(4, 4))
     torch.testing.assert_close(masked[without], removed, atol=1e-6, rtol=1e-5)
 
 
@@ -98,7 +118,7 @@ def test_soft_factors_have_true_gradients(value: float) -> None:
     factor = torch.ones(2, 4, dtype=torch.float64)
     factor[:, 2] = value
     factor.requires_grad_()
-    torch.autograd.gradcheck(lambda f: attend_packed(attn, x.double(), rows, key_factor=f)[0], (factor,))
+    torch.autograd.gradcheck(lambda f: attend(attn, x.double(), rows, key_factor=f)[0], (factor,))
 
 
 def test_a_removed_key_may_be_larger_than_all_others() -> None:
@@ -109,7 +129,7 @@ def test_a_removed_key_may_be_larger_than_all_others() -> None:
     factor = torch.ones(1, 6)
     factor[0, 2] = 0
     factor.requires_grad_()
-    y, _ = attend_packed(attn, x, rows, key_factor=factor)
+    y, _ = attend(attn, x, rows, key_factor=factor)
     y.sum().backward()
     assert torch.isfinite(y).all()
     assert factor.grad is not None
@@ -123,18 +143,18 @@ def test_gated_attention_of_newer_timm() -> None:
         pytest.skip("this timm has no gated attention")
     x, rows, images = packed([3, 5])
     expected = torch.cat([attn(image)[0] for image in images])
-    torch.testing.assert_close(attend_packed(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attend(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_attention_dropout_is_timms_in_training() -> None:
     attn = attention(attn_drop=0.5).train()
     x, rows, _ = packed([4, 4])
     torch.manual_seed(3)
-    y, _ = attend_packed(attn, x, rows)
+    y, _ = attend(attn, x, rows)
     torch.manual_seed(3)
     torch.testing.assert_close(y, attn(x.view(2, 4, -1)).flatten(0, 1), atol=1e-6, rtol=1e-5)
     attn.eval()
-    assert torch.equal(attend_packed(attn, x, rows)[0], attend_packed(attn, x, rows)[0])
+    assert torch.equal(attend(attn, x, rows)[0], attend(attn, x, rows)[0])
 
 
 def test_uniform_rows_attend_as_one_batch() -> None:
@@ -150,4 +170,4 @@ def test_heads_wider_than_the_model() -> None:
         pytest.skip("this timm derives the width of a head from that of the model")
     x, rows, images = packed([2, 5])
     expected = torch.cat([attn(image)[0] for image in images])
-    torch.testing.assert_close(attend_packed(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attend(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)

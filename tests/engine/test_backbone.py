@@ -22,8 +22,9 @@ from helpers import (
     toy,
 )
 from vitprune_env.engine.attention import Rows
-from vitprune_env.engine.backbone import Backbone, check_needs
-from vitprune_env.engine.execution import drop_factor
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.evidence import check_needs
+from vitprune_env.engine.halves import drop_factor
 from vitprune_env.engine.reduction import reduce_tokens
 from vitprune_env.errors import EvidenceError, SiteError, UnsupportedBackboneError
 from vitprune_env.game.rollout import play

@@ -14,7 +14,8 @@ from torch import Tensor
 from helpers import Fixed, random_images, spread_keeps, toy
 from vitprune_env import Decision, PrunedViT
 from vitprune_env.engine import kernels
-from vitprune_env.engine.attention import Rows, cls_attention_ragged, evidence_of, packed
+from vitprune_env.engine.attention import Rows, packed
+from vitprune_env.engine.evidence import EVIDENCE, PackedAttention, class_attention_ragged
 from vitprune_env.engine.tokens import arrange
 from vitprune_env.errors import UnknownNameError
 
@@ -57,8 +58,8 @@ def test_class_attention_of_all_images_at_once(lengths: list[int], seed: int, bi
     """What a GPU computes is what the CPU computes image by image."""
     (q, k, v), rows = qkv(sum(lengths), seed), Rows.of(*lengths)
     bias = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed)) if biased else None
-    expected = evidence_of(frozenset({"cls_attention"}), q, k, v, rows, bias, 0.4)["cls_attention"]
-    torch.testing.assert_close(cls_attention_ragged(q, k, rows, bias, 0.4), expected, atol=1e-6, rtol=1e-5)
+    expected = EVIDENCE["cls_attention"].packed(PackedAttention(q, k, v, rows, bias, 0.4))
+    torch.testing.assert_close(class_attention_ragged(q, k, rows, bias, 0.4), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["varlen", "nested", "flex"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import (
+    ROTARY,
     TIMM_MODELS,
     Fixed,
     evidence_of,
@@ -233,7 +234,7 @@ def check_permuted(episode: Episode, other: Episode, order: Tensor) -> None:
     torch.testing.assert_close(episode.outcome.macs, other.outcome.macs, rtol=0, atol=0)
 
 
-@every_backbone
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ROTARY])
 @given(sites=site_lists(), seed=seeds)
 def test_permuting_patches_permutes_the_game(name: str, sites: list[str], seed: int) -> None:
     backbone, batch = toy(name), 8
@@ -257,7 +258,7 @@ def test_permuting_patches_permutes_the_game(name: str, sites: list[str], seed: 
     assert torch.equal(episode.outcome.size[:, order], other.outcome.size)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if toy(name).has_class_token])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if toy(name).has_class_token and name not in ROTARY])
 @pytest.mark.parametrize("policy", [EViT(0.5, fuse=False), TopK(0.6)], ids=repr)
 @given(seed=seeds)
 def test_permuting_patches_permutes_token_wise_policies(name: str, policy: Policy, seed: int) -> None:

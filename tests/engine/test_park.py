@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import (
+    ROTARY,
     TIMM_MODELS,
     Fixed,
     evidence_of,
@@ -25,8 +26,7 @@ from helpers import (
 )
 from vitprune_env import PrunedViT
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.engine.parking import recall
-from vitprune_env.engine.reduction import reduce_tokens
+from vitprune_env.engine.reduction import recall, reduce_tokens
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision
@@ -136,7 +136,7 @@ def test_the_model_plays_the_same_game_and_an_image_does_not_see_its_batch(name:
         torch.testing.assert_close(logits[0], outcome.logits[image], atol=1e-5, rtol=1e-5)
 
 
-@every_backbone
+@pytest.mark.parametrize("name", [name for name in ["golden", *TIMM_MODELS] if name not in ROTARY])
 @given(seed=seeds)
 @settings(max_examples=3)
 def test_permuting_patches_permutes_the_game(name: str, seed: int) -> None:

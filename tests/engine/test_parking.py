@@ -10,8 +10,7 @@ import torch
 from test_reduction import flags
 
 from helpers import Fixed, random_images, toy
-from vitprune_env.engine.parking import park, recall
-from vitprune_env.engine.reduction import check_decision, reduce_tokens
+from vitprune_env.engine.reduction import check_decision, park, recall, reduce_tokens
 from vitprune_env.engine.tokens import start_state
 from vitprune_env.errors import DecisionError
 from vitprune_env.game.rewards import PaperReward, SharedOutcome

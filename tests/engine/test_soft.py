@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers import TIMM_MODELS, random_images, random_keeps, toy
-from vitprune_env.engine.attention import soft_attend, soft_weights
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.engine.masked import classify_soft, run_soft, start_soft
+from vitprune_env.engine.masked import classify_masked, run_masked, soft_attend, soft_weights, start_masked
 from vitprune_env.engine.reduction import reduce_tokens
 from vitprune_env.types import Decision
 
@@ -27,13 +26,13 @@ def test_without_weights_it_is_the_dense_pass(name: str) -> None:
     backbone = toy(name)
     images = random_images(backbone, 2)
     dense, evidence = backbone.run(backbone.embed(images), 5, needs_of(backbone))
-    state, found = run_soft(backbone, start_soft(backbone, images), 5, needs=needs_of(backbone))
+    state, found = run_masked(backbone, start_masked(backbone, images), 5, needs=needs_of(backbone))
     torch.testing.assert_close(state.x.flatten(0, 1), dense.x, atol=1e-5, rtol=1e-5)
     for key, values in evidence.items():
         torch.testing.assert_close(found[key].flatten(0, 1), values, atol=1e-5, rtol=1e-5)
-    state, found = run_soft(backbone, state, 2 * backbone.depth)
+    state, found = run_masked(backbone, state, 2 * backbone.depth)
     assert (state.half, found) == (2 * backbone.depth, {})
-    torch.testing.assert_close(classify_soft(backbone, state), backbone(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(classify_masked(backbone, state), backbone(images), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["golden", *TIMM_MODELS])
@@ -43,8 +42,8 @@ def test_weights_of_0_and_1_are_removal_also_in_the_evidence(name: str) -> None:
     keep = random_keeps(1, 4, backbone.num_patches, seed=2, least=1)[0]
     state = reduce_tokens(backbone.run(backbone.embed(images), 3)[0], Decision(keep=keep))
     removed, evidence = backbone.run(state, 5, needs_of(backbone))
-    soft, _ = run_soft(backbone, start_soft(backbone, images), 3)
-    soft, found = run_soft(backbone, soft, 5, keep.float(), needs=needs_of(backbone))
+    soft, _ = run_masked(backbone, start_masked(backbone, images), 3)
+    soft, found = run_masked(backbone, soft, 5, keep.float(), needs=needs_of(backbone))
     torch.testing.assert_close(soft.tokens[keep], removed.tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(soft.prefix, removed.prefix, atol=1e-5, rtol=1e-5)
     for key, values in evidence.items():
@@ -56,9 +55,9 @@ def test_a_key_bias_is_proportional_attention() -> None:
     state = backbone.embed(random_images(backbone, 2))
     size = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) * 4 + 1
     expected, evidence = backbone.run(replace(state, size=size), 4, frozenset({"mean_attention"}), log_size=True)
-    soft = start_soft(backbone, random_images(backbone, 2))
+    soft = start_masked(backbone, random_images(backbone, 2))
     for weights in (None, torch.ones(2, 64)):
-        x, found = run_soft(backbone, soft, 4, weights, key_bias=size.log(), needs={"mean_attention"})
+        x, found = run_masked(backbone, soft, 4, weights, key_bias=size.log(), needs={"mean_attention"})
         torch.testing.assert_close(x.x.flatten(0, 1), expected.x, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found["mean_attention"].flatten(), evidence["mean_attention"], atol=1e-6, rtol=1e-5)
 
@@ -66,12 +65,12 @@ def test_a_key_bias_is_proportional_attention() -> None:
 def test_removed_tokens_that_see_themselves_see_what_is_left_and_themselves() -> None:
     backbone = toy("golden")
     images = random_images(backbone, 2)
-    state = start_soft(backbone, images)
+    state = start_masked(backbone, images)
     weights = torch.ones(2, 64)
     weights[:, 7] = 0
-    dense, _ = run_soft(backbone, state, 1)
-    blind, _ = run_soft(backbone, state, 1, weights)
-    seeing, _ = run_soft(backbone, state, 1, weights, see_themselves=True)
+    dense, _ = run_masked(backbone, state, 1)
+    blind, _ = run_masked(backbone, state, 1, weights)
+    seeing, _ = run_masked(backbone, state, 1, weights, see_themselves=True)
     torch.testing.assert_close(seeing.tokens[:, 7], dense.tokens[:, 7])
     others = [token for token in range(64) if token != 7]
     torch.testing.assert_close(seeing.tokens[:, others], blind.tokens[:, others])
@@ -80,7 +79,7 @@ def test_removed_tokens_that_see_themselves_see_what_is_left_and_themselves() ->
 
 def test_other_tokens_can_be_put_in() -> None:
     backbone = toy("deit_tiny_patch16_224")
-    state, _ = run_soft(backbone, start_soft(backbone, random_images(backbone, 2)), 2)
+    state, _ = run_masked(backbone, start_masked(backbone, random_images(backbone, 2)), 2)
     changed = state.with_tokens(state.tokens * 2)
     assert torch.equal(changed.tokens, state.tokens * 2)
     assert torch.equal(changed.prefix, state.prefix)
@@ -89,12 +88,12 @@ def test_other_tokens_can_be_put_in() -> None:
 
 def test_average_pooling_weighs_the_tokens() -> None:
     backbone = toy("vit_medium_patch16_gap_240")
-    state, _ = run_soft(backbone, start_soft(backbone, random_images(backbone, 2)), 2 * backbone.depth)
+    state, _ = run_masked(backbone, start_masked(backbone, random_images(backbone, 2)), 2 * backbone.depth)
     weights = torch.zeros(2, backbone.num_patches)
     weights[:, 3], weights[:, 5] = 1, 3
     mean = backbone.model.norm(state.tokens)[:, [3, 3 + 2]] * torch.tensor([0.25, 0.75])[:, None]
     expected = backbone.model.forward_head(mean.sum(1, keepdim=True))
-    torch.testing.assert_close(classify_soft(backbone, state, weights), expected)
+    torch.testing.assert_close(classify_masked(backbone, state, weights), expected)
 
 
 @pytest.mark.parametrize("spread", [1.0, 400.0])
@@ -118,11 +117,11 @@ def test_factors_on_the_values_are_factors_on_the_weights(spread: float) -> None
 
 def test_wrong_arguments_are_refused_by_name() -> None:
     backbone = toy("deit_tiny_patch16_224")
-    state = start_soft(backbone, random_images(backbone, 2))
+    state = start_masked(backbone, random_images(backbone, 2))
     for name in ("key_weights", "key_bias"):
         with pytest.raises(ValueError, match=rf"{name}: expected \[B, N\] = \[2, 16\], got \[2, 17\]"):
-            run_soft(backbone, state, 2, **{name: torch.ones(2, 17)})
+            run_masked(backbone, state, 2, **{name: torch.ones(2, 17)})
     with pytest.raises(ValueError, match="stop: expected 0 to 8 half-blocks, got 9"):
-        run_soft(backbone, state, 9)
+        run_masked(backbone, state, 9)
     with pytest.raises(ValueError, match="stop: expected 2 to 8 half-blocks, got 1"):
-        run_soft(backbone, run_soft(backbone, state, 2)[0], 1)
+        run_masked(backbone, run_masked(backbone, state, 2)[0], 1)

@@ -1,4 +1,4 @@
-"""Merging by action: what simultaneous arrows come to, and that actions and decisions say the same."""
+"""Merging by action: where simultaneous arrows end, and that actions and decisions are equivalent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitprune_env.types import Decision, Observation
 seeds = st.integers(0, 2**31)
 
 
-# What arrows come to
+# Where arrows end
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ seeds = st.integers(0, 2**31)
         ([1, 1, 1, 3], (), [1, 1, 1, 3]),  # two go into the third
         ([1, 2, 3, 3], (), [3, 3, 3, 3]),  # a chain ends in the token that stays
         ([1, 2, -1, 3], (), [-1, -1, -1, 3]),  # into a token that leaves: all leave
-        ([2, 1, 2, 3], (2,), [-1, 1, -1, 3]),  # into a dead token; what the dead say is ignored
+        ([2, 1, 2, 3], (2,), [-1, 1, -1, 3]),  # into a dead token; actions of dead tokens are ignored
         ([0, 3, 2, 1], (), [0, 1, 2, 1]),  # into each other: the lower number stays
         ([1, 2, 3, 1], (), [1, 1, 1, 1]),  # a circle of three, and one that goes into it
         ([3, 3, 0, 2], (), [0, 0, 0, 0]),  # 3 -> 2 -> 0 -> 3: the lowest is not the one that was aimed at
@@ -92,27 +92,27 @@ def test_weights_by_hand() -> None:
     torch.testing.assert_close(mean_weights(target, size), torch.tensor([[1 / 8, 3 / 8, 1.0, 1.0, 4 / 8]]))
 
 
-# Actions and decisions say the same
+# Actions and decisions are equivalent
 
 
 def observed(alive: Tensor, seed: int) -> Observation:
     """As much of an observation as actions look at."""
     size = torch.randint(1, 5, alive.shape, generator=torch.Generator().manual_seed(seed)) * alive.float()
-    return cast(Any, type("Seen", (), {"alive": alive, "size": size}))
+    return cast(Any, type("Seen", (), {"alive": alive, "present": alive, "size": size}))
 
 
 @given(agents=st.integers(1, 17), living=st.sampled_from([0.6, 1.0]), seed=seeds)
 def test_from_actions_to_a_decision_and_back(agents: int, living: float, seed: int) -> None:
     alive = torch.rand(3, agents, generator=torch.Generator().manual_seed(seed)) < living
-    space, obs = MergeActions(agents), observed(alive, seed)
+    space, obs = MergeActions(), observed(alive, seed)
     decision = space.decision(draw_arrows(agents, seed, batch=3, stay=0.3), obs)
     check_decision(decision, alive)
     assert decision.merge_into is not None
-    straight = space.actions(decision.merge_into)
+    straight = space.encode(decision, obs)
     again = space.decision(straight, obs)
     for name in ("keep", "merge_into", "weight"):
         assert torch.equal(getattr(again, name), getattr(decision, name))
-    assert torch.equal(space.actions(cast(Tensor, again.merge_into)), straight)
+    assert torch.equal(space.encode(again, obs), straight)
     mask = space.mask(alive)
     assert mask.gather(2, straight[:, :, None]).all(), "what comes out is allowed"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from typing import Any, cast
 
@@ -16,15 +15,13 @@ from pettingzoo.test.state_test import state_test
 from envs import BACKBONES, CLASS_TOKEN, images_for, make_env, rollout, total
 from helpers import toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
+from vitprune_env.envs import parallel
 from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, TokenPruningEnv, env, parallel_env, register_envs
 from vitprune_env.errors import DecisionError, EvidenceError
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import BasePolicy
 from vitprune_env.types import Decision, Observation
-
-# the package exports the function under the module's name
-module = importlib.import_module("vitprune_env.envs.parallel")
 
 
 @pytest.mark.parametrize("on_prune", PRUNE_MODES)
@@ -231,11 +228,11 @@ def test_device_moves_the_backbone_and_sites_are_passed_on() -> None:
 
 
 def test_built_in_environment_as_in_its_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BUILT_IN_IMAGES", 8)
+    monkeypatch.setattr(parallel, "BUILT_IN_IMAGES", 8)
     example = (TokenPruningEnv.__doc__ or "").split("Example:")[1].split("Version")[0]
     lines = [line.strip()[4:] for line in example.splitlines() if line.strip()]
     assert len(lines) == 6
-    scope = vars(module).copy()
+    scope = vars(parallel).copy()
     exec("\n".join(lines), scope)
     assert scope["macs"] > 0
     assert scope["env"].game.backbone.name == "vit_digits"

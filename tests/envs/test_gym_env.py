@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import warnings
 from typing import Any, cast
@@ -20,11 +19,11 @@ from hypothesis import strategies as st
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, draw_arrows, images_for, make_env, merge_env
 from helpers import toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
+from vitprune_env.envs import parallel
 from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
 from vitprune_env.envs.parallel import ENV_ID
-from vitprune_env.game.rewards import RewardFn, SharedOutcome, log_probability
+from vitprune_env.game.rewards import RewardFn, SharedOutcome, TeamOutcome, log_probability
 from vitprune_env.game.rollout import play
-from vitprune_env.game.rewards import TeamOutcome
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision
 
@@ -130,7 +129,7 @@ def test_pays_the_outcome_once_and_every_kept_token() -> None:
 
 @given(seed=st.integers(0, 99), price=st.floats(0.0, 0.5))
 def test_the_teams_objective_is_that_of_the_agents(seed: int, price: float) -> None:
-    """Team's return = outcome - everybody's charges; each agent's return = outcome - its own charges."""
+    """The team's return is the outcome minus all charges; an agent's is the outcome minus its own charges."""
     images, labels = images_for(CLASS_TOKEN)[:6]
     keeps = torch.rand(3, 6, 16, generator=torch.Generator().manual_seed(seed)) < 0.7
     tables = []
@@ -249,8 +248,7 @@ def test_mistakes_are_refused_readably() -> None:
 
 
 def test_built_in_environment_as_in_its_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the package exports a function under the name of its module
-    monkeypatch.setattr(importlib.import_module("vitprune_env.envs.parallel"), "BUILT_IN_IMAGES", 8)
+    monkeypatch.setattr(parallel, "BUILT_IN_IMAGES", 8)
     example = (SingleAgentEnv.__doc__ or "").split("Example:")[1].split("Version")[0]
     lines = [line.strip()[4:] for line in example.splitlines() if line.strip()]
     assert len(lines) == 6

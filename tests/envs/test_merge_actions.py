@@ -17,7 +17,7 @@ from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test, ren
 
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, draw_arrows, images_for, make_env, merge_env
 from helpers import toy
-from vitprune_env.envs.actions import KeepActions, MergeActions, make_actions
+from vitprune_env.envs.actions import KeepActions, MergeActions, action_kind
 from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, env, parallel_env
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.game.rewards import RewardFn
@@ -77,7 +77,7 @@ def test_law_5_both_environments_play_the_game(name: str, reward: RewardFn, inde
     images, labels = images_for(name)[index : index + 1]
     obs = game.reset(images, labels)
     observations, infos = environment.reset(options={"index": index})
-    rows, said = venv.reset(options={"indices": [index]})
+    rows, facts = venv.reset(options={"indices": [index]})
     returns = np.zeros(game.num_agents)
     for step in range(game.num_steps):
         dense = obs.dense()[0]
@@ -85,19 +85,19 @@ def test_law_5_both_environments_play_the_game(name: str, reward: RewardFn, inde
         assert torch.equal(rows[0], dense)
         mask = np.stack([info["action_mask"] for info in infos.values()])
         assert mask.dtype == np.int8
-        assert np.array_equal(mask, said["action_mask"][0])
+        assert np.array_equal(mask, facts["action_mask"][0])
         alive = obs.alive[0].numpy()
         expected = np.where(alive[:, None], np.array([1, *alive]), np.array([1] + [0] * len(alive)))
         assert np.array_equal(mask, expected)
         actions = draw_arrows(game.num_agents, seed + step, stay=stay)
-        following, paid, _, _, info = game.step(MergeActions(game.num_agents).decision(actions, obs))
+        following, paid, _, _, info = game.step(MergeActions().decision(actions, obs))
         assert paid is not None
         observations, rewards, _, _, infos = environment.step(
             dict(zip(environment.agents, actions[0].tolist(), strict=True))
         )
-        rows, theirs, _, _, said = venv.step(actions)
+        rows, theirs, _, _, facts = venv.step(actions)
         assert list(rewards.values()) == paid[0].tolist() == theirs[0].tolist()
-        assert [i["alive"] for i in infos.values()] == info["alive"][0].tolist() == said["alive"][0].tolist()
+        assert [i["alive"] for i in infos.values()] == info["alive"][0].tolist() == facts["alive"][0].tolist()
         returns += np.array([*rewards.values()])
         obs = obs if following is None else following
     outcome = game.outcome()
@@ -105,7 +105,7 @@ def test_law_5_both_environments_play_the_game(name: str, reward: RewardFn, inde
     np.testing.assert_allclose(returns, outcome.reward.sum(dim=0)[0], atol=1e-6)
     assert torch.equal(environment.outcome().source, outcome.source)
     assert torch.equal(environment.outcome().logits, outcome.logits)
-    assert torch.equal(said["logits"], outcome.logits)
+    assert torch.equal(facts["logits"], outcome.logits)
 
 
 def test_a_merged_token_is_the_mean_of_its_patches() -> None:
@@ -126,7 +126,7 @@ def test_sizes_count_in_the_next_mean() -> None:
     stay = {agent: 1 + i for i, agent in enumerate(environment.agents)}
     environment.step(stay | {"token_0": 2, "token_2": 2})  # token 1 is three patches now
     before = environment.state().reshape(-1, 49)[1:, :-1]
-    environment.step(stay | {"token_3": 2, "token_0": 5})  # what the dead say is ignored
+    environment.step(stay | {"token_3": 2, "token_0": 5})  # actions of dead tokens are ignored
     after = environment.state().reshape(-1, 49)[1:, :-1]
     np.testing.assert_allclose(after[1], (3 * before[1] + before[3]) / 4, atol=1e-5)
     assert environment.outcome().size[0, 1] == 4
@@ -155,7 +155,7 @@ def test_spaces() -> None:
     assert infos["action_mask"].shape == (3, 16, 17)
     for _ in range(venv.num_steps):
         venv.step(venv.action_space.sample())
-    assert KeepActions(16).joint_space(3) == MultiBinary([3, 16])
+    assert KeepActions().joint_space(16, 3) == MultiBinary([3, 16])
 
 
 def test_bad_actions_and_names_are_refused() -> None:
@@ -175,4 +175,4 @@ def test_bad_actions_and_names_are_refused() -> None:
     for make in (make_env, lambda **o: TokenVectorEnv(venv.game, cast(Any, images_for(CLASS_TOKEN)), **o)):
         with pytest.raises(ValueError, match=r"action_space: expected one of \('keep', 'merge'\), got 'fuse'"):
             make(action_space="fuse")
-    assert make_actions("keep", 4).mask(torch.ones(1, 4, dtype=torch.bool)) is None
+    assert action_kind("keep").mask(torch.ones(1, 4, dtype=torch.bool)) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import random
 import warnings
@@ -22,9 +21,6 @@ from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env, raw_en
 from vitprune_env.game.rewards import PaperReward, RewardFn, SharedOutcome, log_probability
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision, Observation
-
-# the package exports the function under the module's name
-module = importlib.import_module("vitprune_env.envs.parallel")
 
 
 @pytest.mark.parametrize("on_prune", PRUNE_MODES)

@@ -25,7 +25,7 @@ REWARDS: tuple[RewardFn, ...] = (SharedOutcome(outcome=log_probability), PaperRe
 
 
 def numbered(size: int = 10) -> TensorDataset:
-    """Images that tell their own number by their first pixel."""
+    """Images whose first pixel is their number."""
     images = random_images(toy(NAME), size)
     images[:, 0, 0, 0] = torch.arange(size)
     return TensorDataset(images, torch.arange(size) % 7)
@@ -75,11 +75,11 @@ def test_plays_the_game_of_the_pettingzoo_environment(
         observations, rewards, terminations, truncations, infos = venv.step(actions.to(kind))
         for image, single in enumerate(singles):
             choices = dict(zip(single.agents, actions[image].int().tolist(), strict=True))
-            rows[image], paid, terminated, truncated, said = single.step(choices)
+            rows[image], paid, terminated, truncated, facts = single.step(choices)
             np.testing.assert_allclose(rewards[image], list(paid.values()), atol=1e-5)
             assert terminations[image].tolist() == list(terminated.values())
             assert truncations[image].tolist() == list(truncated.values())
-            assert infos["alive"][image].tolist() == [info["alive"] for info in said.values()]
+            assert infos["alive"][image].tolist() == [info["alive"] for info in facts.values()]
         assert terminations.all() == (step == venv.num_steps - 1)
     assert not observations.any()
     for image, single in enumerate(singles):

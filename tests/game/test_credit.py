@@ -83,6 +83,7 @@ def test_credits_of_those_who_stayed_cancel_but_for_the_class_token() -> None:
 
 def test_the_potential_and_the_scale_can_be_chosen_and_parameters_get_no_gradient() -> None:
     reward = Attribution(price=0.0, scale=0.1, potential=lambda logits, labels: margin(logits, labels, width=50.0))
+    toy(NAME).zero_grad(set_to_none=True)  # other tests share this network and may have left gradients
     game, episode, images, labels = played(5, reward)
     credit = attribution(toy(NAME), game.prepare(images), game.steps, labels, reward.potential)
     torch.testing.assert_close(episode.reward, paid(credit, episode, scale=0.1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,9 +13,6 @@ from torch.utils.data import TensorDataset
 from helpers import random_images, toy
 from vitprune_env.envs.parallel import TokenPruningEnv, parallel_env
 from vitprune_env.game.rewards import PaperReward, RewardFn, SharedOutcome, log_probability
-
-# the package exports the function under the module's name
-module = importlib.import_module("vitprune_env.envs.parallel")
 
 CLASS_TOKEN, REGISTERS, AVERAGE = (
     "deit_tiny_patch16_224",

@@ -12,7 +12,7 @@ from helpers import random_images, toy
 from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.networks import TokenActor
-from vitprune_env.envs.action_kinds import KeepActions
+from vitprune_env.envs.actions import KeepActions
 from vitprune_env.game.rewards import SharedOutcome, log_probability
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame

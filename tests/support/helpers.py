@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -49,8 +50,13 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_medium_patch16_gap_240": {},  # average pooling, no class token
     "vit_base_patch16_224": {"global_pool": "avg"},  # average pooling beside a class token, as MAE fine-tunes
     "vit_base_patch16_clip_224": {},  # norm before the blocks
+    "eva02_tiny_patch14_224": {"img_size": 56},  # rotary positions, separate projections, SwiGLU, average pooling
+    "vit_small_patch16_rope_mixed_224": {"global_pool": "token"},  # learnt angles per head and block
     "vit_small_patch16_224": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "reg_tokens": 2},
 }
+
+# Rotary positions belong to places, so that permuting embedded tokens is another image for these.
+ROTARY = {name for name in TIMM_MODELS if name.startswith("eva02") or "rope" in name}
 
 
 @cache
@@ -180,7 +186,8 @@ def naive_pass(
         log_size: proportional attention.
     """
     model, prefix = cast(Any, backbone.model), backbone.num_prefix
-    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    embedded = model._pos_embed(model.patch_embed(image[None]))
+    x = model.norm_pre(embedded[0] if isinstance(model, Eva) else embedded)[0]
     front, rows = x[:prefix], {token: x[prefix + token] for token in range(backbone.num_patches)}
     members, waiting = {token: {token} for token in rows}, {}
     at = {site.half: decision for site, decision in zip(parse_sites(sites, backbone.depth), decisions, strict=True)}
@@ -188,11 +195,12 @@ def naive_pass(
         block, order = model.blocks[half // 2], sorted(rows)
         x = torch.stack([*front, *(rows[token] for token in order)])[None]
         if half % 2:
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+            x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
         else:
             sizes = [1.0] * prefix + [float(len(members[token])) for token in order]
             bias = torch.tensor(sizes).log().view(1, 1, 1, -1) if log_size else None
-            x = x + block.ls1(block.attn(block.norm1(x), attn_mask=bias))
+            turned = {"rope": _angles(model, half // 2)[..., order, :]} if isinstance(model, Eva) else {}
+            x = x + _scaled(block, 1, block.attn(block.norm1(x), attn_mask=bias, **turned))
         front, rows = x[0, :prefix], {token: x[0, prefix + i] for i, token in enumerate(order)}
         if half + 1 in at:
             rows, members = _naive_reduce(rows | waiting, members, at[half + 1], row)
@@ -201,6 +209,20 @@ def naive_pass(
     rows |= waiting
     pooled = model.norm(torch.stack([*front, *(rows[token] for token in sorted(rows))])[None])
     return NaiveImage(model.forward_head(pooled)[0], sorted(rows), members)
+
+
+def _scaled(block: Any, half: int, branch: Tensor) -> Tensor:
+    """A block's branch times its layer scale, a module in ViTs and a parameter in Eva."""
+    if hasattr(block, f"ls{half}"):
+        return getattr(block, f"ls{half}")(branch)
+    gamma = getattr(block, f"gamma_{half}")
+    return branch if gamma is None else gamma * branch
+
+
+def _angles(model: Eva, block: int) -> Tensor:
+    """timm's own rotary table for one block, `[..., N, 2 * head dim]`."""
+    table = cast(Any, model.rope).get_embed()
+    return table[block] if model.rope_mixed else table
 
 
 def _naive_reduce(

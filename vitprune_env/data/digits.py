@@ -1,8 +1,8 @@
 """The built-in task: one real handwritten digit, somewhere on a canvas full of fragments of other digits.
 
-Digits of very different sizes make the useful patches differ from image to image, and clutter makes "has ink" a poor
-answer to "is useful". Everything random about a scene is drawn at construction from one generator, so a scene is a
-pure function of (split, seed, index): it never depends on the batch it is drawn in, nor on the data set's size.
+The digits differ in size and place, so the useful patches differ from image to image. Because of the fragments, a patch
+with ink is not necessarily a useful one. Everything random about a scene is drawn at construction from one generator.
+A scene is a pure function of (split, seed, index): it depends neither on its batch nor on the size of the data set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOISE_STREAM = 1 << 40  # keeps the seeds of the noise apart from those of the s
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """What a scene looks like. Lengths are in pixels of the canvas, angles in radians, intensities in [0, 1].
+    """Appearance of the scenes. Lengths are in pixels of the canvas, angles in radians, intensities in [0, 1].
 
     Attributes:
         canvas: Height and width of the image.
@@ -100,7 +100,7 @@ class _Scenes:
 @lru_cache(maxsize=1)
 def _source() -> tuple[Tensor, Tensor]:
     """All source digits `[1797, 8, 8]` in [0, 1] and their labels `[1797]` (UCI, shipped with scikit-learn)."""
-    from sklearn.datasets import load_digits  # deferred: only this task needs scikit-learn
+    from sklearn.datasets import load_digits  # imported here because only this task needs scikit-learn
 
     pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     return pixels.float().unflatten(1, (SOURCE, SOURCE)) / pixels.max(), labels.long()
@@ -108,7 +108,7 @@ def _source() -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=len(SPLITS))
 def _split_ids(split: str) -> Tensor:
-    """Rows of the source digits that belong to `split`: a fixed, stratified partition."""
+    """Rows of the source digits that belong to `split`; the same share of each class, always the same rows."""
     labels = _source()[1]
     generator = torch.Generator().manual_seed(0)
     which = SPLITS.index(split)
@@ -130,7 +130,7 @@ def _fragments(split: str) -> tuple[Tensor, Tensor]:
 
 
 class _Uniform:
-    """Hands out columns of one `[S, columns]` table of uniform numbers, so that row i is the same for every S."""
+    """Uniform numbers, taken column by column from one `[S, columns]` table, so that row i is the same for every S."""
 
     def __init__(self, size: int, columns: int, generator: torch.Generator) -> None:
         self.rest = torch.rand(size, columns, generator=generator)
@@ -142,6 +142,7 @@ class _Uniform:
 
 
 def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generator) -> _Scenes:
+    """Draw the parameters of `size` scenes."""
     most = config.clutter[1]
     uniform = _Uniform(size, COLUMNS + FRAGMENT_COLUMNS * most, generator)
     pieces, first = _fragments(split)
@@ -150,7 +151,7 @@ def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generato
     side = uniform(*config.side, 1).flatten()
     angle = uniform(-config.rotation, config.rotation, 1).flatten()
     half = side / 2 * (angle.cos() + angle.sin().abs())  # of the rotated digit
-    # Fragments of other digits: the table is cut open behind the scene's own digit and that digit's rows are left out.
+    # Fragments come from other digits: counting starts behind the rows of the scene's own digit and leaves these out.
     own = first[digit + 1] - first[digit]
     step = uniform(0, (len(pieces) - own)[:, None].float(), most).long()
     count = uniform(config.clutter[0], most + 1, 1)
@@ -191,14 +192,18 @@ def _digit_layer(digits: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> 
 
 
 def _inside(scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
-    """Where the digits' boxes are: bool `[B, H, W]`, by pixel centres."""
+    """`[B, H, W]` bool, pixels whose centres are inside the boxes of the digits."""
     pixels = torch.arange(canvas) + 0.5
     near = (pixels - scenes.centre[rows][..., None]).abs() <= scenes.half_box[rows][:, None, None]  # [B, 2, canvas]
     return near[:, 1, :, None] & near[:, 0, None, :]
 
 
 def _clutter_layer(fragments: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
-    """Coloured fragments `[B, 3, H, W]`, bilinearly enlarged: rows of hats times 3x3 pixels times columns of hats."""
+    """Coloured fragments `[B, 3, H, W]`, enlarged bilinearly.
+
+    Bilinear weights are a product of a hat function of the row and one of the column, so that enlarging all fragments
+    of an image is two matrix products.
+    """
     pixels = torch.arange(canvas) + 0.5
     scale = FRAGMENT / scenes.fragment_side[rows][:, :, None, None]
     source = (pixels - scenes.fragment_corner[rows][..., None]) * scale - 0.5  # [B, K, 2, canvas], in source pixels
@@ -218,8 +223,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
     Args:
         split: "train", "validation" or "test".
         size: Number of scenes, at least 1. Scene i does not depend on it.
-        seed: Which scenes; any non-negative integer.
-        config: What a scene looks like.
+        seed: Any non-negative integer; another seed gives other scenes.
+        config: Appearance of the scenes.
 
     Raises:
         ValueError: If the split is unknown, the data set is empty or the seed is negative.
@@ -271,11 +276,11 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return (image - self.config.mean) / self.config.std, _source()[1][self.source_ids(rows)]
 
     def ink(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The scenes' own digits alone, `[B, H, W]` in [0, 1]: no gain, clutter or noise (for oracles, figures)."""
+        """The digits alone, `[B, H, W]` in [0, 1], without gain, clutter and noise; for oracles and figures."""
         return _digit_layer(self._digits, self._scenes, self._rows(indices), self.config.canvas)
 
     def boxes(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Boxes `[B, 4]` (left, top, right, bottom; pixels) that hold all ink of the digit and no clutter."""
+        """Boxes `[B, 4]` (left, top, right, bottom; pixels) that hold all ink of the digit and no fragment."""
         rows = self._rows(indices)
         centre, half = self._scenes.centre[rows], self._scenes.half_box[rows][:, None]
         return torch.cat((centre - half, centre + half), 1)
@@ -285,7 +290,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return self._scenes.side[self._rows(indices)]
 
     def source_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Which underlying digit each scene shows, `[B]` int64: rows of scikit-learn's `load_digits`."""
+        """The underlying digit of each scene, `[B]` int64: its row in scikit-learn's `load_digits`."""
         return self._source_ids[self._scenes.digit[self._rows(indices)]]
 
     def to_rgb(self, images: Tensor) -> Tensor:

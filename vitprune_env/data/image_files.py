@@ -1,8 +1,8 @@
-"""Image files through timm's readers.
+"""Image files, read by timm and prepared for a backbone.
 
-`open_images` reads what `timm.data.create_dataset` reads (class folders, `torch/...`, `hfds/...`), prepared
-as the backbone's own `pretrained_cfg` says. timm replaces an unreadable image by its neighbour without a word; here it
-is reported by name and then, as asked, skipped or fatal.
+`open_images` reads all that `timm.data.create_dataset` reads (class folders, `torch/...`, `hfds/...`) and prepares it
+as the backbone's `pretrained_cfg` says. timm silently replaces an unreadable image by the next one. Here it is reported
+by name, and `on_corrupt` decides whether it is skipped or ends the program.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def data_config(backbone: Backbone) -> dict[str, Any]:
-    """How a backbone wants its images: timm's data configuration of the model, at the size it was built for.
+    """How images are prepared for a backbone: timm's data configuration of the model, at the size it was built for.
 
     Returns:
         `input_size` (C, H, W), `mean` and `std` per channel, `interpolation`, `crop_pct`, `crop_mode`.
@@ -45,23 +45,23 @@ def data_config(backbone: Backbone) -> dict[str, Any]:
     config = resolve_model_data_config(cast(Any, backbone.model), args=size)
     for name in ("mean", "std"):
         values = config[name]
-        if len(values) != channels:  # timm keeps the RGB statistics of a model built for grey images
+        if len(values) != channels:  # for a model built for grey images, timm still gives RGB statistics
             config[name] = (sum(values) / len(values),) * channels
     return config
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Images of a timm dataset, decoded and prepared when asked for.
+    """Images of a timm dataset, decoded and prepared on access.
 
-    As an indexed dataset (training) an unreadable image gives way to the next readable one; `batches` (evaluation)
-    leaves it out.
+    Indexing (training) replaces an unreadable image by the next readable one; `batches` (evaluation) leaves it out.
 
     Args:
         source: map-style dataset of timm or torchvision, without a transform.
-        config: what `data_config` gave.
-        on_corrupt: whether an unreadable image is skipped, with a warning that names it, or fatal.
-        limit: use this many images, drawn evenly from all; None: all.
-        seed: which ones.
+        config: the result of `data_config`.
+        on_corrupt: `"skip"` leaves out an unreadable image with a warning that names it; `"fail"` raises an
+            `UnreadableImageError`.
+        limit: use this many images, drawn at random from all; None: all.
+        seed: of that draw.
         workers: threads that decode for `batch`, processes that decode for `batches`.
 
     Raises:
@@ -88,13 +88,13 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         rows = torch.arange(len(source))
         if limit is not None and limit < len(source):
             rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-        self.rows = rows  # [images] int64, which of the source's images these are
+        self.rows = rows  # [images] int64, their numbers in the source
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image `[C, H, W]`, normalised, and label; the next readable one if unreadable images are skipped."""
+        """Normalised image `[C, H, W]` and label; those of the next readable image if this one is skipped."""
         for step in range(len(self)):
             item = self.read((index + step) % len(self))
             if not isinstance(item, UnreadableImageError):
@@ -103,7 +103,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         raise UnreadableImageError("data: expected at least one readable image, got none")
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Many items at once: images `[B, C, H, W]`, labels `[B]` int64."""
+        """Several items at once: images `[B, C, H, W]` and labels `[B]` int64."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             items = list(pool.map(self.__getitem__, [int(index) for index in indices]))
         return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
@@ -113,7 +113,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         return ImageBatches(self, size, device)
 
     def read(self, index: int) -> tuple[Tensor, int] | UnreadableImageError:
-        """Item `index`, or what is wrong with its file."""
+        """Item `index`, or the error that says what is wrong with its file."""
         row = int(self.rows[index])
         try:
             image, label = self._decode(row)
@@ -122,7 +122,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(label)
 
     def report(self, error: UnreadableImageError) -> None:
-        """Warn of an unreadable image, or raise."""
+        """Log a warning about an unreadable image, or raise the error if `on_corrupt` is `"fail"`."""
         if self.on_corrupt == "fail":
             raise error
         _log.warning("skipped %s", error)
@@ -141,7 +141,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that the source knows of; None if it does not say."""
+        """Number of classes of the source; None if it is unknown."""
         reader = getattr(self.source, "reader", self.source)
         known = getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None)
         return len(known) if known else None
@@ -157,10 +157,10 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
 
 class ImageBatches:
-    """Batches of `(images, labels)` on a device, as often as iterated; unreadable images are left out.
+    """Batches of `(images, labels)` on a device, without the unreadable images; may be iterated repeatedly.
 
     Attributes:
-        skipped: files that the last pass could not read.
+        skipped: the unreadable files of the last iteration.
     """
 
     def __init__(self, files: ImageFiles, size: int, device: str | torch.device) -> None:
@@ -191,7 +191,7 @@ class ImageBatches:
 
 
 class _Readable(Dataset[Any]):
-    """Items as `ImageFiles.read` gives them; timm's loader sets the transform that the files already have."""
+    """The results of `ImageFiles.read` as a dataset whose `transform` timm's loader may set without effect."""
 
     def __init__(self, files: ImageFiles) -> None:
         self.files = files
@@ -204,7 +204,7 @@ class _Readable(Dataset[Any]):
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[UnreadableImageError]]:
-    """Stack the readable items; hand the errors to the main process, which knows what to do with them."""
+    """Stack the readable items; pass the errors on to the main process, which reports them."""
     errors = [item for item in items if isinstance(item, UnreadableImageError)]
     good = [item for item in items if not isinstance(item, UnreadableImageError)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
@@ -223,10 +223,10 @@ def open_images(
     """Open labelled images, prepared for a backbone, through `timm.data.create_dataset`.
 
     Args:
-        backbone: who will look at them; gives size, normalisation and crop.
+        backbone: the network that will get them; it determines size, normalisation and crop.
         root: folder with one folder per class, or with such folders under `train` and `val`; for the other kinds of
-            dataset the folder that timm keeps them in, None for its library's own.
-        split: which part, in timm's words: "train", "validation", ...
+            dataset the folder that they are stored in, None for the default of their library.
+        split: timm's name of the part: "train", "validation", ...
         name: timm's name of the dataset: "" for folders, `torch/<name>`, `hfds/<name>`.
         class_map: file that numbers the classes, as timm reads it; None: in the order of the folder names.
         download: whether a `torch/` dataset may be downloaded.
@@ -237,7 +237,7 @@ def open_images(
         ImportError: for a kind of dataset whose library is not installed.
     """
     config = data_config(backbone)
-    if not name and (root is None or not Path(root).is_dir()):  # timm's tar files bear neither threads nor processes
+    if not name and (root is None or not Path(root).is_dir()):  # timm cannot read tar files in threads or processes
         raise ValueError(f"data_dir: expected a folder of images, found none at {root}")
     place, classes = (None if path is None else str(path) for path in (root, class_map))
     try:
@@ -254,7 +254,7 @@ def open_images(
 
 
 def _check_split(source: Any, root: Path, split: str) -> None:
-    """Refuse to read a folder of splits as one: timm takes the leaf folders of all of them for classes."""
+    """Refuse a folder of splits without the one asked for; timm would read the class folders of all splits."""
     if Path(source.reader.root) == root:
         others = sorted(SPLIT_FOLDERS & {path.name for path in root.iterdir() if path.is_dir()})
         if others:
@@ -262,7 +262,7 @@ def _check_split(source: Any, root: Path, split: str) -> None:
 
 
 def _check_classes(files: ImageFiles, backbone: Backbone, given: bool) -> None:
-    """Refuse labels that cannot mean what the model's head means."""
+    """Refuse images whose number of classes does not fit the model's head."""
     count, head = files.num_classes, backbone.num_classes
     if count is not None and (count > head or (count < head and not given)):
         raise ValueError(

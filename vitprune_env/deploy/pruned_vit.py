@@ -20,12 +20,13 @@ from vitprune_env.deploy.pretrained import (
     read_folder,
     write_folder,
 )
-from vitprune_env.engine.backbone import Backbone, check_needs
-from vitprune_env.engine.execution import Execution
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.evidence import check_needs
+from vitprune_env.engine.halves import AttendPacked, Compiled, Execution
 from vitprune_env.engine.kernels import kernel
-from vitprune_env.engine.parking import recall
-from vitprune_env.engine.reduction import reduce_tokens
-from vitprune_env.engine.tokens import TokenState, follow
+from vitprune_env.engine.reduction import recall
+from vitprune_env.engine.tokens import TokenState
+from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import CheckpointError
 from vitprune_env.policy import Policy
 from vitprune_env.types import Decision, Site, parse_sites
@@ -74,7 +75,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         self.policy = policy
         self.sites = parse_sites(backbone.default_sites if wanted is None else wanted, backbone.depth)
         self.execution = execution
-        self._how = Execution(kernel(execution))
+        self._how = Execution(AttendPacked(kernel(execution)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, C, H, W]` to logits `[B, classes]`."""
@@ -96,21 +97,17 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
             ValueError: for images that do not fit the model.
         """
         self.backbone.check_images(images)
-        state = self.backbone.embed(images)
-        self.policy.reset(state.batch_size, self.backbone.num_patches)
-        evidence: dict[str, Tensor] = {}
-        for step, site in enumerate(self.sites):
-            state, found = self._run(state, site.half, self.policy.needs)
-            # Two sites in one block share its attention; what it said of the tokens still there holds.
-            evidence = found or evidence
-            obs = self.backbone.observe(state, site, step, len(self.sites), evidence)
-            decision = self.policy.decide(obs)
+        self.policy.reset(images.shape[0], self.backbone.num_patches)
+        medium = Packed(self.backbone, self.policy.attention_bias == "log_size", self._how)
+        walk = Walk(medium, self.sites, self.policy.needs)
+
+        def decide(arrival: Arrival[TokenState]) -> TokenState:
+            decision = self.policy.decide(medium.observe(arrival, len(self.sites)))
             if on_decision is not None:
-                on_decision(decision, site)
-            before, state = state, reduce_tokens(state, decision, keep_one=self.backbone.needs_patches)
-            if self._shares_attention(step):
-                evidence = {name: follow(values, before, state) for name, values in evidence.items()}
-        return recall(self._run(state, 2 * self.backbone.depth)[0])
+                on_decision(decision, arrival.site)
+            return medium.reduce(arrival, decision)
+
+        return recall(walk.through(self.backbone.embed(images), decide))
 
     def forward_head(self, features: TokenState) -> Tensor:
         """What `forward_features` returned to logits `[B, classes]`."""
@@ -125,7 +122,8 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         Args:
             **options: passed to `torch.compile`.
         """
-        self._how = Execution.compiled(kernel(self.execution), **options)
+        parts = Compiled.of(self.backbone.family, **options)
+        self._how = Execution(AttendPacked(kernel(self.execution)), parts)
         return self
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -169,14 +167,3 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         """Sites, execution, and the policy where it is not a module."""
         policy = "" if isinstance(self.policy, nn.Module) else f", policy={self.policy}"
         return f"sites={[site.label for site in self.sites]}, execution={self.execution!r}{policy}"
-
-    def _run(
-        self, state: TokenState, stop: int, needs: frozenset[str] = frozenset()
-    ) -> tuple[TokenState, dict[str, Tensor]]:
-        log_size = self.policy.attention_bias == "log_size"
-        return self.backbone.run(state, stop, needs, log_size, self._how)
-
-    def _shares_attention(self, step: int) -> bool:
-        """Whether the next site looks at the same attention as this one."""
-        following = self.sites[step + 1 : step + 2]
-        return bool(self.policy.needs) and any(site.block == self.sites[step].block for site in following)

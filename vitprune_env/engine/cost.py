@@ -6,17 +6,17 @@ products and convolutions (norms, softmax, activations and sorting are not, as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Attention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.evidence import evidence_macs
+from vitprune_env.engine.families.adapter import linear_macs
+from vitprune_env.engine.network import Network
 from vitprune_env.errors import BudgetError
 from vitprune_env.types import Site
 
@@ -34,17 +34,17 @@ class CostModel:
     num_patches: int
 
     @classmethod
-    def of(cls, backbone: Backbone) -> CostModel:
+    def of(cls, backbone: Network) -> CostModel:
         """Read the sizes off the modules of a backbone."""
-        model = backbone.model
+        model, family = backbone.model, backbone.family
         blocks = [backbone.block(number) for number in range(1, backbone.depth + 1)]
         heads = [model.head, getattr(model, "head_dist", None)]
         return cls(
             embed=_embedding_macs(backbone),
-            head=sum(_linear_macs(head) for head in heads if head is not None),
-            attention_linear=tuple(_linear_macs(block.attn) for block in blocks),
-            attention_width=tuple(_attention_width(block.attn) for block in blocks),
-            mlp=tuple(_linear_macs(block.mlp) for block in blocks),
+            head=sum(linear_macs(head) for head in heads if head is not None),
+            attention_linear=tuple(family.attention_macs(block) for block in blocks),
+            attention_width=tuple(family.attention_width(block) for block in blocks),
+            mlp=tuple(family.mlp_macs(block) for block in blocks),
             num_prefix=backbone.num_prefix,
             num_patches=backbone.num_patches,
         )
@@ -82,10 +82,7 @@ class CostModel:
 
     def evidence(self, site: Site, rows: Tensor, needs: frozenset[str]) -> Tensor:
         """MACs of the evidence computed for a site whose attention ran on `rows` rows."""
-        width = self.attention_width[site.block - 1]
-        per_pair = rows * rows if "mean_attention" in needs else torch.zeros_like(rows)
-        per_row = rows if "cls_attention" in needs else torch.zeros_like(rows)
-        return (per_pair + per_row) * width
+        return evidence_macs(needs, rows, self.attention_width[site.block - 1])
 
     def keep_rate_for(self, budget_macs: float, sites: Sequence[Site]) -> float:
         """The keep rate, the same at every site, at which a pass costs `budget_macs` on average.
@@ -94,12 +91,33 @@ class CostModel:
             BudgetError: if the budget is not above what the prefix tokens cost alone, or above the dense cost.
         """
         check_budget(budget_macs, self.floor(sites), self.dense())
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            rate = (low + high) / 2
+
+        def cost(rate: float) -> float:
             counts = self.num_patches * rate ** torch.arange(1, len(sites) + 1, dtype=torch.float64)
-            low, high = (rate, high) if float(self.forward(counts[None], sites)) < budget_macs else (low, rate)
-        return (low + high) / 2
+            return float(self.forward(counts[None], sites))
+
+        return sum(bisect(cost, budget_macs, 60)) / 2
+
+
+def bisect(
+    cost: Callable[[float], float], target: float, steps: int, low: float = 0.0, high: float = 1.0
+) -> tuple[float, float]:
+    """Halve a range, at the ends of which a rising cost lies on either side of a target.
+
+    Args:
+        cost: not falling.
+        target: the cost that is looked for.
+        steps: halvings.
+        low: where the cost is below the target.
+        high: where it is not.
+
+    Returns:
+        The last range: at its low end the cost is below the target, at its high end not.
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    return low, high
 
 
 def check_budget(budget_macs: float, floor: float, dense: float) -> None:
@@ -120,19 +138,8 @@ def mlp_macs(sizes: Sequence[int]) -> int:
     return sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
 
 
-def _linear_macs(module: nn.Module) -> int:
-    """MACs per row of every linear layer in a module."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _attention_width(attention: nn.Module) -> int:
-    """Width of all heads together."""
-    module = cast(Attention, attention)
-    return module.num_heads * module.head_dim
-
-
 @torch.no_grad()
-def _embedding_macs(backbone: Backbone) -> int:
+def _embedding_macs(backbone: Network) -> int:
     """MACs of the patch embedding: closed form for timm's own, counted once by running any other stem."""
     embed = backbone.model.patch_embed
     if type(embed) is PatchEmbed:

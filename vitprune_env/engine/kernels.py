@@ -76,7 +76,7 @@ def nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None 
     shortest = min(length for _, length in rows.groups)
 
     def jagged(values: Tensor) -> Tensor:
-        # Both extremes are given, lest the operator ask the device for them.
+        # Both extremes are given, otherwise the operator would read them back from the device.
         together = torch.nested.nested_tensor_from_jagged(
             values.contiguous(), starts, min_seqlen=shortest, max_seqlen=rows.longest
         )

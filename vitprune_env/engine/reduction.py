@@ -1,4 +1,7 @@
-"""Apply a decision to the token state: drop, merge and park. Pure functions, differentiable in the features."""
+"""Apply a decision to the token state: drop, merge and park. Pure functions, differentiable in the features.
+
+Parked tokens wait outside the computation, in rows of their own, and come back unchanged (Evo-ViT's placeholders).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vitprune_env.engine.parking import park, recall
 from vitprune_env.engine.tokens import TokenState, arrange, drop_rows, repack, surely
 from vitprune_env.errors import DecisionError
 from vitprune_env.lazy_fields import given, on_demand
@@ -23,7 +25,7 @@ def check_decision(
     Args:
         decision: the decision.
         alive: `[B, N]` bool, tokens among the packed rows.
-        parked: `[B, N]` bool, tokens that wait; None: nobody.
+        parked: `[B, N]` bool, tokens that wait; None: none do.
         embed_dim: width of the tokens; None: not looked at.
 
     Raises:
@@ -34,10 +36,10 @@ def check_decision(
     if not isinstance(decision, Decision):
         raise DecisionError(f"decision: expected a Decision, got {type(decision).__name__}")
     _check_tensor("keep", decision.keep, alive, (torch.bool,))
-    present, whose = (alive, "obs.alive") if parked is None else (alive | parked, "(obs.alive | obs.parked)")
+    present, allowed = (alive, "obs.alive") if parked is None else (alive | parked, "(obs.alive | obs.parked)")
     if (decision.keep & ~present).any():
         image, token = (decision.keep & ~present).nonzero()[0].tolist()
-        raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & {whose}")
+        raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & {allowed}")
     if decision.order is not None:
         _check_tensor("order", decision.order, alive, (torch.int64, torch.int32, torch.float32, torch.float64))
     if decision.weight is not None:
@@ -131,10 +133,10 @@ def rescue_empty(keep: Tensor, state: TokenState) -> Tensor:
 
 
 def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False) -> TokenState:
-    """Drop, merge and park tokens as decided; nothing is copied when everybody stays.
+    """Drop, merge and park tokens as decided; nothing is copied when every token stays.
 
-    Asks the device for the number of tokens that stay in each image (and once more for those that wait), and not at
-    all if the policy says it.
+    Waits for the device once, to read how many tokens stay in each image (and once more if some wait). A decision that
+    gives its `count` spares that.
 
     Args:
         state: the tokens at the site.
@@ -143,9 +145,9 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
     """
     if state.parked is None and decision.park is None:
         return _drop_or_merge(state, decision, keep_one)
-    if _moves_nobody(state, decision):
+    if _moves_no_token(state, decision):
         return state
-    # Everybody comes back, the decision is applied to all of them, then some wait (again).
+    # All waiting tokens come back, the decision is applied to all tokens, then some wait (again).
     count, park_count = decision.count, 0 if decision.park is None else decision.park_count
     total = None if count is None or park_count is None else count + park_count
     after = _drop_or_merge(recall(state), replace(decision, count=total), keep_one)
@@ -157,10 +159,11 @@ def reduce_tokens(state: TokenState, decision: Decision, keep_one: bool = False)
     return park(after, waits, count, park_count)
 
 
-def _moves_nobody(state: TokenState, decision: Decision) -> bool:
-    """Whether the same tokens go on and the same wait, as far as that shows without asking the device.
+def _moves_no_token(state: TokenState, decision: Decision) -> bool:
+    """Whether the same tokens go on and the same wait, as far as that shows without waiting for the device.
 
-    Who waits is the observation's own tensor, so that nobody changed sides; the counts say that nobody left.
+    The decision parks exactly the observation's own tensor, so no token began or stopped to wait; the counts show
+    that none left.
     """
     aside, counts = state.parked, (decision.count, decision.park_count)
     if aside is None or decision.park is not aside.alive or None in counts:
@@ -170,7 +173,7 @@ def _moves_nobody(state: TokenState, decision: Decision) -> bool:
 
 
 def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> TokenState:
-    """Apply a decision to tokens of which nobody waits."""
+    """Apply a decision to tokens none of which wait."""
     kept, count = survivors(decision, state.alive), decision.count
     chosen = kept
     if keep_one and not count:
@@ -178,7 +181,7 @@ def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> Tok
     rank = state.rank if decision.order is None else decision.order
     groups, layout = _arrangement(state, count, kept)
     if decision.merge_into is None and decision.weight is None and decision.features is None:
-        if surely(_total(groups) == _total(state.groups)):  # nobody left
+        if surely(_total(groups) == _total(state.groups)):  # no token left
             return state if rank is state.rank else replace(state, rank=rank)
         return _drop(
             state,
@@ -214,7 +217,7 @@ def _drop(state: TokenState, new: TokenState) -> TokenState:
 
 
 def _left_size(size: Tensor | Callable[[], Tensor], kept: Tensor) -> Tensor:
-    """Sizes before a drop to those after it, `[B, N]`; only worked out when somebody asks."""
+    """Sizes before a drop to those after it, `[B, N]`; computed only when they are read."""
     return (size if isinstance(size, Tensor) else size()) * kept
 
 
@@ -244,7 +247,7 @@ def _merge(
     kept, total = new.alive, new.image.shape[0]
     new_row = (kept.flatten().cumsum(0) - 1).view(kept.shape)
     to = target[state.image, state.token]
-    # Who goes nowhere adds up in a row behind all others: leaving them out would ask the device how many they are.
+    # Tokens that leave add up in one extra row: leaving them out would need their number, and so wait for the device.
     destination = torch.where(to >= 0, new_row[state.image, to.clamp(min=0)], total)
     if weight is not None:
         values = values * weight[state.image, state.token].to(values)[:, None]
@@ -268,3 +271,53 @@ def _arrangement(
 def _total(groups: tuple[tuple[int, int], ...]) -> int:
     """All rows of all images; a Python number, also under tracing."""
     return sum(images * rows for images, rows in groups)
+
+
+def park(state: TokenState, waits: Tensor, count: int | None = None, park_count: int | None = None) -> TokenState:
+    """Take tokens out of the rows and let them wait.
+
+    Waits for the device once, to read the numbers of tokens; not at all if both counts are given.
+
+    Args:
+        state: tokens none of which wait yet.
+        waits: `[B, N]` bool, alive tokens that wait from now on.
+        count: how many go on in every image, where known.
+        park_count: how many wait in every image, where known.
+    """
+    goes = state.alive & ~waits
+    if count is None or park_count is None:
+        going, waiting = torch.stack([goes.sum(dim=1), waits.sum(dim=1)]).tolist()
+        groups, layout = arrange([state.num_prefix + n for n in going], sort=waits.device.type == "cpu")
+        waiting_groups, _ = arrange(waiting, sort=False)
+    else:
+        groups, layout = ((state.batch_size, state.num_prefix + count),), None
+        waiting_groups = ((state.batch_size, park_count),)
+    if not any(rows for _, rows in waiting_groups):
+        return state
+    aside = replace(state, alive=waits, groups=waiting_groups, layout=None, num_prefix=0)
+    aside = aside.with_rows(state.x.index_select(0, state.row_of[aside.image, aside.token]))
+    rest = replace(state, alive=goes, groups=groups, layout=layout, parked=aside)
+    return repack(state, rest, state.x, state.row_of[rest.image, rest.token])
+
+
+def recall(state: TokenState) -> TokenState:
+    """Let all waiting tokens come back, behind the others of the sequence."""
+    aside = state.parked
+    if aside is None:
+        return state
+    if state.is_uniform and aside.is_uniform:
+        groups, layout = ((state.batch_size, state.groups[0][1] + aside.groups[0][1]),), None
+    else:
+        lengths = [rows + more for rows, more in zip(state.lengths, aside.lengths, strict=True)]
+        groups, layout = arrange(lengths, sort=state.alive.device.type == "cpu")
+    behind = state.alive.shape[1] + aside.order
+    new = replace(
+        state,
+        alive=state.alive | aside.alive,
+        groups=groups,
+        layout=layout,
+        rank=torch.where(aside.alive, behind, state.order),
+        parked=None,
+    )
+    row = torch.where(aside.alive, state.x.shape[0] + aside.row_of, state.row_of)
+    return repack(state, new, torch.cat([state.x, aside.x]), row[new.image, new.token])

@@ -1,8 +1,8 @@
-"""The ragged token state: packed rows of the tokens that are still there, and who they are.
+"""The ragged token state: packed rows of the tokens that are still there, and which patches they are.
 
 Rows of one image lie together, prefix tokens first, then its alive patch tokens in token order. Linear layers, norms
 and MLPs then run on one `[rows, D]` tensor and pruned tokens cost nothing. On a CPU, images with equally many rows are
-moved together, so that they can attend in one call; nobody sees that but `layout`.
+moved together, so that they can attend in one call; `layout` records it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TokenState:
     half: int = 0  # half-blocks that have run
     rank: Tensor | None = None  # [B, N] sort key of the current sequence; None: token order
     layout: tuple[int, ...] | None = None  # images in the order in which they lie in `x`; None: 0, 1, 2, ...
-    parked: TokenState | None = None  # the tokens that wait, in rows of their own and without prefix; None: nobody
+    parked: TokenState | None = None  # the tokens that wait, in rows of their own and without prefix; None: none wait
 
     @property
     def batch_size(self) -> int:
@@ -43,7 +43,7 @@ class TokenState:
 
     @property
     def waiting(self) -> Tensor | None:
-        """`[B, N]` bool, the tokens that wait; None: nobody."""
+        """`[B, N]` bool, the tokens that wait; None: none do."""
         return None if self.parked is None else self.parked.alive
 
     @property
@@ -71,15 +71,15 @@ class TokenState:
 
     @cached_property
     def _alive_index(self) -> tuple[Tensor, Tensor]:
-        """Image and patch number of each alive token, without asking the device how many there are."""
+        """Image and patch number of each alive token, without waiting for the device."""
         batch, num_tokens = self.alive.shape
-        everybody = surely(self.count == num_tokens)
-        if self.count is None or not (everybody or torch.compiler.is_compiling()):
+        all_alive = surely(self.count == num_tokens)
+        if self.count is None or not (all_alive or torch.compiler.is_compiling()):
             total = sum(images * (rows - self.num_prefix) for images, rows in self.groups)
             image, token = torch.nonzero_static(self.alive, size=total).unbind(1)
             return image, token
         number = torch.arange(num_tokens, device=self.alive.device)
-        if not everybody:  # ONNX knows sorting; its result has a known shape, or a size that lies between known bounds
+        if not all_alive:  # ONNX knows sorting; its result has a known shape, or a size that lies between known bounds
             torch._check(self.count >= 0)
             torch._check(self.count <= num_tokens)
             token = torch.where(self.alive, number, number + num_tokens).sort(dim=1).values[:, : self.count]
@@ -130,6 +130,11 @@ class TokenState:
         """`[sum n_i]` int64, rows of `x` that hold the alive patch tokens."""
         shift = self.first_row + self.num_prefix - self.offsets[:-1]
         return shift[self.image] + torch.arange(self.image.shape[0], device=shift.device)
+
+    @cached_property
+    def row_patches(self) -> Tensor:
+        """`[rows]` int64, the patch number of each row of `x`; -1 for prefix rows."""
+        return self.token.new_full((self.x.shape[0],), -1).index_copy(0, self.patch_rows, self.token)
 
     @cached_property
     def row_of(self) -> Tensor:
@@ -209,7 +214,7 @@ def repack(old: TokenState, new: TokenState, x: Tensor, rows: Tensor) -> TokenSt
 
     Args:
         old: the state whose rows come first in `x`.
-        new: who is there now, and how the images should lie.
+        new: which tokens are there now, and how the images should lie.
         x: rows to choose from.
         rows: `[sum n_i]` int64, for each alive token of `new` its row in `x`.
     """

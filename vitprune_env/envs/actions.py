@@ -1,159 +1,218 @@
-"""What agents may say at a site, and what it means: actions to a `Decision`, and a policy's decision to actions."""
+"""Action kinds: which actions an agent has at a site, and what the actions of all agents mean as a `Decision`.
+
+An action kind is one object with everything that environments and learners need to handle its actions. A new kind is a
+new class in a file of its own. `KeepActions` and `MergeActions` are built in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from gymnasium.spaces import MultiBinary, MultiDiscrete
 from torch import Tensor
 
-from vitprune_env.engine.reduction import check_decision, survivors
-from vitprune_env.game.rollout import check_fit
-from vitprune_env.game.token_game import TokenGame
-from vitprune_env.policy import Policy
+from vitprune_env.engine.reduction import survivors
+from vitprune_env.envs.distributions import ActionDistribution, Bernoulli, Categorical
 from vitprune_env.types import Decision, Observation
 
-Action = int | np.int64
-
-WEIGHT_TOLERANCE = 1e-4  # relative; a policy may compute its means in another order than we do
-# Of a decision, what actions say, what `ask` hands over beside them, and what is bookkeeping.
+WEIGHT_TOLERANCE = 1e-4  # relative; a policy may compute its means in another order of operations
+# Fields of a decision that drops and means can express, that environments pass on, or that only speed up execution.
 EXPRESSIBLE = {"keep", "merge_into", "weight", "order", "macs", "count", "park_count"}
 
 
-class Actions(Protocol):
-    """An action space: how many actions every agent has, and what they mean together."""
+@runtime_checkable
+class ActionKind(Protocol):
+    """What the actions of the agents are and what they do.
 
-    num_agents: int  # N
-    count: int  # actions of every agent
-    meaning: str  # for error messages
+    A kind of your own is a frozen dataclass that subclasses this protocol and gives `name`, `meaning`, `count`,
+    `decision` and `encode`. The other methods have defaults.
+    """
 
-    def joint_space(self, *batch: int) -> MultiBinary | MultiDiscrete:
-        """The actions of all agents, of `batch` games if given: `[*batch, N]`."""
+    name: str  # public name, such as "keep"
+
+    def meaning(self, num_agents: int) -> str:
+        """The actions and their meanings in words, for error messages."""
+        ...
+
+    def count(self, num_agents: int) -> int:
+        """A, the number of actions of every agent; they are the numbers 0 to A - 1."""
         ...
 
     def decision(self, actions: Tensor, obs: Observation) -> Decision:
-        """What the actions `[B, N]` int64 of all agents come to; those of the dead are ignored."""
-        ...
+        """The decision that the actions `[B, N]` int64 of all agents amount to.
 
-    def actions(self, target: Tensor) -> Tensor:
-        """The actions `[B, N]` int64 that send every token to its `target` `[B, N]`, itself or -1 (it leaves).
-
-        Raises:
-            ValueError: if these actions cannot.
+        The actions of tokens that have left the game are ignored.
         """
         ...
 
-    def mask(self, alive: Tensor) -> Tensor | None:
-        """Which actions make sense, `[B, N, count]` bool; None where all do, always."""
+    def encode(self, decision: Decision, obs: Observation) -> Tensor:
+        """The actions `[B, N]` int64 that amount to a policy's decision, for policies played through an environment.
+
+        Raises:
+            ValueError: if no actions amount to it. The message continues "the policy cannot play through actions: ".
+        """
         ...
 
+    def joint_space(self, num_agents: int, *batch: int) -> MultiBinary | MultiDiscrete:
+        """The space of the actions of all agents, `[*batch, N]`; by default `MultiDiscrete`."""
+        return MultiDiscrete(np.full((*batch, num_agents), self.count(num_agents)))
 
-class KeepActions:
-    """`Discrete(2)`: 0 = prune, 1 = keep."""
+    def mask(self, alive: Tensor) -> Tensor | None:
+        """The actions that make sense, `[B, N, A]` bool; None, the default, where all of them always do.
 
-    count = 2
-    meaning = "0 (prune) or 1 (keep)"
+        Args:
+            alive: `[B, N]` bool, tokens still in the game.
+        """
+        return None
 
-    def __init__(self, num_agents: int) -> None:
-        self.num_agents = num_agents
+    def unseen_actions(self, obs: Observation) -> Tensor:
+        """The actions `[B, N]` int64 of the tokens that a policy does not see; by default 0.
 
-    def joint_space(self, *batch: int) -> MultiBinary:
+        A policy sees the rows of `obs.tokens`, the features of `obs.alive`. Environments take the actions of waiting
+        tokens from their agents, but a learner gives actions to the rows only; all other tokens then get these.
+        """
+        return torch.zeros_like(obs.alive, dtype=torch.int64)
+
+    def distribution(self, logits: Tensor, mask: Tensor | None = None) -> ActionDistribution:
+        """The distribution that a learner draws actions from; by default `Categorical`.
+
+        Args:
+            logits: `[rows, A]`, one row per token.
+            mask: `[rows, A]` bool, the actions that may be drawn; None: all.
+        """
+        return Categorical(logits, mask)
+
+
+@dataclass(frozen=True)
+class KeepActions(ActionKind):
+    """0 = prune, 1 = keep."""
+
+    name = "keep"
+
+    def meaning(self, num_agents: int) -> str:
+        """Both actions."""
+        return "0 (prune) or 1 (keep)"
+
+    def count(self, num_agents: int) -> int:
+        """2."""
+        return 2
+
+    def joint_space(self, num_agents: int, *batch: int) -> MultiBinary:
         """`MultiBinary`, `[*batch, N]`."""
-        return MultiBinary([*batch, self.num_agents] if batch else self.num_agents)
+        return MultiBinary([*batch, num_agents] if batch else num_agents)
 
     def decision(self, actions: Tensor, obs: Observation) -> Decision:
-        """Keep the alive tokens that say 1."""
-        return Decision(keep=actions.bool() & obs.alive)
+        """Keep the tokens with action 1."""
+        return Decision(keep=actions.bool() & obs.present)
 
-    def actions(self, target: Tensor) -> Tensor:
-        """1 for tokens that stand."""
+    def encode(self, decision: Decision, obs: Observation) -> Tensor:
+        """1 for the tokens that stay.
+
+        Raises:
+            ValueError: for a decision that does more than keep and prune.
+        """
+        target = destinations(decision, obs)
         if (merged := (target >= 0) & (target != _itself(target))).any():
             raise ValueError(f"0 and 1 can only say prune or keep, but it merges {int(merged.sum())} tokens")
+        check_drops_and_means(decision, target, obs)
         return (target >= 0).long()
 
-    def mask(self, alive: Tensor) -> None:
-        """None: there is nothing to choose wrongly."""
+    def distribution(self, logits: Tensor, mask: Tensor | None = None) -> ActionDistribution:
+        """`Bernoulli` with the log-odds of keeping, the difference of the two logits."""
+        return Bernoulli(logits[:, 1] - logits[:, 0]) if mask is None else Categorical(logits, mask)
 
 
-class MergeActions:
-    """`Discrete(N + 1)`: 0 = drop, 1 + j = go into token j; to stay, token i says 1 + i.
+@dataclass(frozen=True)
+class MergeActions(ActionKind):
+    """0 = drop, 1 + j = go into token j; token i stays with action 1 + i.
 
-    All speak at once, so that where one wants to go another may be leaving. Everybody therefore follows the arrows to
-    their end: to a token that stays; to one that leaves or is dead, and then all on the way leave with it; or into a
-    circle, and then the lowest-numbered token of the circle stays for all of it. What goes into one token becomes the
-    mean of its patches: features weighted with the tokens' sizes, as ToMe merges.
+    All agents act at once, so the token that another one goes into may itself leave. Every token therefore follows the
+    arrows (`resolve`) to their end: to a token that stays; to a token that is dropped or dead, and then all on the way
+    leave with it; or into a circle, and then the lowest-numbered token of the circle stays and the others go into it.
+    What goes into one token becomes the mean of its patches: features weighted with the tokens' sizes, as in ToMe.
     """
 
-    def __init__(self, num_agents: int) -> None:
-        self.num_agents = num_agents
-        self.count = num_agents + 1
-        self.meaning = f"0 (drop) or 1 + j (go into token j, oneself included), 1 to {num_agents}"
+    name = "merge"
 
-    def joint_space(self, *batch: int) -> MultiDiscrete:
-        """`MultiDiscrete`, `[*batch, N]`."""
-        return MultiDiscrete(np.full((*batch, self.num_agents), self.count))
+    def meaning(self, num_agents: int) -> str:
+        """The drop and the targets."""
+        return f"0 (drop) or 1 + j (go into token j, oneself included), 1 to {num_agents}"
 
-    def decision(self, actions: Tensor, obs: Observation) -> Decision:
-        """Follow the arrows and merge what ends in the same token."""
-        target = resolve(actions - 1, obs.alive)
-        return Decision(keep=target == _itself(target), merge_into=target, weight=mean_weights(target, obs.size))
-
-    def actions(self, target: Tensor) -> Tensor:
-        """An arrow straight to the target."""
-        return target + 1
+    def count(self, num_agents: int) -> int:
+        """N + 1."""
+        return num_agents + 1
 
     def mask(self, alive: Tensor) -> Tensor:
-        """The alive may drop or go into anybody alive, themselves included; for the dead there is only 0."""
+        """Alive tokens may drop or go into any alive token, themselves included; for dead tokens only 0 is left."""
         to_alive = alive[:, :, None] & alive[:, None, :]
         return torch.cat([torch.ones_like(alive)[:, :, None], to_alive], dim=2)
 
+    def decision(self, actions: Tensor, obs: Observation) -> Decision:
+        """Follow the arrows and merge all tokens that end in the same one."""
+        target = resolve(actions - 1, obs.present)
+        return Decision(keep=target == _itself(target), merge_into=target, weight=mean_weights(target, obs.size))
 
-ACTION_SPACES: dict[str, type[KeepActions] | type[MergeActions]] = {"keep": KeepActions, "merge": MergeActions}
+    def encode(self, decision: Decision, obs: Observation) -> Tensor:
+        """An arrow from every token straight to the one it ends up in.
+
+        Raises:
+            ValueError: for a decision that merges with other weights, or does more than drop and merge.
+        """
+        target = destinations(decision, obs)
+        check_drops_and_means(decision, target, obs)
+        return target + 1
 
 
-def make_actions(name: str, num_agents: int) -> Actions:
-    """The action space of a name.
+ACTION_KINDS: dict[str, ActionKind] = {kind.name: kind for kind in (KeepActions(), MergeActions())}
+
+
+def action_kind(kind: ActionKind | str) -> ActionKind:
+    """The built-in kind of a name; a kind itself is returned as it is.
 
     Raises:
         ValueError: for an unknown name.
+        TypeError: for anything else.
     """
-    if name not in ACTION_SPACES:
-        raise ValueError(f"action_space: expected one of {tuple(ACTION_SPACES)}, got {name!r}")
-    return ACTION_SPACES[name](num_agents)
+    if isinstance(kind, str):
+        if kind not in ACTION_KINDS:
+            raise ValueError(f"action_space: expected one of {tuple(ACTION_KINDS)}, got {kind!r}")
+        return ACTION_KINDS[kind]
+    if isinstance(kind, type) or not isinstance(kind, ActionKind):
+        raise TypeError(f"action_space: expected an ActionKind object or one of {tuple(ACTION_KINDS)}, got {kind!r}")
+    return kind
 
 
 def resolve(arrows: Tensor, alive: Tensor) -> Tensor:
-    """Where tokens that all point somewhere at once end up.
+    """The tokens that arrows end in when all tokens point somewhere at once.
 
     Args:
         arrows: `[B, N]` int64, the token that each one points at, itself to stay, -1 to leave.
         alive: `[B, N]` bool.
 
     Returns:
-        `[B, N]` int64: a token that stands and points at itself, or -1. See `MergeActions` for the rules.
+        `[B, N]` int64: a token that stays and points at itself, or -1. See `MergeActions` for the rules.
     """
     batch, agents = arrows.shape
-    # One more node, N, which points at itself, is where everybody goes who leaves; the dead point there too.
+    # One more node, N, points at itself. Tokens that leave and dead tokens point at it.
     nowhere = arrows.new_full((batch, 1), agents)
     jump = torch.cat([torch.where(alive & (arrows >= 0), arrows, agents), nowhere], dim=1)
     lowest = torch.arange(agents + 1, device=arrows.device).expand_as(jump)  # on the way so far
     for _ in range(agents.bit_length()):  # doubles the steps taken, until they suffice for any path and any circle
         lowest = torch.minimum(lowest, lowest.gather(1, jump))
         jump = jump.gather(1, jump)
-    # Every path has ended in a circle (a token that stands is one of length 1), where all see the same lowest token.
+    # Every path has ended in a circle (a token that stays is one of length 1), whose tokens share their lowest number.
     target = lowest.gather(1, jump)[:, :agents]
     return target.masked_fill(target == agents, -1)
 
 
 def mean_weights(target: Tensor, size: Tensor) -> Tensor:
-    """Weights `[B, N]` that make every group of tokens the mean of its patches; 1 for tokens that go nowhere.
+    """Weights `[B, N]` that make every group of tokens the mean of its patches; 1 for tokens without a target.
 
     Args:
-        target: `[B, N]` int64, where each token goes; -1: nowhere.
+        target: `[B, N]` int64, the token that each one goes into; -1: none.
         size: `[B, N]` float, patches that each token stands for.
     """
     joins, into = target >= 0, target.clamp(min=0)
@@ -161,40 +220,23 @@ def mean_weights(target: Tensor, size: Tensor) -> Tensor:
     return torch.where(joins, size / total.clamp(min=1), 1.0)
 
 
-def ask(policy: Policy, game: TokenGame, actions: Actions) -> tuple[Tensor, Tensor | None]:
-    """What a policy would do now, as actions `[B, N]`, and the order in which it wants to see the tokens next.
-
-    Raises:
-        ValueError: if the game lacks what the policy needs, its decision does not fit, or actions cannot express it.
-    """
-    check_fit(game, policy)
-    obs = game.observation()
-    if obs.step == 0:
-        policy.reset(obs.batch_size, obs.num_agents)
-    decision = policy.decide(obs)
-    check_decision(decision, obs.alive)
-    target = _destinations(decision, obs)
-    try:
-        choices = actions.actions(target)
-        _check_expressible(decision, target, obs)
-    except ValueError as error:
-        name = type(policy).__name__
-        raise ValueError(f"policy: {name} cannot play through actions: {error}; use vitprune_env.play") from None
-    return choices, decision.order
-
-
-def _destinations(decision: Decision, obs: Observation) -> Tensor:
-    """Where each token goes, `[B, N]` int64: a token that stands, or -1."""
+def destinations(decision: Decision, obs: Observation) -> Tensor:
+    """The token that each token ends up in, `[B, N]` int64; -1 for tokens that leave the game."""
     into = _itself(obs.alive) if decision.merge_into is None else decision.merge_into
-    joins = obs.alive & (into >= 0) & survivors(decision, obs.alive).gather(1, into.clamp(min=0))
+    joins = obs.present & (into >= 0) & survivors(decision, obs.present).gather(1, into.clamp(min=0))
     return into.masked_fill(~joins, -1)
 
 
-def _check_expressible(decision: Decision, target: Tensor, obs: Observation) -> None:
-    """Refuse what no actions say: more than drops and merges, or merges into something else than the mean.
+def check_drops_and_means(decision: Decision, target: Tensor, obs: Observation) -> None:
+    """Refuse a decision that does more than drop tokens and merge them into means.
+
+    Args:
+        decision: the decision.
+        target: its `destinations`.
+        obs: what it was taken on.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming what else it does.
     """
     given = {field.name for field in fields(decision) if getattr(decision, field.name) is not None}
     if extra := sorted(given - EXPRESSIBLE):
@@ -203,29 +245,6 @@ def _check_expressible(decision: Decision, target: Tensor, obs: Observation) -> 
     weight = torch.ones_like(mean) if decision.weight is None else decision.weight.to(mean)
     if ((target >= 0) & ((weight - mean).abs() > WEIGHT_TOLERANCE * mean)).any():
         raise ValueError("they merge tokens into the mean of their patches, but its weights are others")
-
-
-def read_actions(actions: Mapping[str, Action], agents: Sequence[str], space: Actions) -> list[int]:
-    """The actions of a PettingZoo dict in the order of the agents.
-
-    Raises:
-        ValueError: for a missing or unknown agent or an action outside the space, naming the agent.
-    """
-    for agent in actions.keys() ^ set(agents):
-        problem = "is missing" if agent in agents else "is not in the game, or not any more"
-        raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
-    for agent, action in actions.items():
-        if not _is_below(action, space.count):
-            raise ValueError(f"actions: expected {space.meaning}, got {action!r} for {agent}")
-    return [int(actions[agent]) for agent in agents]
-
-
-def _is_below(action: Any, count: int) -> bool:
-    """Whether an action is a whole number from 0 to `count - 1`, of whatever type."""
-    try:
-        return 0 <= int(action) < count and bool(int(action) == action)
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def _itself(like: Tensor) -> Tensor:

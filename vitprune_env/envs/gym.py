@@ -1,4 +1,4 @@
-"""The game for Gymnasium: one agent decides for all tokens of an image at once."""
+"""The Gymnasium environment: one agent decides for all tokens of an image at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.actions import Action
-from vitprune_env.envs.parallel import ENV_ID, parallel_env
+from vitprune_env.envs.actions import ActionKind
+from vitprune_env.envs.parallel import ENV_ID, Action, parallel_env
 from vitprune_env.game.rewards import RewardFn, TeamOutcome
 from vitprune_env.plots.render import RENDER_MODES
 from vitprune_env.policy import Policy
@@ -23,20 +23,21 @@ from vitprune_env.types import Observation, Outcome, Site
 class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One agent decides at every pruning site which tokens of an image stay.
 
-    It is the game of `parallel_env(on_prune="noop")`, seen by one player: the observation is that environment's
-    `state()`, an action holds one action per token, and the reward is the sum over all tokens.
+    It is the game of `parallel_env(on_prune="noop")` with all agents taken together: the observation is that
+    environment's `state()`, an action holds one action per token, and the reward is the sum over all tokens.
 
     | | |
     |---|---|
     | Observation | `Box((P + N) * (D + 1),)` float32: prefix tokens, then all patch tokens; after each its alive flag |
-    | Action | `MultiBinary(N)`: 0 = prune, 1 = keep; ignored for pruned tokens. With `action_space="merge"` \
-      `MultiDiscrete([N + 1] * N)`, see `vitprune_env.envs.actions.MergeActions` |
-    | Reward | the sum over all tokens of a `RewardFn`; by default `TeamOutcome`: the image's outcome, minus the price \
+    | Action | the joint space of the action kind; by default that of `KeepActions`, `MultiBinary(N)`: 0 = prune, \
+      1 = keep; ignored for pruned tokens |
+    | Reward | the sum over all tokens of a `RewardFn`; by default `TeamOutcome`: the image's outcome minus the price \
       of every token kept |
     | Termination | after T steps, one per pruning site; nothing is ever truncated |
-    | Info | `alive` `[N]` bool; at the end `correct`, `macs`, `n_kept` `[T]`; with merging `action_mask` |
+    | Info | `alive` `[N]` bool; `parked` `[N]` bool where tokens wait; `action_mask` `[N, A]` for action kinds that \
+      have one; at the end `correct`, `macs`, `n_kept` `[T]` |
 
-    After the end, the observation shows the last site as the decisions left it.
+    At the end, the observation shows the tokens as the last decision left them.
 
     Example:
         >>> env = gymnasium.make("vitprune/TokenPruning-v0")
@@ -50,14 +51,15 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         v0: initial version.
 
     Args:
-        backbone: the network to prune, or what `load_backbone` makes one of; None: the built-in one.
+        backbone: the network to prune: a `Backbone`, or a name or timm module for `load_backbone`; None: the built-in
+            one.
         dataset: where the images come from; None: training scenes of the built-in task.
         sites: where to prune; None: the backbone's own.
-        reward: whose sum over tokens the agent is paid; None: `TeamOutcome()`.
+        reward: the reward function, which is summed over tokens; None: `TeamOutcome()`.
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
         needs: evidence to compute at each site, for policies played through `action_from`.
-        device: where to move the backbone; None: it stays where it is.
-        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        device: device to move the backbone to; None: it stays on its own.
+        action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it.
 
     Raises:
@@ -75,7 +77,7 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         needs: frozenset[str] = frozenset(),
         device: str | torch.device | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
         attention_bias: str | None = None,
     ) -> None:
         self.tokens = parallel_env(
@@ -91,7 +93,7 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         self.render_mode = render_mode
         self.observation_space = self.tokens.state_space
-        self.action_space = self.tokens.actions.joint_space()
+        self.action_space = self.tokens.actions.joint_space(self.tokens.game.num_agents)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -111,10 +113,13 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self.tokens.state(), self._info(infos)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Decide for all tokens and run the network up to the next site, or to the end.
+        """Take the actions of all tokens and run the network up to the next site, or to the end.
 
         Args:
             action: `[N]`, one per token; those of pruned tokens are ignored.
+
+        Returns:
+            Observation, reward, terminated, truncated and info.
 
         Raises:
             ValueError: for an action of another shape, or a token's action outside its space.
@@ -133,14 +138,14 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self.tokens.state(), float(sum(rewards.values())), terminated, False, info
 
     def observation(self) -> Observation:
-        """The game's own observation, packed, with B = 1: what a `Policy` decides on."""
+        """The `Observation` that a `Policy` decides on, with B = 1."""
         return self.tokens.observation()
 
     def action_from(self, policy: Policy) -> np.ndarray:
-        """What a policy would do now, as an action `[N]`; see `TokenPruningEnv.actions_from`.
+        """The action `[N]` that a policy would take now, see `TokenPruningEnv.actions_from`.
 
         Raises:
-            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot express its decision.
             RuntimeError: when the game is over, or none has begun.
         """
         if not self.tokens.agents:
@@ -148,19 +153,23 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.fromiter(self.tokens.actions_from(policy).values(), self.action_space.dtype)
 
     def outcome(self) -> Outcome:
-        """How the game ended (logits, MACs, tokens kept), with B = 1; a `RuntimeError` before the end."""
+        """How the game ended (logits, MACs, tokens kept), with B = 1.
+
+        Raises:
+            RuntimeError: before the end.
+        """
         return self.tokens.outcome()
 
     def render(self) -> Any:
-        """Show which tokens are left after each site: `[H, W, 3]` uint8, a string, or a window, by render mode."""
+        """Show which tokens are left after each site, see `TokenPruningEnv.render`."""
         return self.tokens.render()
 
     def close(self) -> None:
-        """Close the window of mode human."""
+        """Close the window of render mode human."""
         self.tokens.close()
 
     def _per_token(self, action: np.ndarray | Tensor | Sequence[int]) -> dict[str, Action]:
-        """The action as the agents' dict."""
+        """The action as a dict with one entry per agent."""
         choices = np.asarray(action)
         if choices.shape != (len(self.tokens.agents),):
             wanted = f"one per token, shape [N] = ({len(self.tokens.agents)},)"
@@ -168,12 +177,12 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return dict(zip(self.tokens.agents, choices.tolist(), strict=True))
 
     def _info(self, infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The agents' infos, name by name, as arrays."""
+        """The agents' infos as one array per name."""
         names = next(iter(infos.values()))
         return {name: np.stack([np.asarray(info[name]) for info in infos.values()]) for name in names}
 
 
 def register_gym_env() -> None:
-    """Let `gymnasium.make("vitprune/TokenPruning-v0")` find the environment; calling it again changes nothing."""
+    """Register the environment for `gymnasium.make("vitprune/TokenPruning-v0")`; further calls do nothing."""
     if ENV_ID not in gymnasium.registry:
         gymnasium.register(ENV_ID, entry_point=f"{__name__}:{SingleAgentEnv.__name__}")

@@ -1,9 +1,8 @@
-"""The game for PettingZoo: one image per episode, one agent per patch token."""
+"""The PettingZoo environment: one image per episode, one agent per patch token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.actions import Action, ask, make_actions, read_actions
+from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.load import load_backbone
@@ -30,6 +30,7 @@ BUILT_IN_IMAGES = 4096  # scenes of the built-in task that episodes are drawn fr
 
 Features = dict[str, np.ndarray]
 Infos = dict[str, dict[str, Any]]
+Action = int | np.int64
 StepResult = tuple[Features, dict[str, float], dict[str, bool], dict[str, bool], Infos]
 
 
@@ -39,21 +40,27 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     | | |
     |---|---|
     | Agents | `token_0` to `token_{N-1}`, one per patch, row by row |
-    | Observation | `Box(D,)` float32: the token's feature at the site; zeros once it is pruned or the game is over |
-    | Action | `Discrete(2)`: 0 = prune, 1 = keep; with `action_space="merge"` `Discrete(N + 1)`, see `MergeActions` |
-    | Reward | the game's `RewardFn`; its part that depends on the predicted class is paid in the last step |
-    | Termination | see the modes below; nothing is ever truncated |
+    | Observation | `Box(D,)` float32: the token's feature at the site; a waiting token's feature is the one it waits \
+      with; zeros once the token is pruned or the game is over |
+    | Action | `Discrete(A)`, as the action kind defines it; by default `KeepActions`: 0 = prune, 1 = keep |
+    | Reward | that of the game's `RewardFn`; its part that depends on the predicted class is paid in the last step |
+    | Termination | depends on the mode, see below; nothing is ever truncated |
     | State | `Box((P + N) * (D + 1),)` float32: prefix tokens, then all patch tokens; after each its alive flag |
-    | Info | `{"alive": bool}` for every agent, at reset and after each step; with merging also `"action_mask"` |
+    | Info | `{"alive": bool}` for every agent, at reset and after each step; `"parked"`, bool, where tokens wait; \
+      `"action_mask"`, `[A]` int8, for action kinds that have one (`MergeActions`) |
 
-    `on_prune="noop"`: pruned agents stay listed to the end, observe zeros, and their answers are ignored. All terminate
-    together at the last site, where everything deferred is paid. This is the game of `TokenGame`.
+    `on_prune="noop"`: pruned agents stay listed to the end, observe zeros, and their actions are ignored. All agents
+    terminate together at the last site, where the deferred part of the reward is paid. This is the game of `TokenGame`.
 
-    `on_prune="terminate"`: pruned agents leave at once. *This is another game*: nobody may be paid after leaving, so
-    one who leaves is settled on the spot with a counterfactual outcome, that of finishing the pass from here without
-    further pruning; only those who play the last site are paid for the real one. It ends early when all have left.
+    `on_prune="terminate"`: pruned agents leave at once. *This is another game*: PettingZoo pays no agent after it has
+    left, so an agent that leaves is paid at once for a counterfactual outcome, that of finishing the pass from here
+    without further pruning. Only the agents that act at the last site are paid for the real outcome. The episode ends
+    early when all agents have left.
 
-    A model that reads its class from the patch tokens keeps at least one: the strongest stays though it chose to leave.
+    Waiting tokens are alive in both modes: their agents stay listed and act at every site.
+
+    A model that reads its class from the patch tokens keeps at least one: if all choose to leave, the one with the
+    largest norm stays.
 
     Example:
         >>> env = parallel_env()
@@ -67,12 +74,15 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         v0: initial version.
 
     Args:
-        game: the rules; nobody else should play it meanwhile.
+        game: the game to play. The environment steps it; do not step it elsewhere at the same time.
         dataset: `len(dataset)` pairs `dataset[i] -> (image [C, H, W], label)`, normalised as the model expects. If it
             has a method `to_rgb(images)`, rendering uses it.
         on_prune: `"noop"` or `"terminate"`.
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
-        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
+
+    Attributes:
+        actions: the `ActionKind`.
 
     Raises:
         ValueError: for an unknown mode or action space, or an empty dataset.
@@ -86,7 +96,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         dataset: ImageDataset,
         on_prune: str = "noop",
         render_mode: str | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
     ) -> None:
         if on_prune not in PRUNE_MODES:
             raise ValueError(f"on_prune: expected one of {PRUNE_MODES}, got {on_prune!r}")
@@ -96,16 +106,16 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         self.possible_agents = [f"token_{index}" for index in range(game.num_agents)]
         self.agents = []
         rows, width = game.backbone.num_prefix + game.num_agents, game.backbone.embed_dim
-        # One box for everybody: nobody samples observations, and the bounds of N boxes would add up.
+        # All agents share one box, because the bounds of N boxes would take N times the memory.
         self.observation_spaces = dict.fromkeys(self.possible_agents, Box(-np.inf, np.inf, (width,), np.float32))
-        self.actions = make_actions(action_space, game.num_agents)
-        self.action_spaces = {agent: Discrete(self.actions.count) for agent in self.possible_agents}
+        self._play = ActionGame(game, action_space)
+        self.actions = self._play.kind
+        count = self.actions.count(game.num_agents)
+        self.action_spaces = {agent: Discrete(count) for agent in self.possible_agents}
         self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
         self.np_random = np.random.default_rng()
         self._viewer = Viewer(render_mode, self.metadata["name"])
         self._slots = np.arange(0)  # patch numbers of `agents`
-        self._alive = torch.zeros(1, game.num_agents, dtype=torch.bool)
-        self._order: Tensor | None = None  # [1, N], how the policy last asked wants to see the tokens next
         self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
 
     def observation_space(self, agent: str) -> Space[np.ndarray]:
@@ -113,7 +123,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         return self.observation_spaces[agent]
 
     def action_space(self, agent: str) -> Space[Action]:
-        """0 = prune, 1 = keep; or 0 = drop, 1 + j = go into token j."""
+        """`Discrete(A)`; what each number means is in the docstring of the action kind."""
         return self.action_spaces[agent]
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Features, Infos]:
@@ -131,46 +141,42 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         index = (options or {}).get("index")
         if index is None:
             index = int(self.np_random.integers(len(self.dataset)))
-        self.agents = []  # nobody plays if the image turns out not to fit
-        device = next(self.game.backbone.parameters()).device
-        self._images, self._labels = (part.to(device) for part in fetch(self.dataset, [index]))
-        obs = self.game.reset(self._images, self._labels)
-        self.agents, self._slots, self._alive = self.possible_agents[:], np.arange(self.game.num_agents), obs.alive
-        self._order = None
+        self.agents = []  # no game begins if the image turns out not to fit
+        self._images, self._labels = fetch(self.dataset, [index])
+        tokens = self._play.reset(self._images, self._labels)
+        self.agents, self._slots = self.possible_agents[:], np.arange(self.game.num_agents)
         if self.render_mode == "human":
             self.render()
-        return dict(zip(self.agents, _rows(obs.dense()), strict=True)), self._infos(self.agents, self._slots)
+        return dict(zip(self.agents, _rows(tokens), strict=True)), self._infos(self.agents, self._slots)
 
     def step(self, actions: Mapping[str, Action]) -> StepResult:
-        """Let all agents decide and run the network up to the next site, or to the end.
+        """Take the actions of all agents and run the network up to the next site, or to the end.
 
         Args:
             actions: one for each of `agents`; in mode noop those of pruned tokens are ignored.
 
         Returns:
-            The usual five dicts, for the agents that acted; empty ones when there are none.
+            Observations, rewards, terminations, truncations and infos of the agents that acted; empty dicts when the
+            episode is over.
 
         Raises:
-            ValueError: for a missing or unknown agent or an action other than 0 and 1, naming the agent.
+            ValueError: for a missing or unknown agent or an action outside its space, naming the agent.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}
         acted, slots = self.agents, self._slots
-        choices = torch.zeros(self._alive.shape, dtype=torch.int64)
-        choices[0, slots] = torch.tensor(read_actions(actions, self.agents, self.actions))
-        decision = self.actions.decision(choices.to(self._alive.device), self.game.observation())
-        obs, reward, _, _, info = self.game.step(replace(decision, order=self._order))
-        assert reward is not None  # every game has a label
-        left, self._alive, self._order = self._alive & ~info["alive"], info["alive"], None
-        alive = self._alive[0].cpu().numpy()[slots]
-        done = np.full_like(alive, obs is None)
-        if obs is not None and self.on_prune == "terminate":
-            done, reward = ~alive, self._settled(reward, left)
-        tokens = torch.zeros(1, len(self._alive[0]), self.game.backbone.embed_dim) if obs is None else obs.dense()
+        choices = torch.zeros(1, self.game.num_agents, dtype=torch.int64)
+        choices[0, slots] = torch.tensor(self._read(actions))
+        before = self._play.present
+        tokens, reward, over = self._play.step(choices)
+        left = before & ~self._play.present
+        done = np.full(len(slots), over)
+        if not over and self.on_prune == "terminate":
+            done, reward = left[0].cpu().numpy()[slots], self._settled(reward, left)
         self._slots = slots[~done]
         self.agents = [self.possible_agents[slot] for slot in self._slots.tolist()]
-        while not self.agents and len(self.game.steps) < self.game.num_steps:  # nobody is left: finish the pass
-            self.game.step(Decision(keep=self._alive))
+        while not self.agents and len(self.game.steps) < self.game.num_steps:  # all have left: finish the pass
+            self.game.step(Decision(keep=self._play.present))
         if self.render_mode == "human":
             self.render()
         return (
@@ -182,62 +188,97 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         )
 
     def state(self) -> np.ndarray:
-        """Everything there is, `[(P + N) * (D + 1)]` float32.
+        """Features and alive flags of all tokens, `[(P + N) * (D + 1)]` float32.
 
         `state().reshape(P + N, D + 1)` has a row per token, prefix tokens first, then the patches (zeros for pruned
-        ones); its last column says who is alive. After the end it shows the last site as the decisions left it.
+        ones). Its last column is 1 for tokens that are alive, waiting ones included. After the end of the episode it
+        shows the tokens as the last decision left them.
+
+        Raises:
+            RuntimeError: before the first episode.
         """
         if self._images is None:
             raise RuntimeError("state: no game has begun; call reset() first")
         tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
         table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
-        rows = np.concatenate([np.arange(num_prefix), num_prefix + tokens.token.cpu().numpy()])
-        table[rows, :-1] = _rows(tokens.x[None])
-        table[rows, -1] = 1
+        for part in (tokens, tokens.parked):  # the state of the waiting tokens has no prefix tokens
+            if part is not None:
+                rows = np.concatenate([np.arange(part.num_prefix), num_prefix + part.token.cpu().numpy()])
+                table[rows, :-1] = _rows(part.x[None])
+                table[rows, -1] = 1
         return table.flatten()
 
     def observation(self) -> Observation:
-        """The game's own observation, packed, with B = 1: what a `Policy` decides on."""
+        """The `Observation` that a `Policy` decides on, with B = 1."""
         return self.game.observation()
 
     def actions_from(self, policy: Policy) -> dict[str, int]:
-        """What a policy would do now, as an action dict; empty when the episode is over.
+        """The actions that a policy would take now; empty when the episode is over.
 
-        The policy's own cost does not travel with the actions: `outcome().macs` leaves it out. The order in which it
-        wants to see the tokens next (ToMe) does, with the next step.
+        The `order` of the policy's decision (ToMe, LTMP) is remembered and applied in the next step. The policy's own
+        cost is not, so `outcome().macs` leaves it out.
 
         Raises:
-            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot express its decision.
         """
-        choices, self._order = ask(policy, self.game, self.actions)
-        return dict(zip(self.agents, choices[0].cpu().numpy()[self._slots].tolist(), strict=True))
+        actions = self._play.actions_from(policy)
+        return dict(zip(self.agents, actions[0].cpu().numpy()[self._slots].tolist(), strict=True))
 
     def outcome(self) -> Outcome:
-        """How the episode ended (logits, MACs, tokens kept), with B = 1; a `RuntimeError` before the end."""
+        """How the episode ended (logits, MACs, tokens kept), with B = 1.
+
+        Raises:
+            RuntimeError: before the end.
+        """
         return self.game.outcome()
 
     def render(self) -> np.ndarray | str | None:
-        """Show which tokens are left after each site: `[H, W, 3]` uint8, a string, or a window, by render mode."""
+        """Show which tokens are left after each site.
+
+        Returns:
+            A string in mode ansi; `[H, W, 3]` uint8 in mode rgb_array; None in mode human, which draws in a window.
+
+        Raises:
+            RuntimeError: before the first episode.
+        """
         if self._images is None:
             raise RuntimeError("render: no game has begun; call reset() first")
         rgb = getattr(self.dataset, "to_rgb", to_rgb)(self._images)[0]
         return self._viewer.draw(Scene.of(self.game, rgb, int(self._labels)))
 
     def close(self) -> None:
-        """Close the window of mode human."""
+        """Close the window of render mode human."""
         self._viewer.close()
 
     def _infos(self, agents: Sequence[str], slots: np.ndarray) -> Infos:
-        """Who is alive, and which actions make sense."""
-        alive = self._alive[0].cpu().numpy()[slots].tolist()
-        infos: Infos = {agent: {"alive": flag} for agent, flag in zip(agents, alive, strict=True)}
-        if (mask := self.actions.mask(self._alive)) is not None:
-            for info, row in zip(infos.values(), mask[0].to(torch.int8).cpu().numpy()[slots], strict=True):
-                info["action_mask"] = row
-        return infos
+        """The facts of `ActionGame.infos` about these agents, one dict per agent."""
+        columns: dict[str, Any] = {}
+        for name, values in self._play.infos().items():
+            rows = values[0].cpu().numpy()[slots]
+            columns[name] = rows.astype(np.int8) if name == "action_mask" else rows.tolist()
+        facts = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return dict(zip(agents, facts, strict=True))
+
+    def _read(self, actions: Mapping[str, Action]) -> list[int]:
+        """The actions of a dict in the order of the agents.
+
+        Raises:
+            ValueError: for a missing or unknown agent or an action outside the space, naming the agent.
+        """
+        for agent in actions.keys() ^ set(self.agents):
+            problem = "is missing" if agent in self.agents else "is not in the game, or not any more"
+            raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
+        num_agents = self.game.num_agents
+        for agent, action in actions.items():
+            if not _is_below(action, self.actions.count(num_agents)):
+                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {action!r} for {agent}")
+        return [int(actions[agent]) for agent in self.agents]
 
     def _settled(self, reward: Tensor, left: Tensor) -> Tensor:
-        """Pay those who leave now for all their steps, as if nobody left after them."""
+        """Add to the reward `[1, N]` of the agents that leave now what is deferred of all their steps.
+
+        It is computed from the counterfactual outcome in which no further token is pruned.
+        """
         if not left.any():
             return reward
         deferred = self.game.reward.deferred(self.game.steps, self.game.score_if_kept()).sum(dim=0)
@@ -253,21 +294,22 @@ def parallel_env(
     render_mode: str | None = None,
     needs: frozenset[str] = frozenset(),
     device: str | torch.device | None = None,
-    action_space: str = "keep",
+    action_space: ActionKind | str = "keep",
     attention_bias: str | None = None,
 ) -> TokenPruningEnv:
     """Make the environment; without arguments, with the built-in backbone and task.
 
     Args:
-        backbone: the network to prune, or what `load_backbone` makes one of.
+        backbone: the network to prune: a `Backbone`, or a name or timm module for `load_backbone`; None: the built-in
+            one.
         dataset: where the images come from; None: training scenes of the built-in task.
-        on_prune: what becomes of pruned agents, `"noop"` or `"terminate"`.
+        on_prune: whether pruned agents stay listed (`"noop"`) or leave (`"terminate"`), see `TokenPruningEnv`.
         sites: where to prune; None: the backbone's own.
-        reward: what the agents are paid; None: `SharedOutcome()`.
+        reward: the reward function; None: `SharedOutcome()`.
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
         needs: evidence to compute at each site, for policies played through `actions_from`.
-        device: where to move the backbone; None: it stays where it is.
-        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        device: device to move the backbone to; None: it stays on its own.
+        action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
@@ -276,7 +318,7 @@ def parallel_env(
     return TokenPruningEnv(game, images, on_prune, render_mode, action_space)
 
 
-raw_env = aec_wrapper_fn(parallel_env)  # turn by turn; takes the arguments of parallel_env
+raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); takes the arguments of parallel_env
 
 
 def env(**kwargs: Any) -> AECEnv[str, np.ndarray, Action | None]:
@@ -285,7 +327,7 @@ def env(**kwargs: Any) -> AECEnv[str, np.ndarray, Action | None]:
 
 
 def register_envs() -> None:
-    """Let `pettingzoo.make(..., "vitprune/TokenPruning-v0")` find the environment; calling it again changes nothing."""
+    """Register the environment for `pettingzoo.make(..., "vitprune/TokenPruning-v0")`; further calls do nothing."""
     if ENV_ID not in pettingzoo.parallel_registry:
         pettingzoo.register("parallel", ENV_ID, entry_point=f"{__name__}:parallel_env")
     if ENV_ID not in pettingzoo.aec_registry:
@@ -293,7 +335,15 @@ def register_envs() -> None:
 
 
 def _rows(tokens: Tensor) -> np.ndarray:
-    """`[1, n, D]` as a read-only array `[n, D]` whose rows agents get as views."""
+    """`[1, n, D]` as a read-only array `[n, D]`; the agents' observations are views of its rows."""
     rows = tokens[0].detach().float().cpu().numpy()
     rows.setflags(write=False)
     return rows
+
+
+def _is_below(action: Any, count: int) -> bool:
+    """Whether an action is a whole number from 0 to `count - 1`, of whatever type."""
+    try:
+        return 0 <= int(action) < count and bool(int(action) == action)
+    except (TypeError, ValueError, OverflowError):
+        return False

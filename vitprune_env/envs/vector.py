@@ -1,9 +1,8 @@
-"""The game for B images at once, tensors in and tensors out."""
+"""The batched environment: B images at once, tensors in and tensors out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vitprune_env.data import ImageDataset, fetch
-from vitprune_env.envs.actions import ask, make_actions
+from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.types import Observation, Outcome
@@ -33,13 +33,14 @@ class TokenVectorEnv:
 
     | | |
     |---|---|
-    | Observation | `[B, N, D]` the tokens' features at the site; zeros for the pruned, and once the game is over |
-    | Action | `[B, N]` bool or int: 0 = prune, 1 = keep; ignored for pruned tokens. With `action_space="merge"` int: \
-      0 = drop, 1 + j = go into token j (`vitprune_env.envs.actions.MergeActions`) |
-    | Reward | `[B, N]`, the game's `RewardFn`; everything that depends on the predicted class in the last step |
+    | Observation | `[B, N, D]` the tokens' features at the site; a waiting token's feature is the one it waits with; \
+      zeros for pruned tokens, and for all once the game is over |
+    | Action | `[B, N]` integers 0 to A - 1, as the action kind defines them (also bool where A = 2); by default \
+      `KeepActions`: 0 = prune, 1 = keep; ignored for pruned tokens |
+    | Reward | `[B, N]`, that of the game's `RewardFn`; its part that depends on the class is paid in the last step |
     | Termination | `[B, N]`, all at once after T steps; nothing is ever truncated |
-    | Info | `alive` `[B, N]`; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]`; \
-      with `action_space="merge"` always `action_mask` `[B, N, N + 1]` |
+    | Info | `alive` `[B, N]`; `parked` `[B, N]` where tokens wait; `action_mask` `[B, N, A]` for action kinds that \
+      have one; at the end also `correct` `[B]`, `macs` `[B]`, `n_kept` `[B, T]`, `logits` `[B, C]` |
 
     All games last T steps, so nothing resets by itself (`AutoresetMode.DISABLED`): `reset()` draws the next batch.
 
@@ -52,13 +53,18 @@ class TokenVectorEnv:
         >>> accuracy = infos["correct"].float().mean()
 
     Args:
-        game: the rules; nobody else should play it meanwhile. Tensors live where its backbone is.
+        game: the game to play. The environment steps it; do not step it elsewhere at the same time. Tensors are on the
+            device of its backbone.
         data: a map-style dataset of `(image, label)` pairs, with or without `batch(indices)`, or an iterable of
-            `(images, labels)` batches such as a DataLoader (a list counts as batches). A dataset is gone through in
-            random order, epoch by epoch; batches are taken as they come and cut to `num_envs`, and nothing is skipped.
+            `(images, labels)` batches such as a DataLoader (a list counts as batches). A dataset is drawn from in
+            random order, epoch by epoch. Batches are taken in their order and cut to `num_envs`; what is left of one
+            goes to the next `reset`.
         num_envs: B; None: the size of the first batch of an iterable, 32 for a dataset.
         seed: of the environment's own random stream; None: unpredictable. The global one is left alone.
-        action_space: `"keep"`, or `"merge"` for drop, stay, or go into another token.
+        action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
+
+    Attributes:
+        actions: the `ActionKind`.
 
     Raises:
         ValueError: for an empty dataset, `num_envs` below 1 or an unknown action space.
@@ -73,31 +79,31 @@ class TokenVectorEnv:
         data: ImageDataset | Iterable[tuple[Tensor, Tensor]],
         num_envs: int | None = None,
         seed: int | None = None,
-        action_space: str = "keep",
+        action_space: ActionKind | str = "keep",
     ) -> None:
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         self.game = game
         self.data = data
+        self._play = ActionGame(game, action_space)
+        self.actions = self._play.kind
         self.np_random = np.random.default_rng(seed)
         self._source = _source(data)
         if seed is not None:
             self._source.restart(self.np_random)
         self.num_envs = num_envs or self._source.natural_size(self.np_random)
-        self.actions = make_actions(action_space, game.num_agents)
-        self._order: Tensor | None = None  # [B, N], how the policy last asked wants to see the tokens next
         self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
-        self.single_action_space = self.actions.joint_space()
+        self.single_action_space = self.actions.joint_space(game.num_agents)
 
     @cached_property
     def observation_space(self) -> Box:
-        """The observations of all games, `[B, N, D]`; made when asked for, since its bounds are as large."""
+        """The observations of all games, `[B, N, D]`; made on first use, since its bounds take as much memory."""
         return Box(-np.inf, np.inf, (self.num_envs, *self.single_observation_space.shape), np.float32)
 
     @cached_property
     def action_space(self) -> MultiBinary | MultiDiscrete:
         """The actions of all games, `[B, N]`."""
-        return self.actions.joint_space(self.num_envs)
+        return self.actions.joint_space(self.game.num_agents, self.num_envs)
 
     @property
     def num_steps(self) -> int:
@@ -108,11 +114,11 @@ class TokenVectorEnv:
         """Begin games with the next batch.
 
         Args:
-            seed: begin the random stream and the data anew; None: go on.
+            seed: restart the random stream and the data with this seed; None: go on with them.
             options: `{"indices": [B]}` plays these items of a map-style dataset instead.
 
         Returns:
-            Observations `[B, N, D]`, and infos with `alive` `[B, N]`.
+            Observations `[B, N, D]` and infos, see the table above.
 
         Raises:
             ValueError: for images or labels that do not fit the model, or indices that do not fit the dataset.
@@ -122,16 +128,13 @@ class TokenVectorEnv:
             self._source.restart(self.np_random)
         indices = (options or {}).get("indices")
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
-        device = next(self.game.backbone.parameters()).device
-        obs = self.game.reset(images.to(device), labels.to(device))
-        self._order = None
-        return obs.dense(), self._infos(obs.alive)
+        return self._play.reset(images, labels), self._play.infos()
 
     def step(self, actions: Tensor | np.ndarray) -> VectorStep:
-        """Let all agents of all games decide.
+        """Take the actions of all agents of all games.
 
         Args:
-            actions: `[B, N]` bool or integer, see `action_space`; those of pruned tokens are ignored.
+            actions: `[B, N]` integer or bool, see the table above; those of pruned tokens are ignored.
 
         Returns:
             Observations `[B, N, D]`, rewards `[B, N]`, terminations `[B, N]`, truncations `[B, N]` and infos.
@@ -140,39 +143,36 @@ class TokenVectorEnv:
             ValueError: for actions of another shape, dtype or value.
             RuntimeError: when the games are over, or none has begun.
         """
-        before = self.game.observation()
-        choices = self._checked(torch.as_tensor(actions)).to(before.alive.device)
-        decision = replace(self.actions.decision(choices, before), order=self._order)
-        obs, rewards, _, truncations, info = self.game.step(decision)
-        assert rewards is not None  # every game has labels
-        self._order = None
-        infos = self._infos(info["alive"])
-        if obs is not None:
-            return obs.dense(), rewards, torch.zeros_like(truncations), truncations, infos
-        outcome = self.game.outcome()
-        infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
-        zeros = rewards.new_zeros(*rewards.shape, self.game.backbone.embed_dim)
-        return zeros, rewards, torch.ones_like(truncations), truncations, infos
+        tokens, rewards, over = self._play.step(self._checked(torch.as_tensor(actions)))
+        infos: dict[str, Any] = self._play.infos()
+        terminations = torch.full_like(self._play.present, over)
+        if over:
+            outcome = self.game.outcome()
+            infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
+        return tokens, rewards, terminations, torch.zeros_like(terminations), infos
 
     def observation(self) -> Observation:
-        """The game's own observation, packed: what a `Policy` decides on."""
+        """The `Observation` that a `Policy` decides on."""
         return self.game.observation()
 
     def actions_from(self, policy: Policy) -> Tensor:
-        """What a policy would do now, as actions `[B, N]`; as in the PettingZoo environment.
+        """The actions `[B, N]` int64 that a policy would take now, see `TokenPruningEnv.actions_from`.
 
         Raises:
-            ValueError: if the game lacks the evidence that the policy needs, or actions cannot say what it decides.
+            ValueError: if the game lacks the evidence that the policy needs, or actions cannot express its decision.
         """
-        choices, self._order = ask(policy, self.game, self.actions)
-        return choices
+        return self._play.actions_from(policy)
 
     def outcome(self) -> Outcome:
-        """How the games ended; a `RuntimeError` before the end."""
+        """How the games ended.
+
+        Raises:
+            RuntimeError: before the end.
+        """
         return self.game.outcome()
 
     def close(self) -> None:
-        """Nothing to release; for those who call it."""
+        """Does nothing; part of Gymnasium's interface."""
 
     def _pick(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         if not isinstance(self._source, _Indexed) or len(indices) != self.num_envs:
@@ -180,29 +180,29 @@ class TokenVectorEnv:
             raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
         return fetch(self._source.dataset, indices)
 
-    def _infos(self, alive: Tensor) -> dict[str, Any]:
-        """Who is alive, and which actions make sense."""
-        mask = self.actions.mask(alive)
-        return {"alive": alive} if mask is None else {"alive": alive, "action_mask": mask}
-
     def _checked(self, actions: Tensor) -> Tensor:
-        """Actions as int64, if they are what they should be."""
+        """The actions as int64.
+
+        Raises:
+            ValueError: for another shape, dtype or value.
+        """
         shape = (self.num_envs, self.game.num_agents)
+        count = self.actions.count(shape[1])
         is_whole = not (actions.is_floating_point() or actions.is_complex())
         is_flag = actions.dtype == torch.bool
-        if tuple(actions.shape) != shape or not is_whole or (is_flag and self.actions.count > 2):
-            kind = "bool or integers" if self.actions.count == 2 else "integers"
+        if tuple(actions.shape) != shape or not is_whole or (is_flag and count > 2):
+            kind = "bool or integers" if count == 2 else "integers"
             got = f"{actions.dtype} of shape {tuple(actions.shape)}"
             raise ValueError(f"actions: expected {kind} of shape [B, N] = {shape}, got {got}")
         chosen = actions.long()
-        if self.game.check and ((chosen < 0) | (chosen >= self.actions.count)).any():
+        if self.game.check and ((chosen < 0) | (chosen >= count)).any():
             got = f"{int(chosen.min())} to {int(chosen.max())}"
-            raise ValueError(f"actions: expected {self.actions.meaning}, got {got}")
+            raise ValueError(f"actions: expected {self.actions.meaning(shape[1])}, got {got}")
         return chosen
 
 
 class _Indexed:
-    """A map-style dataset, gone through in random order, epoch by epoch."""
+    """A map-style dataset, drawn from in random order, epoch by epoch."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         if not len(dataset):
@@ -224,7 +224,7 @@ class _Indexed:
 
 
 class _Batches:
-    """An iterable of batches, begun anew when it ends; what one draw leaves of a batch goes to the next."""
+    """An iterable of batches, restarted when it ends; what one draw leaves of a batch goes to the next."""
 
     def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
@@ -249,7 +249,7 @@ class _Batches:
         return images[:count], labels[:count]
 
     def _next(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        # A DataLoader without a generator shuffles and augments with the global random state: lend it one of ours.
+        # A DataLoader without a generator shuffles and augments with the global random state, so it is seeded here.
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(int(rng.integers(2**63)))
             batch = next(self._stream, None)
@@ -262,7 +262,7 @@ class _Batches:
 
 
 def _source(data: ImageDataset | Iterable[tuple[Tensor, Tensor]]) -> _Indexed | _Batches:
-    # torch gives every dataset a __getitem__, iterable ones too.
+    # torch gives every dataset a __getitem__, even iterable ones.
     if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, IterableDataset)):
         return _Indexed(cast(ImageDataset, data))
     return _Batches(cast(Iterable[tuple[Tensor, Tensor]], data))

@@ -8,18 +8,16 @@ change if a token came or went. A difference reward (Wolpert and Tumer, 2001) wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vitprune_env.engine.masked import SoftState, classify_soft, run_soft
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.masked import MaskedState, classify_masked
 from vitprune_env.engine.tokens import TokenState
+from vitprune_env.engine.walk import Masked, Walk
 from vitprune_env.errors import DecisionError
 from vitprune_env.types import Step
-
-if TYPE_CHECKING:
-    from vitprune_env.engine.backbone import Backbone
 
 
 def attribution(
@@ -50,15 +48,14 @@ def attribution(
         raise DecisionError("credit: expected tokens to be kept or dropped, got merged ones; they have no weight of 0")
     if any(step.parked is not None and bool(step.parked.any()) for step in steps):
         raise DecisionError(
-            "credit: expected tokens to be kept or dropped, got waiting ones; nobody sees them meanwhile"
+            "credit: expected tokens to be kept or dropped, got waiting ones; they are not seen meanwhile"
         )
     batch = start.batch_size
     x = start.x.detach().view(batch, -1, start.x.shape[1])
+    walk = Walk(Masked(backbone), [step.site for step in steps])
     with torch.enable_grad():
         weights = [step.kept.to(x.dtype).requires_grad_() for step in steps]
-        state, _ = run_soft(backbone, SoftState(x, start.num_prefix, start.half), steps[0].site.half)
-        ends = [*(step.site.half for step in steps[1:]), 2 * backbone.depth]
-        for weight, end in zip(weights, ends, strict=True):
-            state, _ = run_soft(backbone, state, end, weight)
-        logits = classify_soft(backbone, state, weights[-1])
+        first = MaskedState(x, start.num_prefix, start.half)
+        last = walk.through(first, lambda arrival: arrival.state.with_weights(weights[arrival.step]))
+        logits = classify_masked(backbone, last, last.weights)
         return torch.stack(torch.autograd.grad(outcome(logits, labels).sum(), weights, materialize_grads=True))

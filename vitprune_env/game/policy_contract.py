@@ -16,8 +16,8 @@ def check_policy(policy: Policy, backbone: Backbone, images: Tensor, determinist
     """Play a batch and make sure that the policy keeps the contract.
 
     Checked are: the protocol's members, the decisions' shapes and types (by the game itself), that the same batch is
-    decided the same way again, and that an image's decisions (who stays, and who waits) do not depend on the other
-    images of its batch.
+    decided the same way again, and that an image's decisions (which tokens stay, and which wait) do not depend on
+    the other images of its batch.
 
     Args:
         policy: the policy.
@@ -51,6 +51,6 @@ def check_policy(policy: Policy, backbone: Backbone, images: Tensor, determinist
 
 
 def _decisions(episode: Episode) -> Tensor:
-    """Who stays and who of them waits, `[2, T, B, N]` bool."""
+    """Which tokens stay and which of them wait, `[2, T, B, N]` bool."""
     parked = torch.zeros_like(episode.keep) if episode.parked is None else episode.parked
     return torch.stack([episode.keep, parked])

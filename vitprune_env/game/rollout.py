@@ -26,7 +26,7 @@ def play(
 
     Args:
         game: the game; it must compute the evidence that the policy needs (`TokenGame.for_policy` does).
-        policy: who decides.
+        policy: decides.
         images: `[B, C, H, W]`, or what `game.prepare` made of them.
         labels: `[B]` int64; None: no reward.
         record: whether to keep the observations in the episode.
@@ -41,7 +41,7 @@ def play(
     observations = []
     while obs is not None:
         if record:
-            observations.append(replace(obs))  # reads every field, lest one hold on to all that the game knows
+            observations.append(replace(obs))  # reads every field, so that none keeps the whole state alive
         obs, _, _, _, _ = game.step(policy.decide(obs))
     outcome = game.outcome()
     return Episode(
@@ -55,7 +55,7 @@ def play(
 
 
 def _parked(steps: Sequence[Step]) -> Tensor | None:
-    """Who waits after each decision, `[T, B, N]`; None: nobody ever."""
+    """Which tokens wait after each decision, `[T, B, N]`; None: none ever do."""
     if all(step.parked is None for step in steps):
         return None
     return torch.stack([step.kept & ~step.carried for step in steps])

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitprune_env.engine.backbone import Backbone, check_needs
+from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.engine.parking import recall
-from vitprune_env.engine.reduction import check_decision, reduce_tokens
-from vitprune_env.engine.tokens import TokenState, follow
+from vitprune_env.engine.evidence import check_needs
+from vitprune_env.engine.reduction import check_decision, recall
+from vitprune_env.engine.tokens import TokenState
+from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.credit import attribution
 from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome
@@ -61,6 +62,8 @@ class TokenGame:
         self.grad = grad
         self.check = check
         self.cost = CostModel.of(backbone)
+        self._medium = Packed(backbone, attention_bias == "log_size")
+        self._walk = Walk(self._medium, self.sites, self.needs)
         self._bounds = (0, *(site.half for site in self.sites), 2 * backbone.depth)
         self._state: TokenState | None = None
         self._steps: list[Step] = []
@@ -72,7 +75,7 @@ class TokenGame:
 
         Args:
             backbone: the network to prune.
-            policy: who will play.
+            policy: the policy that will play.
             **kwargs: further arguments of `TokenGame`; they win over the policy's wishes.
         """
         sites = policy.default_sites(backbone.depth)
@@ -95,14 +98,14 @@ class TokenGame:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             state = self.backbone.embed(images)
             # The last attention half stays for `start`, where the evidence of the first site is computed.
-            return self.backbone.run(state, self._cached_halves, log_size=self._log_size)[0]
+            return self._medium.run(state, self._cached_halves)[0]
 
     def reset(self, images: Tensor, labels: Tensor | None = None) -> Observation:
         """Begin a batch of games.
 
         Args:
             images: `[B, C, H, W]` as the model wants them (normalised).
-            labels: `[B]` int64 classes; None: nobody is paid.
+            labels: `[B]` int64 classes; None: no reward is paid.
 
         Returns:
             What the agents see at the first site.
@@ -116,7 +119,7 @@ class TokenGame:
         """Begin a batch of games from a prepared state, see `reset`.
 
         Raises:
-            ValueError: for a state that has run past what this game needs to see, or whose tokens have been pruned.
+            ValueError: for a state that has run past the blocks whose evidence this game needs, or has lost tokens.
         """
         if state.half > self._cached_halves or not state.alive.all():
             raise ValueError(
@@ -190,7 +193,7 @@ class TokenGame:
         if self._state is None or self._labels is None:
             raise RuntimeError("score_if_kept: no game with labels is being played")
         with torch.no_grad():
-            state, _ = self.backbone.run(self._state, self._bounds[-1], log_size=self._log_size)
+            state = self._walk.finish(self._state)
             return self.reward.score(self.backbone.classify(state), self._labels)
 
     @property
@@ -210,35 +213,23 @@ class TokenGame:
         return tuple(self._steps)
 
     @property
-    def _log_size(self) -> bool:
-        return self.attention_bias == "log_size"
-
-    @property
     def _cached_halves(self) -> int:
         """Half-blocks that `prepare` runs: all before the attention that gives the first site its evidence."""
         first = self.sites[0]
         return 2 * (first.block - 1) if self.needs else first.half
 
-    def _advance(self, state: TokenState) -> None:
-        """Run to the next site and look around."""
-        site = self.sites[len(self._steps)]
-        evidence_due = bool(self.needs) and state.half <= 2 * (site.block - 1)
-        state, evidence = self.backbone.run(state, site.half, self.needs, self._log_size)
-        if evidence_due:
-            self._extra_macs += self.cost.evidence(site, self._rows(state), self.needs)
-        elif self.needs:  # two sites in one block share its attention; what it said of the tokens still there holds
-            evidence = {name: follow(values, self.state, state) for name, values in self._evidence.items()}
-        self._state, self._evidence = state, evidence
-        self._observation = self.backbone.observe(state, site, len(self._steps), self.num_steps, evidence)
-
-    def _rows(self, state: TokenState) -> Tensor:
-        return state.alive.sum(dim=1).double() + self.backbone.num_prefix
+    def _advance(self, state: TokenState, previous: Arrival[TokenState] | None = None) -> None:
+        """Run to the next site, and book the evidence computed on the way."""
+        arrival = self._walk.arrive(state, previous)
+        if arrival.is_fresh:
+            rows = arrival.state.alive.sum(dim=1).double() + self.backbone.num_prefix
+            self._extra_macs += self.cost.evidence(arrival.site, rows, self.needs)
+        self._state, self._arrival = arrival.state, arrival
+        self._observation = self._medium.observe(arrival, self.num_steps)
 
     def _apply(self, decision: Decision) -> Step:
         """Reduce the tokens, keep the books, and run on unless this was the last site."""
-        before = self._state
-        assert before is not None
-        after = reduce_tokens(before, decision, keep_one=self.backbone.needs_patches)
+        before, after = self._arrival.state, self._medium.reduce(self._arrival, decision)
         index = len(self._steps)
         share = (self._bounds[index + 2] - self._bounds[index + 1]) / self._bounds[-1]
         if decision.macs is not None:
@@ -249,7 +240,7 @@ class TokenGame:
             self._immediate.append(self.reward.immediate(step))
         self._steps.append(step)
         if len(self._steps) < self.num_steps:
-            self._advance(after)
+            self._advance(after, self._arrival)
         else:
             self._state = after
         return step
@@ -263,8 +254,7 @@ class TokenGame:
 
     def _finish(self, reward: Tensor | None) -> Tensor | None:
         """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
-        state, _ = self.backbone.run(self.state, self._bounds[-1], log_size=self._log_size)
-        state = recall(state)
+        state = recall(self._walk.finish(self.state))
         logits = self.backbone.classify(state)
         if self.check and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())

@@ -1,4 +1,4 @@
-"""Figures for reports: what is left of some images after each site, how learning went, how methods compare."""
+"""Figures for reports: the tokens left of images after each site, learning curves, and comparisons of methods."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Curve = Sequence[float] | Sequence[Sequence[float]]
 MARKERS = "osD^vP*X<>pd"
 GREYS = (14, 15)  # of matplotlib's tab20
-NEAR = 0.1  # accuracies this far below the reference are shown enlarged
-MAX_IMAGES = 8  # images of a figure that stay readable on a page
+NEAR = 0.1  # the enlarged panel shows accuracies down to this far below the reference
+MAX_IMAGES = 8  # more images in a figure would be too small on a page
 
 
 def tokens_figure(
@@ -32,17 +32,17 @@ def tokens_figure(
     std: Sequence[float] | None = None,
     columns: int = 1,
 ) -> Figure:
-    """One row per image: the image, then what is left of it after each site (Fig. 5 of paper 000).
+    """One row per image: the image, then the tokens left of it after each site (as in RL4EViT, Fig. 5).
 
     Args:
         images: `[B, C, H, W]`, at most 8 of them.
         keep: `[T, B, N]` bool, tokens alive after each site (an `Episode`'s `keep`).
         grid_size: rows and columns of patches, N in all.
-        sites: where the tokens were pruned, T of them.
-        titles: one per image, written on its left; None: nothing.
+        sites: the T sites at which tokens were pruned.
+        titles: one per image, written on its left; None: no titles.
         mean: of the images' normalisation, see `to_rgb`.
         std: likewise.
-        columns: how many such rows to set side by side.
+        columns: number of images per row of the figure.
 
     Raises:
         ValueError: for shapes that do not fit together or too many images.
@@ -83,14 +83,14 @@ def learning_curve_figure(
     budget: float | None = None,
     title: str = "",
 ) -> Figure:
-    """Accuracy and cost over training, one above the other.
+    """Accuracy over training, and below it the cost.
 
     Args:
-        updates: `[U]`, when it was evaluated.
-        accuracy: `[U]` in 0..1, or `[S, U]` for S runs: their mean and range are drawn.
-        macs_share: GMACs as a share of the dense model's, of the same shape.
-        references: accuracies to compare with, by name, such as the dense model's.
-        budget: the share of GMACs to meet.
+        updates: `[U]`, the updates after which the policy was evaluated.
+        accuracy: `[U]` in 0..1, or `[S, U]` for S runs, whose mean and range are drawn.
+        macs_share: GMACs as a share of the dense model's; of the same shape as `accuracy`.
+        references: accuracies to compare with, by name, such as that of the dense model.
+        budget: the target for `macs_share`.
         title: of the figure.
 
     Raises:
@@ -117,6 +117,7 @@ def learning_curve_figure(
 
 
 def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> None:
+    """Draw one run, or the mean and the range of several."""
     runs = np.atleast_2d(np.asarray(values, dtype=float))
     if runs.ndim != 2 or runs.shape[1] != len(updates):
         raise ValueError(f"{name}: expected {len(updates)} values per run, one for each update, got {list(runs.shape)}")
@@ -140,12 +141,13 @@ def pareto_figure(
     muted: Container[str] = (),
     title: str = "",
 ) -> Figure:
-    """Accuracy over cost, one line per method; with a reference also as seen from near it.
+    """Accuracy over cost, one line per method; a second panel enlarges accuracies close to the reference.
 
     Args:
         lines: points of each method, in any order.
-        reference: name and accuracy to compare with, drawn as a horizontal line.
-        muted: methods to draw in grey and without intervals, such as controls.
+        reference: name and accuracy of a model to compare with, drawn as a horizontal line; None: no line and no
+            second panel.
+        muted: methods that are drawn in grey and without intervals, such as controls.
         title: of the figure.
 
     Raises:
@@ -198,17 +200,17 @@ def fates_figure(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Figure:
-    """What several methods leave of the same images: the images, then one row per method.
+    """The tokens that several methods leave of the same images: the images, then one row per method.
 
-    Pruned patches are white; patches that were merged into one token share a tint.
+    Pruned patches are white. Patches that were merged into one token have the same tint.
 
     Args:
         images: `[B, C, H, W]`, at most 8 of them.
         sources: for each method `[B, N]` int64, the token that every patch ended up in, -1 where it was pruned (an
             `Outcome`'s `source`).
         grid_size: rows and columns of patches, N in all.
-        labels: true classes, written over the images.
-        predicted: for each method the classes it predicts, written under the panels, wrong ones in red.
+        labels: true classes, written above the images.
+        predicted: for each method the predicted classes, written below the panels, wrong ones in red.
         mean: of the images' normalisation, see `to_rgb`.
         std: likewise.
 

@@ -1,7 +1,7 @@
-"""Pictures of the game: which tokens are left after each site, as text, pixels or window.
+"""Renderings of the game: which tokens are left after each site, as text, as pixels or in a window.
 
-As in Fig. 5 of RL4EViT (paper 000) there is one panel per site, and tokens that were pruned earlier are white; those
-that leave at the panel's own site are orange. matplotlib is imported only by what needs it.
+As in Fig. 5 of RL4EViT there is one panel per site, and tokens that were pruned earlier are white. Tokens that are
+pruned at the panel's own site are orange. matplotlib is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ RENDER_MODES = ("human", "rgb_array", "ansi")
 PANEL_PIXELS = 240  # smallest height of a panel of mode rgb_array
 ALIVE, MARKS = "#", "123456789abcdefghijklmnopqrstuvwxyz"
 GONE_EARLIER, GONE_HERE, BACKGROUND = (1.0, 1.0, 1.0), (0.98, 0.74, 0.42), (0.45, 0.45, 0.45)
-COVER = 0.88  # how much of a pruned patch its colour hides
-TINT = 0.55  # how much of a merged patch its colour hides
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it, as hues, stay far apart
+COVER = 0.88  # weight of the colour in a pruned patch, 0 to 1
+TINT = 0.55  # weight of the colour in a merged patch, 0 to 1
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are hues that are far apart
 
 
 def to_rgb(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
     """Undo the normalisation of images, for display.
 
     Args:
-        images: `[B, C, H, W]`; other than 3 channels are shown as grey, their mean.
-        mean: of each channel, as subtracted; None: each image is stretched from its minimum to its maximum.
-        std: of each channel, as divided by.
+        images: `[B, C, H, W]`; if C is not 3, the mean of the channels is shown in grey.
+        mean: the mean of each channel that was subtracted; None: each image is scaled from its minimum to its maximum.
+        std: the standard deviation of each channel by which it was divided.
 
     Returns:
         `[B, 3, H, W]` float32 in 0..1.
@@ -57,7 +57,7 @@ def to_rgb(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[fl
 
 
 def site_title(site: int | str | Site) -> str:
-    """What to write over the panel of a site."""
+    """Title of the panel of a site."""
     site = Site.parse(site)
     return f"in block {site.block}" if site.inside else f"after block {site.block}"
 
@@ -67,8 +67,8 @@ def shade(image: np.ndarray, before: np.ndarray, after: np.ndarray, grid_size: t
 
     Args:
         image: the image; a covered copy is returned.
-        before: `[N]` bool, tokens alive before the site; the others are covered with white.
-        after: `[N]` bool, tokens alive after it; those that leave are covered with orange.
+        before: `[N]` bool, tokens alive before the site; the other ones are covered with white.
+        after: `[N]` bool, tokens alive after it; those pruned at the site are covered with orange.
         grid_size: rows and columns of patches, N in all.
     """
     (height, width, _), (rows, columns) = image.shape, grid_size
@@ -81,7 +81,7 @@ def shade(image: np.ndarray, before: np.ndarray, after: np.ndarray, grid_size: t
 
 
 def tint(image: np.ndarray, source: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
-    """Show which patches of an image `[H, W, 3]` in 0..1 became one token, and cover those that are gone.
+    """Tint patches of an image `[H, W, 3]` in 0..1 that became one token, and cover the pruned ones.
 
     Args:
         image: the image; a changed copy is returned.
@@ -105,7 +105,7 @@ def tint(image: np.ndarray, source: np.ndarray, grid_size: tuple[int, int]) -> n
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see of one image's game so far."""
+    """All that a rendering of one image's game needs."""
 
     image: np.ndarray  # [H, W, 3] in 0..1
     keep: np.ndarray  # [t, N] bool, tokens left after each of the t steps played
@@ -116,7 +116,13 @@ class Scene:
 
     @classmethod
     def of(cls, game: TokenGame, rgb: Tensor, label: int | None = None) -> Scene:
-        """The first image of a game so far; `rgb` is that image, `[3, H, W]` in 0..1, `label` its true class."""
+        """The scene of a game's first image so far.
+
+        Args:
+            game: the game.
+            rgb: the image `[3, H, W]` in 0..1.
+            label: its true class.
+        """
         played = [step.kept[0].cpu().numpy() for step in game.steps]
         return cls(
             image=rgb.permute(1, 2, 0).cpu().numpy(),
@@ -129,7 +135,7 @@ class Scene:
 
     @property
     def title(self) -> str:
-        """True and predicted class, as far as known."""
+        """The true and the predicted class, as far as they are known."""
         verdict = "not classified yet" if self.prediction is None else f"predicted {self.prediction}"
         return verdict if self.label is None else f"class {self.label}, {verdict}"
 
@@ -139,7 +145,7 @@ class Scene:
         return np.concatenate([np.ones((1, int(np.prod(self.grid_size))), dtype=bool), self.keep])
 
     def ansi(self) -> str:
-        """A grid of characters, each telling at which step its token was pruned, a legend and the classes."""
+        """A grid with one character per token, for the step at which it was pruned; a legend; and the classes."""
         symbols = (MARKS + "+" * len(self.keep))[: len(self.keep)] + ALIVE
         grid = np.array(list(symbols))[self.keep.sum(axis=0)].reshape(self.grid_size)
         legend = [f"{ALIVE} alive: {int(self.alive[-1].sum())}"]
@@ -148,7 +154,7 @@ class Scene:
         return "\n".join([*(" ".join(row) for row in grid), *legend, self.title])
 
     def panels(self) -> list[np.ndarray]:
-        """The image and what each of the T sites leaves of it, faded where the game has not come yet."""
+        """The image and one panel per site with the tokens left after it; faded for sites not reached yet."""
         played = [shade(self.image, before, after, self.grid_size) for before, after in pairwise(self.alive)]
         faded = (1 - COVER) * self.image + COVER * np.array(BACKGROUND)
         return [self.image, *played, *[faded] * (len(self.sites) - len(played))]
@@ -162,7 +168,11 @@ class Scene:
 
 
 class Viewer:
-    """Shows scenes in one of the render modes of a PettingZoo environment; None shows nothing, with a warning.
+    """Shows scenes in one of the render modes of a PettingZoo environment; with mode None it only warns.
+
+    Args:
+        mode: one of `RENDER_MODES`, or None.
+        title: of the window.
 
     Raises:
         ValueError: for an unknown mode.
@@ -173,10 +183,14 @@ class Viewer:
             raise ValueError(f"render_mode: expected None or one of {RENDER_MODES}, got {mode!r}")
         self.mode, self.title = mode, title
         self._window: Figure | None = None
-        self._blind = False  # there is no display
+        self._blind = False  # whether opening a window has failed
 
     def draw(self, scene: Scene) -> np.ndarray | str | None:
-        """The scene as a string (ansi) or as `[H', W', 3]` uint8 (rgb_array); nothing for a window (human)."""
+        """Show a scene.
+
+        Returns:
+            A string in mode ansi; `[H', W', 3]` uint8 in mode rgb_array; None in mode human, which draws in a window.
+        """
         if self.mode == "ansi":
             return scene.ansi()
         if self.mode == "rgb_array":
@@ -202,7 +216,7 @@ class Viewer:
             self._window = None
 
     def _open(self, scene: Scene) -> None:
-        from matplotlib import pyplot  # only it knows which toolkit is there and runs its event loop
+        from matplotlib import pyplot  # pyplot chooses the GUI toolkit and runs its event loop
 
         try:
             window = pyplot.figure(self.title, figsize=panel_size(1, len(scene.sites)), layout="constrained")
@@ -212,19 +226,25 @@ class Viewer:
                 return
             pyplot.close(window)
             reason = f"matplotlib's backend {pyplot.get_backend()} opens no windows"
-        except Exception as error:  # every toolkit has its own way to say that there is no display
+        except Exception as error:  # every toolkit raises an error of its own if there is no display
             reason = str(error)
         self._blind = True
         warnings.warn(f"render_mode 'human' shows nothing: {reason}; use 'rgb_array' or 'ansi'", stacklevel=4)
 
 
 def panel_size(rows: int, sites: int) -> tuple[float, float]:
-    """Inches of a figure of panels."""
+    """Width and height, in inches, of a figure with this many rows and sites."""
     return 1.7 * (sites + 1), 1.75 * rows + 0.35
 
 
 def draw_row(axes: Sequence[Axes], scene: Scene, first: bool = True) -> None:
-    """The panels of one image, with titles if they are the `first` row."""
+    """Draw the panels of one image.
+
+    Args:
+        axes: T + 1 of them.
+        scene: the image and its tokens.
+        first: whether this is the first row of a figure, whose panels get titles.
+    """
     titles = ("image", *map(site_title, scene.sites))
     for panel, pixels, title in zip(axes, scene.panels(), titles, strict=True):
         panel.imshow(pixels)

@@ -18,7 +18,7 @@ from places import EXAMPLES
 from vitprune_env.agents import LearnerConfig, LightNetworks, TokenActor, TrainResult, load_policy, train
 from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.learners.learner import Learner
-from vitprune_env.envs.action_kinds import KeepActions
+from vitprune_env.envs.actions import KeepActions
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame

@@ -24,7 +24,7 @@ from vitprune_env.baselines.dynamicvit.fitting import (
 from vitprune_env.baselines.dynamicvit.policy import DynamicViT
 from vitprune_env.baselines.fitting.inputs import ImageInputs
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.engine.masked import start_soft
+from vitprune_env.engine.masked import start_masked
 from vitprune_env.engine.tokens import segment_mean
 from vitprune_env.errors import CheckpointError, SiteError
 from vitprune_env.game.policy_contract import check_policy
@@ -63,7 +63,7 @@ def test_training_form_of_the_original(golden_backbone: Backbone, golden_images:
         return file["raw_decisions"][step].float()
 
     with torch.no_grad():
-        start = start_soft(golden_backbone, golden_images)
+        start = start_masked(golden_backbone, golden_images)
         logits, kept, _ = forward_train(golden_backbone, start, sites, given_decisions)
     torch.testing.assert_close(torch.stack(kept), file["cumulative_decisions"])
     torch.testing.assert_close(logits, file["logits"], atol=1e-4, rtol=0)
@@ -81,7 +81,7 @@ def test_training_form_is_what_is_deployed(golden_backbone: Backbone, golden_ima
         return torch.zeros_like(scores).scatter(1, best, 1.0)
 
     with torch.no_grad():
-        logits, kept, _ = forward_train(golden_backbone, start_soft(golden_backbone, golden_images), game.sites, same)
+        logits, kept, _ = forward_train(golden_backbone, start_masked(golden_backbone, golden_images), game.sites, same)
     assert torch.equal(torch.stack(kept).bool(), episode.keep)
     torch.testing.assert_close(logits, episode.outcome.logits, atol=1e-4, rtol=0)
 
@@ -131,7 +131,7 @@ def test_distillation_is_the_divergence_of_the_student_from_the_teacher(golden_b
     policy = DynamicViT(0.5)
     inputs = ImageInputs(golden_backbone, [(torch.zeros(3, 64, 64), 0)], half=6)
     task = DynamicViTTask(policy, TokenGame.for_policy(golden_backbone, policy), inputs, DynamicViTConfig())
-    state = start_soft(golden_backbone, torch.zeros(1, 3, 64, 64))
+    state = start_masked(golden_backbone, torch.zeros(1, 3, 64, 64))
     student, teacher = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
     found = task.losses(student, [torch.ones(1, 64)], state, torch.tensor([0]), teacher, state.tokens)
     expected = 0.5 * torch.tensor(0.5 / 0.9).log() + 0.5 * torch.tensor(0.5 / 0.1).log()

@@ -15,7 +15,7 @@ from helpers import Fixed, golden, keeps_to_decisions, random_images, random_kee
 from vitprune_env.baselines.life_regression.fitting import LifeConfig, forward_soft_lives
 from vitprune_env.baselines.life_regression.policy import LifeRegression, LifeTable
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.engine.masked import run_soft, start_soft
+from vitprune_env.engine.masked import run_masked, start_masked
 from vitprune_env.game.policy_contract import check_policy
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -44,7 +44,7 @@ def test_lives_decisions_and_logits_of_the_reference(
         keep = torch.zeros(8, 64, dtype=torch.bool).scatter(1, file["order_by_life"][:, :count], True)
         assert torch.equal(episode.keep[step], keep)
     with torch.no_grad():
-        state, _ = run_soft(golden_backbone, start_soft(golden_backbone, golden_images), game.sites[0].half)
+        state, _ = run_masked(golden_backbone, start_masked(golden_backbone, golden_images), game.sites[0].half)
         importance = policy.importance(state.tokens, state.prefix[:, 0])
         lives = policy.lives(importance, game.sites, golden_backbone.depth)
         torch.testing.assert_close(lives, file["tau"], atol=1e-4, rtol=1e-4)
@@ -99,7 +99,7 @@ def test_sharp_weights_of_distinct_lives_are_removal(
         lives = lives.masked_fill(~keep, site.block + 0.5)
     packed = play(TokenGame(golden_backbone, sites), Fixed(keeps_to_decisions(keeps)), golden_images).outcome.logits
     with torch.no_grad():
-        state, _ = run_soft(golden_backbone, start_soft(golden_backbone, golden_images), parsed[0].half)
+        state, _ = run_masked(golden_backbone, start_masked(golden_backbone, golden_images), parsed[0].half)
         torch.testing.assert_close(forward_soft_lives(golden_backbone, state, lives, 100), packed, atol=1e-4, rtol=0)
 
 

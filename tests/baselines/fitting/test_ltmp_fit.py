@@ -21,7 +21,7 @@ from vitprune_env.baselines.ltmp.training_pass import ThresholdWalk, _step
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.engine.masked import start_soft
+from vitprune_env.engine.masked import start_masked
 from vitprune_env.errors import BudgetError, CheckpointError
 from vitprune_env.game.rollout import evaluate, play
 from vitprune_env.game.token_game import TokenGame
@@ -43,7 +43,7 @@ def check_agreement(backbone: Backbone, policy: LTMP, images: Tensor) -> None:
     walk = ThresholdWalk(backbone, sites, {"merge": 0.1, "prune": 0.01})
     with torch.no_grad():
         episode = play(TokenGame.for_policy(backbone, policy), policy, images)
-        soft = walk(start_soft(backbone, images), thresholds(policy, len(sites)))
+        soft = walk(start_masked(backbone, images), thresholds(policy, len(sites)))
     assert torch.equal(soft.keep, episode.keep.float()), "also exactly 0 or 1"
     torch.testing.assert_close(soft.logits, episode.outcome.logits, atol=1e-4, rtol=0)
     assert torch.equal(soft.macs, episode.outcome.macs)

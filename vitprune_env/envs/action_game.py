@@ -1,0 +1,101 @@
+"""A `TokenGame` that is played with actions instead of decisions: what all environments share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vitprune_env.engine.reduction import check_decision
+from vitprune_env.envs.actions import ActionKind, action_kind
+from vitprune_env.game.rollout import check_fit
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.policy import Policy
+
+
+class ActionGame:
+    """B images played with actions `[B, N]`.
+
+    Attributes:
+        kind: what the actions mean.
+        present: `[B, N]` bool, tokens still in the game, waiting ones included.
+
+    Args:
+        game: the rules.
+        action_space: an `ActionKind`, or the name of a built-in one.
+    """
+
+    def __init__(self, game: TokenGame, action_space: ActionKind | str) -> None:
+        self.game = game
+        self.kind = action_kind(action_space)
+        self.present = torch.zeros(1, game.num_agents, dtype=torch.bool)
+        self._parked: Tensor | None = None  # [B, N] bool, of those present, tokens that wait; None: none
+        self._order: Tensor | None = None  # [B, N], the `order` of the decision that `actions_from` encoded last
+
+    def reset(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Begin a game per image and return the features `[B, N, D]` at the first site."""
+        device = next(self.game.backbone.parameters()).device
+        obs = self.game.reset(images.to(device), labels.to(device))
+        self.present, self._parked, self._order = obs.present, None, None
+        return self._features()
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Take the actions of all agents and run up to the next site, or to the end.
+
+        Args:
+            actions: `[B, N]` int64; those of tokens that have left are ignored.
+
+        Returns:
+            The features `[B, N, D]` at the next site, zeros at the end; the rewards `[B, N]`; whether the game is over.
+        """
+        decision = self.kind.decision(actions.to(self.present.device), self.game.observation())
+        if self._order is not None:
+            decision = replace(decision, order=self._order)
+        obs, reward, _, _, info = self.game.step(decision)
+        assert reward is not None  # every game has labels
+        self._order, self._parked = None, info.get("parked")
+        self.present = info["alive"] if self._parked is None else info["alive"] | self._parked
+        if obs is None:
+            return reward.new_zeros(*reward.shape, self.game.backbone.embed_dim), reward, True
+        return self._features(), reward, False
+
+    def infos(self) -> dict[str, Tensor]:
+        """Facts about all agents.
+
+        Returns:
+            `alive` `[B, N]` bool, in the game; `parked` `[B, N]` bool, waiting, only where some token waits; and
+            `action_mask` `[B, N, A]` bool, only for kinds that have a mask.
+        """
+        mask = self.kind.mask(self.present)
+        infos = {"alive": self.present, "parked": self._parked, "action_mask": mask}
+        return {name: value for name, value in infos.items() if value is not None}
+
+    def actions_from(self, policy: Policy) -> Tensor:
+        """The actions `[B, N]` int64 that a policy would take now.
+
+        The `order` of its decision is remembered and applied in the next step.
+
+        Raises:
+            ValueError: if the game lacks what the policy needs, or its decision does not fit or is not expressible.
+        """
+        check_fit(self.game, policy)
+        obs = self.game.observation()
+        if obs.step == 0:
+            policy.reset(obs.batch_size, obs.num_agents)
+        decision = policy.decide(obs)
+        check_decision(decision, obs.alive, obs.parked)
+        try:
+            actions = self.kind.encode(decision, obs)
+        except ValueError as error:
+            name = type(policy).__name__
+            raise ValueError(f"policy: {name} cannot play through actions: {error}; use vitprune_env.play") from None
+        self._order = decision.order
+        return actions
+
+    def _features(self) -> Tensor:
+        """Features of all tokens `[B, N, D]`: waiting ones as they wait, zeros for those that have left."""
+        dense, waiting = self.game.observation().dense(), self.game.state.parked
+        if waiting is not None:
+            dense[waiting.image, waiting.token] = waiting.tokens
+        return dense
