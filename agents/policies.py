@@ -64,11 +64,12 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
-        if self.actor.num_actions == 2:
+        mask = action_rows(self.actions, obs)
+        if self.actor.num_actions == 2 and mask is None:
             return (self.actor.keep_logit(obs.tokens) > self.threshold).long()
         logits = self.actor(obs.tokens)
         raised = torch.cat([logits[:, :1] + self.threshold, logits[:, 1:]], dim=1)
-        return self.actions.distribution(raised, action_rows(self.actions, obs)).mode()
+        return self.actions.distribution(raised, mask).mode()
 
     def with_threshold(self, threshold: float) -> TokenPolicy:
         """The same policy, sharing its weights, with another threshold."""

@@ -1,6 +1,6 @@
 """Bring your own reward: its price follows the budget because it has a field called `price`.
 
-    python examples/custom_reward.py
+python examples/custom_reward.py
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_every_budget_leads_a_loop_of_ones_own(budget: Share) -> None:
         assert set(row) == {"accuracy", "gmacs", "share", "target_share", "price", "collapsed"}
     assert len(set(prices)) > 1
     twin.restore(controller.state())
-    assert (twin.target_share, twin.schedule.price) == (controller.target_share, controller.schedule.price)
+    assert (twin.target_share, twin.state()) == (controller.target_share, controller.state())
     policy = controller.calibrate(budget.greedy(actor, game.sites, explorer.kind), [DATA.images])
     macs = float(play(game, policy, DATA.images).outcome.macs.mean())
     if not isinstance(budget, Equilibrium):
