@@ -1,7 +1,4 @@
-"""Bring your own reward: its price follows the budget because it has a field called `price`.
-
-python examples/custom_reward.py
-"""
+"""Bring your own reward (`python examples/custom_reward.py`): a budget moves its price through the field `price`."""
 
 from __future__ import annotations
 
@@ -38,12 +35,12 @@ class Confidence:
         return torch.stack(last) * score[None, :, None]
 
 
-def main(quick: bool = False, target_share: float = 0.35) -> None:
-    """Train with it, and print how the price moved."""
-    run = RunConfig(4, 16, cache_images=64, calibration_images=64) if quick else RunConfig()
-    data = Digits("train", size=64 if quick else 2048)
+def main(target_share: float = 0.35, seed: int = 0, quick: bool = False) -> None:
+    """Train with it, and print how the price moves."""
+    run = RunConfig(4, 16, seed, cache_images=64, calibration_images=64) if quick else RunConfig(seed=seed)
+    data = Digits("train", size=64 if quick else 2048, seed=seed)
     result = train(load_backbone("vit_digits"), data, Share(target_share), reward=Confidence(), run=run)
-    print("price:", " ".join(f"{row['price']:.4f}" for row in result.history[:: max(1, run.updates // 8)]))
+    print("price:", *(round(row["price"], 4) for row in result.history[:: 1 if quick else 10]))
     print(f"accuracy {result.train_accuracy:.1%}, {result.train_macs / result.target_macs:.1%} of the budget")
 
 

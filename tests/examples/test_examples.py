@@ -118,8 +118,8 @@ def test_preset_decides_defaults_and_flags_win() -> None:
 @pytest.mark.parametrize("mode", ["alternate", "after"])
 def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
     config = train_mappo.parse(["--quick", "--finetune", mode]).config
-    assert config.finetune_every <= config.updates
-    assert config.finetune_steps <= 4
+    assert config.finetune.every <= config.run.updates
+    assert config.finetune.steps <= 4
 
 
 def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(trained: Path, tmp_path: Path) -> None:
