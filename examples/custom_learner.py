@@ -100,8 +100,7 @@ def main(
     quick: bool = False,
 ) -> None:
     """Train to a budget, a share of the dense model's MACs, and measure on held-out scenes."""
-    small = {"updates": 3, "images": 16, "cache_images": 64, "calibration_images": 64} if quick else {}
-    run = RunConfig(**{"updates": updates, "seed": seed, **small})
+    run = RunConfig(3, 16, seed, cache_images=64, calibration_images=64) if quick else RunConfig(updates, seed=seed)
     backbone, data = load_backbone("vit_digits"), Digits("train", size=64 if quick else 2048, seed=seed)
     place = {"output": output, "resume": resume, "device": device}
     policy = train(backbone, data, Share(target_share), COMAConfig(), run=run, **place).policy

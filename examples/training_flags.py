@@ -193,7 +193,7 @@ class TrainingFlags:
     def _reward(self) -> Any:
         outcome = OUTCOMES[self.outcome]
         if self.reward == "paper":
-            cost = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
+            cost: dict[str, Any] = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
             return PaperReward(outcome_bonus=self.outcome_bonus, outcome=outcome, **cost)
         if self.reward == "attribution":
             return Attribution(self.price) if outcome is correct else Attribution(self.price, outcome)
