@@ -1,9 +1,9 @@
 """Learning to prune: actor, critic, learners on tianshou, training to a budget, fine-tuning of the network."""
 
+from ..deploy.policy_files import load_policy, save_policy
 from .budgets.adaptive import AdaptivePolicy, BudgetRange
 from .budgets.calibration import calibrate_threshold
 from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, KeepRate, Share
-from .checkpoint import load_policy, save_policy
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
 from .learners.buffer import Trajectory
 from .learners.exploration import ExploringPolicy

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..envs.actions import ActionKind, KeepActions
-from ..policy import BasePolicy
+from ..envs.actions import ACTION_KINDS, ActionKind, KeepActions
+from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
 
 
+@register_policy("token_policy")
 class TokenPolicy(BasePolicy, nn.Module):
     """Takes the most probable action of every token, after the threshold is added to the logit of action 0.
 
@@ -82,18 +83,33 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs beside the actor's weights, as JSON values."""
-        return {
+        values = {
             "embed_dim": self.actor.embed_dim,
             "hidden": list(self.actor.hidden),
             "threshold": self.threshold,
             "sites": None if self.sites is None else [site.label for site in self.sites],
             "info": self.info,
         }
+        if self.actions == KeepActions():
+            return values
+        return {**values, "actions": self.actions.name, "num_actions": self.actor.num_actions}
 
     @classmethod
-    def from_config(cls, embed_dim: int, hidden: Sequence[int], **settings: Any) -> TokenPolicy:
-        """The policy that gave this `config()`, with fresh weights."""
-        return cls(TokenActor(embed_dim, hidden), **settings)
+    def from_config(
+        cls, embed_dim: int, hidden: Sequence[int], actions: str = "keep", num_actions: int = 2, **settings: Any
+    ) -> TokenPolicy:
+        """The policy that gave this `config()`, with fresh weights.
+
+        Raises:
+            ValueError: for a kind of actions that is not known by this name.
+        """
+        if actions not in ACTION_KINDS:
+            raise ValueError(
+                f"actions: expected one of {', '.join(ACTION_KINDS)}, got {actions!r}; put a kind of your own into "
+                "vitprune_env.envs.actions.ACTION_KINDS"
+            )
+        actor = TokenActor(embed_dim, hidden, num_actions=num_actions)
+        return cls(actor, actions=ACTION_KINDS[actions], **settings)
 
     def extra_repr(self) -> str:
         """Threshold and sites."""

@@ -1,5 +1,7 @@
 """Non-learning policies, one method per file; all play the same game."""
 
+from ..deploy.policy_files import load_policy as load_fitted
+from ..deploy.policy_files import save_policy as save_fitted
 from .ats import ATS
 from .calibration import calibrate
 from .clusters.diversity import diversity_score
@@ -12,7 +14,6 @@ from .dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
 from .dynamicvit.policy import DynamicViT
 from .evit import EViT
 from .evo_vit import EvoViT, read_from_patches
-from .fitted import load_fitted, save_fitted
 from .knobs import Knob
 from .life_regression.fitting import LifeConfig, finetune_life_regression, fit_life_regression
 from .life_regression.policy import LifeRegression

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..engine.backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
-from ..policy import Policy
+from ..policy import Policy, register_policy
 from ..types import Site
 from .ats import ATS
 from .clusters.dpc_knn import DPCKNN
@@ -203,6 +203,23 @@ METHODS: tuple[Method, ...] = (
         fit_config=LifeConfig,
     ),
 )
+
+# The names of these classes in files; a name stays when a class is renamed or moved.
+register_policy("ats", ATS)
+register_policy("dpc", DPCMerge)
+register_policy("dpc_kmeans", KMeansMerge)
+register_policy("dpc_pool", PoolMerge)
+register_policy("dpc_subsample", SubSampleMerge)
+register_policy("dpcknn", DPCKNN)
+register_policy("dynamicvit", DynamicViT)
+register_policy("evit", EViT)
+register_policy("evo_vit", EvoViT)
+register_policy("life_regression", LifeRegression)
+register_policy("ltmp", LTMP)
+register_policy("random", RandomDrop)
+register_policy("tome", ToMe)
+register_policy("topk", TopK)
+register_policy("tri_level", TriLevel)
 
 
 def available() -> tuple[str, ...]:

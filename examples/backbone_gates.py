@@ -23,7 +23,7 @@ from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.game.rollout import evaluate
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.models.load import VIT_DIGITS, WEIGHTS, load_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, load_vit_digits
 from vitprune_env.policy import BasePolicy, KeepAll, Policy, keep_top
 from vitprune_env.types import Decision, Observation
 

@@ -32,7 +32,7 @@ from backbone_gates import GATES, accuracy_by_side, measure, table
 from vitprune_env.data import Digits, DigitsConfig
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, NumericalError
-from vitprune_env.models.load import VIT_DIGITS, create_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, create_vit_digits
 
 GRID = round(create_vit_digits().patch_embed.num_patches ** 0.5)  # patches per side
 CHUNK = 200  # steps whose scenes are drawn together

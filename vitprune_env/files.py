@@ -1,14 +1,14 @@
 """Tensors and JSON values on disk: one safetensors file each, with a JSON header, written atomically and durably.
 
-Nothing is ever unpickled. A file says what it is, so that a foreign or damaged one is refused with a message. Whatever
-happens while a file is written (SIGKILL, a full disk, a power cut), what was there before is there still.
+Nothing is ever unpickled. Every file names its kind and format, so that a foreign or damaged one is refused with a
+message. If writing is interrupted (SIGKILL, a full disk, a power cut), the old file stays as it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vitprune_env.errors import CheckpointError, StorageError
 
 FORMAT = 1
 HEADER = "vitprune_env"
-SUFFIX = ".vitprune.tmp"  # of files that are not whole yet
+SUFFIX = ".vitprune.tmp"  # of temporary files
 PROBE, PROBE_BYTES = ".writable", 1 << 16
 PathLike = str | os.PathLike[str]
 
@@ -34,7 +34,7 @@ def save_state(state: Mapping[str, Any], path: PathLike, kind: str = "training")
     Args:
         state: the tree.
         path: file name, customarily ending in `.safetensors`.
-        kind: what the file is to be called; `load_state` asks for the same.
+        kind: name of this kind of file; `load_state` must be given the same.
 
     Returns:
         The path.
@@ -80,13 +80,18 @@ def _graft(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
+def encode(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a safetensors file."""
+    return save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata)
+
+
 def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> Path:
     """Write a safetensors file with a JSON header, see `replace_file`.
 
     Args:
         path: file name; its folder is made.
         tensors: what to keep, by name.
-        header: JSON values, with a `"kind"` that `read_file` asks for.
+        header: JSON values, with a `"kind"` that `read_file` checks; a `"format"` in it replaces `FORMAT`.
 
     Returns:
         The path.
@@ -94,20 +99,19 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]
     Raises:
         StorageError: if it cannot be written.
     """
-    flat = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    header = {"format": FORMAT, "versions": _versions(), **header}
-    return replace_file(path, save(flat, metadata={HEADER: json.dumps(header)}))
+    header = {"format": FORMAT, "versions": versions(), **header}
+    return replace_file(path, encode(tensors, {HEADER: json.dumps(header)}))
 
 
 def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file so that readers, and whoever comes after a crash, find the old content or the new, never a mixture.
+    """Write a file atomically: during and after a crash the path holds the old content or the new, never a mixture.
 
-    A neighbour is written, flushed to the disk and renamed, then the folder is flushed: renamed before its content has
-    reached the disk, a file can be empty after a power cut.
+    The content goes to a temporary file beside it, which is flushed to the disk and renamed; then the folder is
+    flushed. Without the first flush a renamed file could be empty after a power cut.
 
     Args:
         path: file name; its folder is made.
-        content: what it shall hold.
+        content: the new content.
 
     Returns:
         The path.
@@ -135,7 +139,7 @@ def replace_file(path: Path, content: bytes) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; systems that cannot open folders (Windows) have no need of it."""
+    """Make a rename survive a power cut; systems that cannot open folders (Windows) do not need it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -146,7 +150,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder, see that files can be written there, and clear away what a killed process left half written.
+    """Make a folder, check that files can be written there, and remove temporary files of killed processes.
 
     Raises:
         StorageError: if nothing can be written there.
@@ -160,17 +164,20 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _reason(error: OSError) -> str:
-    """What the system said, without our own sentence around it."""
+    """The system's message, without the sentence that `replace_file` puts around it."""
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     return cause.strerror or str(cause)
 
 
-def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_file(
+    path: Path, kind: str, formats: Mapping[int, Collection[str]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that `write_file` wrote.
 
     Args:
         path: file name.
         kind: what the file must be.
+        formats: the formats that are read, each with the kinds that it has; None: `FORMAT` with `kind`.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of another kind or format.
@@ -189,14 +196,18 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         header = dict(json.loads(metadata[HEADER]))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: expected a JSON object as header, got something damaged ({error})") from error
-    if header.get("kind") != kind:
+    formats = {FORMAT: (kind,)} if formats is None else formats
+    found, known = header.get("format"), sorted({name for kinds in formats.values() for name in kinds})
+    if header.get("kind") not in known:
         raise CheckpointError(f"{path}: expected a {kind} file, got a {header.get('kind')} file")
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {header.get('format')}; made by another version")
+    if found not in list(formats) or header["kind"] not in formats[found]:
+        expected = " or ".join(map(str, sorted(formats)))
+        raise CheckpointError(f"{path}: expected format {expected}, got {found}; made by another version")
     return tensors, header
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of this package, torch and timm."""
     try:
         own = version("vitprune-env")
     except PackageNotFoundError:  # a bare checkout

@@ -1,14 +1,68 @@
-"""The seam between the game and whoever plays it."""
+"""The interface between the game and the policies that play it, and the names of policies in files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vitprune_env.types import Decision, Observation, Site
+
+C = TypeVar("C", bound=type)
+BUILT_IN = ("vitprune_env.baselines", "vitprune_env.agents")  # packages that register their policies when imported
+_CLASSES: dict[str, type] = {}  # by the name that stands in files
+
+
+@overload
+def register_policy(name: str) -> Callable[[C], C]: ...
+@overload
+def register_policy(name: str, cls: C) -> C: ...
+def register_policy(name: str, cls: Any = None) -> Any:
+    """Give a policy class the name under which files know it, so that `save_policy` and `load_policy` take it.
+
+    The settings of a policy are what its method `config()` returns (keyword arguments of the constructor or, if the
+    class has one, of its class method `from_config`; JSON values), or the fields of a dataclass. Parameters and buffers
+    of a policy that is a `torch.nn.Module` are saved as tensors.
+
+    Args:
+        name: stays the same when the class is renamed or moved.
+        cls: the class; without it, the result is a decorator.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: for something that is not a class with a method `decide`, or a name that is not a string.
+        ValueError: for a name that another class has.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a string, got {name!r}")
+    if cls is None:
+        return lambda decorated: register_policy(name, decorated)
+    if not isinstance(cls, type) or not hasattr(cls, "decide"):
+        raise TypeError(f"cls: expected a class with a method decide, got {cls!r}")
+    known = _CLASSES.get(name, cls)
+    # A notebook cell that runs again defines the same class anew.
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"name: expected one that is free, got {name!r}, the name of {known.__qualname__}")
+    _CLASSES[name] = cls
+    return cls
+
+
+def registered_policy(name: str) -> type | None:
+    """The policy class of this name; None if there is none."""
+    for package in BUILT_IN:
+        if name not in _CLASSES:
+            import_module(package)
+    return _CLASSES.get(name)
+
+
+def registered_name(cls: type) -> str | None:
+    """The name of this policy class; None if it has none."""
+    return next((name for name, known in _CLASSES.items() if known is cls), None)
 
 
 @runtime_checkable
@@ -35,7 +89,7 @@ class Policy(Protocol):
         ...
 
     def reset(self, batch_size: int, num_agents: int) -> None:
-        """A new batch of games begins."""
+        """Begin a new batch of games."""
         ...
 
     def decide(self, obs: Observation) -> Decision:
@@ -54,13 +108,14 @@ class BasePolicy:
         return None
 
     def reset(self, batch_size: int, num_agents: int) -> None:
-        """Nothing to forget."""
+        """Nothing has to be reset."""
 
     def decide(self, obs: Observation) -> Decision:
         """Decide for all alive tokens of all images at once."""
-        raise TypeError(f"{type(self).__name__} does not say how to decide")
+        raise TypeError(f"{type(self).__name__} has no method decide")
 
 
+@register_policy("keep_all")
 class KeepAll(BasePolicy):
     """Prunes nothing: the dense model, played as a game."""
 

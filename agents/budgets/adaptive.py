@@ -18,6 +18,7 @@ from ...envs.actions import ActionKind
 from ...errors import BudgetError
 from ...game.rewards import RewardFn, at_price, has_price
 from ...game.token_game import TokenGame
+from ...policy import register_policy
 from ...types import Decision, Observation, Site
 from ..networks import TokenActor
 from ..policies import TokenPolicy
@@ -70,6 +71,7 @@ def spaced(low: float, high: float) -> tuple[float, ...]:
     return (*(low + (high - low) * index / (KNOTS - 1) for index in range(KNOTS - 1)), high)
 
 
+@register_policy("adaptive_policy")
 class AdaptivePolicy(TokenPolicy):
     """A `TokenPolicy` that serves any budget of a range; `at(share)` is the same policy at another one.
 

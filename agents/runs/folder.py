@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...deploy.policy_files import save_policy
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError, NumericalError, StorageError
 from ...files import PathLike, load_state, prepare_folder, save_state
-from ..checkpoint import save_policy
 from ..finetuning.loop import STATE_FILE as FINETUNING_FILE
 from ..finetuning.loop import WEIGHTS_FILE, save_weights
 from ..policies import TokenPolicy

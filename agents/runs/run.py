@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...engine.backbone import Backbone
-from ...envs.actions import ActionKind, KeepActions, action_kind
+from ...envs.actions import ACTION_KINDS, ActionKind, KeepActions, action_kind
 from ...errors import SettingsError
 from ...files import PathLike
 from ...game.rewards import RewardFn, SharedOutcome
@@ -73,6 +73,9 @@ class Settings:
         Raises:
             ValueError: naming the setting.
         """
+        known = ACTION_KINDS.setdefault(self.actions.name, self.actions)  # under which policy files name it
+        if known != self.actions:
+            raise ValueError(f"actions: expected a name of its own, got {self.actions.name!r}, which {known} has")
         self.learner.check_reward(self.reward)
         self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
         counts = {"images": self.run.images}

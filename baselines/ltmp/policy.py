@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ...files import PathLike, load_state, save_state
+from ...deploy.policy_files import load_policy, save_policy
+from ...errors import CheckpointError
+from ...files import PathLike
 from ...policy import BasePolicy
 from ...types import Decision, Observation, Site
 from ..argument_checks import per_site
@@ -17,7 +20,6 @@ from ..bipartite_matching import match, merge
 from ..tome import every_block
 
 Thresholds = float | Sequence[float] | Tensor | None
-KIND = "ltmp"  # of a file of thresholds
 
 
 @dataclass
@@ -87,9 +89,9 @@ class LTMP(BasePolicy):
         pruning = _each(self.prune_thresholds, lambda threshold: min(1.0, threshold * factor))
         return type(self)(merging, pruning, self.sites)
 
-    def save(self, path: PathLike) -> None:
-        """Write the thresholds to a file, atomically."""
-        save_state({field.name: getattr(self, field.name) for field in fields(self)}, path, KIND)
+    def save(self, path: PathLike) -> Path:
+        """Write the thresholds to a file: `save_policy(self, path)`."""
+        return save_policy(self, path)
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
@@ -98,7 +100,10 @@ class LTMP(BasePolicy):
         Raises:
             CheckpointError: if the file is missing, damaged, or something else.
         """
-        return cls(**load_state(path, KIND))
+        policy = load_policy(path)
+        if not isinstance(policy, cls):
+            raise CheckpointError(f"{path}: expected a file of {cls.__name__}, got one of {type(policy).__name__}")
+        return policy
 
 
 def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None:

@@ -13,10 +13,9 @@ import torch
 from games import OwnLabels
 from helpers import toy
 from vitprune_env import PrunedViT, TokenGame, evaluate, load_backbone
-from vitprune_env.baselines import EViT, RandomDrop
+from vitprune_env.baselines import EViT, RandomDrop, load_fitted, save_fitted
 from vitprune_env.baselines.dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
 from vitprune_env.baselines.dynamicvit.policy import DynamicViT
-from vitprune_env.baselines.fitted import load_fitted, save_fitted
 from vitprune_env.baselines.life_regression.fitting import LifeConfig, finetune_life_regression, fit_life_regression
 from vitprune_env.baselines.life_regression.policy import LifeRegression
 from vitprune_env.data import Digits, batches_of
@@ -141,14 +140,17 @@ def test_files_bring_back_the_policy(method: str, tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     policy = quick_fit("life_regression")
     path = save_state({"policy": 1}, tmp_path / "state.safetensors")
-    with pytest.raises(CheckpointError, match="expected a fitted policy file, got a training file"):
+    with pytest.raises(CheckpointError, match="expected a policy file, got a training file"):
         load_fitted(path)
     path = save_fitted(policy, tmp_path / "policy.safetensors")
-    path.write_bytes(path.read_bytes().replace(b"LifeRegression", b"LifeRegressiom"))
-    with pytest.raises(CheckpointError, match="no policy class"):
+    path.write_bytes(path.read_bytes().replace(b"life_regression", b"life_regressiom"))
+    with pytest.raises(CheckpointError, match="policy: 'life_regressiom' is not registered"):
         load_fitted(path)
-    with pytest.raises(TypeError, match="policy: expected one with parameters"):
-        save_fitted(EViT(0.5), path)
+
+
+def test_a_policy_without_parameters_is_kept_in_the_same_way(tmp_path: Path) -> None:
+    policy = EViT(0.5, fuse=False)
+    assert load_fitted(save_fitted(policy, tmp_path / "policy.safetensors")) == policy
 
 
 def test_the_second_stage_trains_a_copy_of_the_network(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ import common
 import decision_overhead
 from benchmark_measure import Result, difference, interval
 from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy
-from vitprune_env.agents.checkpoint import save_policy
+from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, save_policy
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
 

@@ -1,8 +1,9 @@
-"""The pruned model leaves the house: folders, the hub's mixin, torch.export, ONNX."""
+"""The pruned model outside of this package: folders, the hub, torch.export, ONNX."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from test_pruned import describe, token_policy
 
 from helpers import Fixed, random_images, toy
 from vitprune_env import KeepAll, Policy, PrunedViT, load_backbone
-from vitprune_env.agents import load_policy, save_policy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
+from vitprune_env.deploy.descriptions import build_policy, describe_policy
 from vitprune_env.deploy.export import export_onnx, export_program
-from vitprune_env.deploy.pretrained import CONFIG, WEIGHTS, build_policy, describe_policy
+from vitprune_env.deploy.pretrained import CONFIG, WEIGHTS
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.errors import CheckpointError, ExportError
+from vitprune_env.errors import CheckpointError, ExportError, SiteError, StorageError
+from vitprune_env.models.vit_digits import create_vit_digits
 
 
 def small_deit() -> Backbone:
@@ -90,24 +92,11 @@ def test_pushing_uploads_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        "os:system",
-        "helpers:Fixed",
-        "vitprune_env.deploy.pretrained:Path",  # imported there, from elsewhere
-        "vitprune_env.policy:BasePolicy.__init__",
-        "vitprune_env.policy:keep_top",
-        "vitprune_env.policy:NoSuchPolicy",
-        "vitprune_env.no_such_module:Policy",
-        "vitprune_env.engine.backbone:Backbone",  # not a policy
-        "vitprune_env...os:System",
-        "",
-        3,
-    ],
+    "name", ["os:system", "os.system", "vitprune_env.policy:KeepAll", "Fixed", "", 3, ["evit"], None]
 )
-def test_nothing_but_own_policies_is_built(path: Any) -> None:
+def test_nothing_but_registered_policies_is_built(name: Any) -> None:
     with pytest.raises(CheckpointError, match="policy"):
-        build_policy({"class": path, "config": {}})
+        build_policy({"name": name, "config": {}})
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
@@ -121,10 +110,39 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     for model in (
         PrunedViT(small_deit(), Fixed([])),  # a foreign policy
         PrunedViT(toy("deit_tiny_patch16_224"), KeepAll()),  # of other sizes than its name says
-        PrunedViT(Backbone(small_deit().model), KeepAll()),  # without a name
+        PrunedViT(Backbone(create_vit_digits()), KeepAll()),  # without a name
     ):
         with pytest.raises(CheckpointError, match=r"policy|backbone"):
             model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@torch.no_grad()
+def test_a_failed_save_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Whichever of the three files cannot be written, each of them is the old one or the new one."""
+    backbone, rename, calls = small_deit(), os.replace, []
+    PrunedViT(backbone, EViT(0.5)).save_pretrained(tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > failing:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    backbone.model.cls_token.add_(1)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StorageError, match="No space left"):
+        PrunedViT(backbone, TopK(0.5)).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(found) == set(old), "no temporary file stays"
+    assert sum(found[name] != old[name] for name in old) == failing
+    with pytest.raises(CheckpointError):
+        PrunedViT(backbone, Fixed([])).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == found
+    assert type(PrunedViT.from_pretrained(tmp_path).policy) is (EViT if failing < 2 else TopK)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
@@ -137,15 +155,20 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     edit(tmp_path, sites=["3"], format=99)
     with pytest.raises(CheckpointError, match="format"):
         PrunedViT.from_pretrained(tmp_path)
-    edit(tmp_path, format=1)
+    edit(tmp_path, format=2)
     (tmp_path / WEIGHTS).write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match=WEIGHTS):
         PrunedViT.from_pretrained(tmp_path)
 
 
-def test_one_description_for_both_kinds_of_file(tmp_path: Path) -> None:
-    policy = token_policy(small_deit())
-    assert load_policy(save_policy(policy, tmp_path / "policy.safetensors")).config() == policy.config()
+def test_sites_and_execution_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
+    PrunedViT(small_deit(), EViT(0.5)).save_pretrained(tmp_path)
+    for change in ({"sites": 5}, {"execution": ["packed"]}, {"policy": "evit"}, {"backbone": []}):
+        config = (tmp_path / CONFIG).read_text()
+        edit(tmp_path, **change)
+        with pytest.raises((CheckpointError, SiteError)):
+            PrunedViT.from_pretrained(tmp_path)
+        (tmp_path / CONFIG).write_text(config)
 
 
 @pytest.mark.parametrize("policy", [EViT(0.5, fuse=False), TopK(0.7), EViT(0.6), KeepAll()], ids=describe)

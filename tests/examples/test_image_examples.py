@@ -15,8 +15,7 @@ import train_mappo
 from make_image_folder import main as make_image_folder
 from presets import PUBLISHED, TRAINING
 from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import RunConfig, Share, TokenActor, TokenPolicy, load_policy, train
-from vitprune_env.agents.checkpoint import save_policy
+from vitprune_env.agents import RunConfig, Share, TokenActor, TokenPolicy, load_policy, save_policy, train
 from vitprune_env.baselines import EViT
 from vitprune_env.data import open_images
 from vitprune_env.engine.cost import CostModel

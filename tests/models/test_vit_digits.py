@@ -18,7 +18,7 @@ from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import CheckpointError, NumericalError
 from vitprune_env.game.rollout import evaluate, play
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.models.load import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
 
 sys.path.append(str(EXAMPLES))  # scripts, not a package
 from backbone_gates import GATES, DropAll, Scored, ink_per_patch, measure

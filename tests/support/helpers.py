@@ -192,7 +192,7 @@ def naive_pass(
     members, waiting = {token: {token} for token in rows}, {}
     at = {site.half: decision for site, decision in zip(parse_sites(sites, backbone.depth), decisions, strict=True)}
     for half in range(2 * backbone.depth):
-        block, order = model.blocks[half // 2], sorted(rows)
+        block, order = cast(Any, model.blocks[half // 2]), sorted(rows)
         x = torch.stack([*front, *(rows[token] for token in order)])[None]
         if half % 2:
             x = x + _scaled(block, 2, block.mlp(block.norm2(x)))

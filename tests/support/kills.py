@@ -20,7 +20,7 @@ from games import NAME, OwnLabels
 from helpers import toy
 from runs import TINY, but
 from vitprune_env.agents import train
-from vitprune_env.agents.checkpoint import load_state
+from vitprune_env.files import load_state
 
 CONFIG = but(
     TINY,

@@ -23,8 +23,8 @@ from kills import CONFIG, forked
 from runs import but
 from vitprune_env import PaperReward
 from vitprune_env.agents import MAPPO, BudgetRange, FinetuneConfig, PPOSingleConfig, Preset, train
-from vitprune_env.agents.checkpoint import save_state
 from vitprune_env.agents.shared.processes import Processes, launched
+from vitprune_env.files import save_state
 
 SEVERAL = but(CONFIG, updates=5, images=7, epochs=2, minibatch=100, cache_images=0, checkpoint_every=2)
 SINGLE = PPOSingleConfig(epochs=2, minibatch=100, value_norm=True, networks=SEVERAL.learner.networks)

@@ -1,8 +1,8 @@
 """A pruned model as one graph: `torch.export` and ONNX.
 
-Which tokens stay is decided in the graph, per image. Where the policy knows beforehand how many (`Decision.count`), all
-shapes but the batch size are fixed. Where every image keeps as many as it needs, the graph takes one image at a time,
-and the number of tokens becomes a size that it reads from its own data (an unbacked size, in the terms of torch).
+The graph decides per image which tokens stay. If the policy fixes their number in advance (`Decision.count`), all
+shapes but the batch size are constant. If the number depends on the image, the graph takes one image at a time, and the
+number of tokens is a size that the graph computes from its data (torch: an unbacked size).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vitprune_env.errors import ExportError
 from vitprune_env.types import Decision, Site
 
 OPSET = 18
-EXAMPLE_BATCH = 2  # a batch of one would be taken for a constant
+EXAMPLE_BATCH = 2  # torch.export treats a batch of one as a constant
 
 
 @torch.no_grad()
@@ -31,13 +31,13 @@ def export_program(model: PrunedViT, max_batch: int | None = None) -> ExportedPr
 
     Args:
         model: a pruned model in evaluation mode.
-        max_batch: the largest batch size it must take; None: no limit. With 1 the graph takes exactly one image, and
-            the policy may keep as many tokens of it as it likes (learnt policies, thresholds); above 1 it must say
-            beforehand how many (`Decision.count`; EViT, TopK and the like).
+        max_batch: the largest batch size of the graph; None: no limit. With 1 the graph takes exactly one image, and
+            the number of tokens that stay may depend on it (learnt policies, thresholds). Above 1 the policy must fix
+            the number in advance (`Decision.count`, as EViT and TopK do).
 
     Raises:
-        ExportError: if the model is in training mode, its policy does not know how many tokens stay in every image of
-            a batch, or it cannot be traced; the message says where.
+        ExportError: if the model is in training mode, if its policy does not fix the number of tokens for a batch, or
+            if it cannot be traced; the message names the place.
         ValueError: for a `max_batch` below 1.
     """
     if model.training:
@@ -91,13 +91,17 @@ def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int |
     except OnnxExporterError as error:
         why = str(error.__cause__ or error)
         raise ExportError(f"policy: {type(model.policy).__name__} cannot be written as ONNX ({why})") from error
-    assert program is not None  # it is None only for the exporter of old
+    assert program is not None  # None is returned only with dynamo=False
     program.save(str(path))
     return Path(path)
 
 
 def _check_decisions(model: PrunedViT, images: Tensor, single: bool) -> None:
-    """Play twice: every decision must come again, and say how many tokens stay unless the graph takes single images."""
+    """Run the model twice and compare: decisions must repeat, and for several images they must have a count.
+
+    Raises:
+        ExportError: naming the first site where they do not.
+    """
     decisions: list[Decision] = []
     sites: list[Site] = []
 
@@ -109,7 +113,7 @@ def _check_decisions(model: PrunedViT, images: Tensor, single: bool) -> None:
         model.forward_features(images, on_decision=watch)
     name, steps = type(model.policy).__name__, len(model.sites)
     for first, again, site in zip(decisions[:steps], decisions[steps:], sites, strict=False):
-        if not torch.equal(first.keep, again.keep):  # traced, its random numbers would be the same for ever
+        if not torch.equal(first.keep, again.keep):  # in a graph, random numbers would become constants
             raise ExportError(
                 f"policy: {name} decides the same images differently each time at {site}; "
                 "a random stream of its own is no part of a graph"
@@ -125,13 +129,13 @@ def _check_decisions(model: PrunedViT, images: Tensor, single: bool) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What torch could not trace, and the line of code where: the two sentences of its page-long message."""
+    """The two useful lines of torch's long message: what could not be traced, and the line of code."""
     lines = str(error).strip().splitlines()
     return " ".join([*lines[:1], *(line for line in lines[1:] if line.startswith("Caused by"))])
 
 
 def _stable_sort() -> Any:
-    """ONNX has no stable sort by that name, but its TopK takes equal values in order, and so sorts stably."""
+    """A stable sort from ONNX operators: TopK of all values, which keeps equal values in their order."""
     from onnxscript import opset18 as op  # pyright: ignore[reportMissingImports]  # an optional extra
 
     def sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001, the operator's own arguments

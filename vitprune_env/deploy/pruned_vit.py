@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from vitprune_env.deploy.pretrained import (
-    CONFIG,
-    MODEL_CARD,
-    WEIGHTS,
-    build_backbone,
-    build_policy,
-    describe_backbone,
-    describe_policy,
-    read_folder,
-    write_folder,
-)
+from vitprune_env.deploy.policy_files import build, describe, read_policy_file
+from vitprune_env.deploy.pretrained import CONFIG, MODEL_CARD, WEIGHTS, read_folder, write_folder
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.evidence import check_needs
 from vitprune_env.engine.halves import AttendPacked, Compiled, Execution
@@ -28,6 +20,7 @@ from vitprune_env.engine.reduction import recall
 from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import CheckpointError
+from vitprune_env.files import PathLike
 from vitprune_env.policy import Policy
 from vitprune_env.types import Decision, Site, parse_sites
 
@@ -45,13 +38,13 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
 
     Args:
         backbone: the network to prune.
-        policy: who decides; a `Module` among policies moves and saves along with the network.
+        policy: decides; a `Module` among policies moves and saves along with the network.
         sites: where to prune; None: where the policy wants to, else the backbone's own.
         execution: how ragged images attend: `"packed"` (CPU), `"varlen"` (CUDA, half precision), `"nested"`,
             `"flex"`, `"masked"` (slow, to compare with), or `"auto"` to choose by device and dtype at every call.
 
     `save_pretrained(folder)`, `push_to_hub(repository)` and `from_pretrained(folder_or_repository)` keep and share the
-    model: weights of network and policy as safetensors, the rest as JSON, see `pretrained`.
+    model; `load_pruned(path)` also reads a file that `save_policy(policy, path, backbone)` wrote.
 
     Raises:
         SiteError: for sites outside the network.
@@ -126,15 +119,28 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         self._how = Execution(AttendPacked(kernel(self.execution)), parts)
         return self
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Hook of the mixin's `save_pretrained` and `push_to_hub`."""
+    def save_pretrained(
+        self, save_directory: PathLike, *, repo_id: str | None = None, push_to_hub: bool = False, **options: Any
+    ) -> str | None:
+        """Write the model to a folder: weights as safetensors, the rest as JSON, and a model card.
+
+        Every file is replaced atomically; a model that cannot be saved leaves the folder as it was.
+
+        Args:
+            save_directory: the folder.
+            repo_id: repository on the hub; None: named like the folder.
+            push_to_hub: whether to upload the model as well.
+            **options: passed to `push_to_hub`.
+
+        Returns:
+            Address of the commit on the hub; None without `push_to_hub`.
+
+        Raises:
+            CheckpointError: for a policy or network that could not be loaded again, see `save_policy`.
+            StorageError: if a file cannot be written.
+        """
+        description, tensors = describe(self.policy, self.backbone)
         sites = [site.label for site in self.sites]
-        config = {
-            "backbone": describe_backbone(self.backbone),
-            "policy": describe_policy(self.policy),
-            "sites": sites,
-            "execution": self.execution,
-        }
         height, width = self.backbone.image_size
         card = MODEL_CARD.format(
             backbone=self.backbone.name,
@@ -144,26 +150,47 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
             height=height,
             width=width,
         )
-        write_folder(save_directory, config, self.state_dict(), card)
+        folder = Path(save_directory)
+        write_folder(folder, {**description, "sites": sites, "execution": self.execution}, tensors, card)
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> PrunedViT:
-        """Hook of the mixin's `from_pretrained`."""
+        """Called by the mixin's `from_pretrained`."""
         folder = Path(model_id)
         if not folder.is_dir():
             known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             wanted = {name: options[name] for name in known if name in options}
             folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS], **wanted))
-        config, tensors = read_folder(folder / CONFIG, folder / WEIGHTS)
-        try:
-            parts = build_backbone(config["backbone"]), build_policy(config["policy"])
-            model = cls(*parts, sites=config["sites"], execution=config["execution"])
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{model_id}: a model whose content does not fit together ({error})") from error
-        return model.eval()
+        return _assemble(*read_folder(folder), model_id)
 
     def extra_repr(self) -> str:
         """Sites, execution, and the policy where it is not a module."""
         policy = "" if isinstance(self.policy, nn.Module) else f", policy={self.policy}"
         return f"sites={[site.label for site in self.sites]}, execution={self.execution!r}{policy}"
+
+
+def load_pruned(path: PathLike, device: str | torch.device = "cpu") -> PrunedViT:
+    """Read a policy together with its network, as a model in evaluation mode.
+
+    Args:
+        path: a file that `save_policy(policy, path, backbone=...)` wrote, or a folder of `save_pretrained`.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or something else, holds no network, or its policy or network is
+            not registered.
+    """
+    read = read_folder if Path(path).is_dir() else read_policy_file
+    return _assemble(*read(Path(path)), path).to(device)
+
+
+def _assemble(description: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: PathLike) -> PrunedViT:
+    """A model from what `read_folder` or `read_policy_file` returned."""
+    policy, backbone = build(description, tensors, origin)
+    if backbone is None:
+        raise CheckpointError(f"{origin}: expected a policy with its network, got a policy alone; see load_policy")
+    try:
+        return PrunedViT(backbone, policy, description.get("sites"), description.get("execution", "auto")).eval()
+    except TypeError as error:
+        raise CheckpointError(f"{origin}: expected sites and execution of a model, got others ({error})") from error

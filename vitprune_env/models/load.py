@@ -1,121 +1,65 @@
-"""Backbones by name; the built-in one is trained on the digits task and ships with its weights."""
+"""Backbones by name, from a timm module or from a builder of one's own, and local weight files for any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import timm
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
-from vitprune_env.data.digits import DigitsConfig
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
 from vitprune_env.models.lv_vit import LvVit, filter_checkpoint
 from vitprune_env.models.lv_vit import default_cfgs as lv_vit_cfgs
+from vitprune_env.models.vit_digits import VIT_DIGITS, load_vit_digits
 from vitprune_env.types import Site
 
 NOT_WEIGHTS = (OSError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
 OTHER_WEIGHTS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)
-WEIGHTS = Path(__file__).parent.parent / "weights"
+Builder = Callable[[], nn.Module]
+_BUILDERS: dict[str, Builder] = {
+    "vit_digits": lambda: Backbone(load_vit_digits(), "vit_digits", VIT_DIGITS.sites),
+}
 
 
-@dataclass(frozen=True)
-class VitPreset:
-    """All sizes of a small ViT behind a stem of two 3x3 convolutions of stride 2 (patches of 4x4 pixels)."""
+def register_backbone(name: str, builder: Builder) -> None:
+    """Give a network of one's own a name for `load_backbone`, `save_policy` and `PrunedViT.save_pretrained`.
 
-    image_size: int  # height and width, in pixels
-    in_chans: int
-    num_classes: int
-    stem_channels: int  # between the two convolutions
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    sites: tuple[int, ...]  # where to prune by default: after these blocks, 1-based
-
-
-VIT_DIGITS = VitPreset(
-    image_size=40,
-    in_chans=3,
-    num_classes=10,
-    stem_channels=16,
-    embed_dim=48,
-    depth=8,
-    num_heads=3,
-    mlp_ratio=4.0,
-    sites=(1, 3, 5),
-)
-
-
-def create_vit_digits(preset: VitPreset = VIT_DIGITS, seed: int = 0) -> VisionTransformer:
-    """The architecture of `vit_digits` with fresh weights: a plain timm ViT with class token.
+    A saved file holds the name and the weights of such a network; whoever loads it registers the same name first.
 
     Args:
-        preset: its sizes.
-        seed: of the initial weights; the global random state is left alone.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        stem = ConvStem(
-            in_chans=preset.in_chans,
-            depth=2,
-            channels=(preset.stem_channels, preset.embed_dim),
-            stride=(2, 2),
-            norm_layer="layernorm2d",  # pyright: ignore[reportArgumentType]  # timm resolves names here
-            act_layer=torch.nn.GELU,
-        )
-        model = VisionTransformer(
-            img_size=preset.image_size,
-            patch_size=1,  # of the stem's feature map
-            in_chans=preset.in_chans,
-            num_classes=preset.num_classes,
-            embed_dim=preset.embed_dim,
-            depth=preset.depth,
-            num_heads=preset.num_heads,
-            mlp_ratio=preset.mlp_ratio,
-            embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
-        )
-    pixels = DigitsConfig()
-    cast(Any, model).pretrained_cfg = {  # how image files are to be prepared, as timm's own models say it
-        "input_size": (preset.in_chans, preset.image_size, preset.image_size),
-        "mean": (pixels.mean,) * preset.in_chans,
-        "std": (pixels.std,) * preset.in_chans,
-        "crop_pct": 1.0,
-    }
-    return model
-
-
-def load_vit_digits(path: Path = WEIGHTS / "vit_digits.safetensors") -> VisionTransformer:
-    """The built-in backbone with its trained weights, in evaluation mode.
-
-    Args:
-        path: safetensors file with exactly the parameters of `VIT_DIGITS`; by default the one that is shipped.
+        name: stays the same when the builder is renamed or moved; not a name of timm.
+        builder: called without arguments; returns the network, as a timm module or as a `Backbone` with default sites.
 
     Raises:
-        CheckpointError: If the file cannot be read or holds other parameters.
+        TypeError: for a builder that cannot be called, or a name that is not a string.
+        ValueError: for a name that timm or this package uses.
     """
-    model = create_vit_digits()
-    try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"path: expected the weights of vit_digits as safetensors, got {path}: {error}"
-        ) from error
-    return model.eval()
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a string, got {name!r}")
+    if not callable(builder):
+        raise TypeError(f"builder: expected a function that returns a network, got {builder!r}")
+    if name == "vit_digits" or is_timm_name(name):
+        raise ValueError(f"name: expected one that is free, got {name!r}, a name of timm or of this package")
+    _BUILDERS[name] = builder
+
+
+def is_registered(name: str) -> bool:
+    """Whether `register_backbone` has been given this name, or it is built in."""
+    return name in _BUILDERS
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether timm has an architecture of this name; a tag of pretrained weights may follow it after a dot."""
+    return timm.is_model(name.partition(".")[0])
 
 
 def load_backbone(
@@ -128,8 +72,8 @@ def load_backbone(
     """Get a network to prune, in evaluation mode.
 
     Args:
-        model: `"vit_digits"` (built in, with its trained weights), the name of any plain ViT of timm, `"lv_vit_s"`, or
-            a timm model.
+        model: `"vit_digits"` (built in, with its trained weights), the name of any plain ViT of timm, `"lv_vit_s"`, a
+            name given to `register_backbone`, or a timm model.
         pretrained: for a timm name, whether timm downloads its weights.
         checkpoint: local weights to load instead: `.npz` (AugReg, JAX layout), `.safetensors` or a torch file, bare or
             under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
@@ -138,7 +82,7 @@ def load_backbone(
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`.
 
     Raises:
-        UnknownNameError: for a name that nobody knows, with the nearest ones.
+        UnknownNameError: for an unknown name; the message gives the nearest ones.
         UnsupportedBackboneError: for a model that the game cannot walk.
         CheckpointError: for weights that cannot be read or do not fit.
         ConnectionError: if `pretrained` weights cannot be downloaded.
@@ -147,10 +91,12 @@ def load_backbone(
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
         network, name = model, type(model).__name__
-    elif model == "vit_digits":
+    elif model in _BUILDERS:
         if timm_options:
-            raise ValueError(f"{sorted(timm_options)}: vit_digits is built in and takes no timm options")
-        network, name, sites = load_vit_digits(), model, sites or VIT_DIGITS.sites
+            raise ValueError(f"{sorted(timm_options)}: {model} is built in or registered and takes no timm options")
+        network, name = _BUILDERS[model](), model
+        if isinstance(network, Backbone):
+            network, sites = network.model, sites or network.default_sites
     else:
         network, name = _create_timm(model, pretrained, timm_options), model
     backbone = Backbone(network, name, sites)
@@ -161,9 +107,9 @@ def load_backbone(
 
 def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
+    if not is_timm_name(name):
         known = [known for module in ("vision_transformer", "deit") for known in timm.list_models(module=module)]
-        raise UnknownNameError("model", name, ["vit_digits", *lv_vit_cfgs, *known])
+        raise UnknownNameError("model", name, [*_BUILDERS, *lv_vit_cfgs, *known])
     if tag and not timm.is_model_pretrained(name):
         raise UnknownNameError("weights", name, timm.list_pretrained(f"{architecture}.*"))
     if pretrained and not timm.is_model_pretrained(name):
@@ -206,7 +152,7 @@ def _load_state(network: VisionTransformer, state: Mapping[str, Tensor]) -> None
 
 
 def _load_augreg(network: VisionTransformer, path: Path) -> None:
-    """Load a JAX checkpoint through timm, which leaves a head or blocks that do not fit as they are: check first."""
+    """Load a JAX checkpoint through timm, which silently skips a head or blocks that do not fit: check them first."""
     with np.load(path) as content:
         heads = [content[name].shape[-1] for name in content.files if name.endswith("head/bias")]
         blocks = {name.partition("encoderblock_")[2].partition("/")[0] for name in content.files} - {""}

@@ -23,6 +23,7 @@ from vitprune_env.agents import (
     TokenCritic,
     TokenPolicy,
     TrainResult,
+    load_policy,
     train,
 )
 from vitprune_env.agents.learners.advantage import generalized_advantage
@@ -72,6 +73,9 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Any, monkeypatch:
         trained("mappo", output=tmp_path)
     monkeypatch.setattr(MAPPO, "update", original)
     resumed = trained("mappo", output=tmp_path, resume=True)
+    loaded = load_policy(tmp_path / "policy.safetensors")
+    game = TokenGame.for_policy(toy(NAME), loaded)
+    assert torch.equal(play(game, loaded, DATA.images).keep, play(game, whole.policy, DATA.images).keep)
     assert whole.policy.threshold == resumed.policy.threshold
     for one, two in zip(whole.policy.actor.parameters(), resumed.policy.actor.parameters(), strict=True):
         assert torch.equal(one, two)

@@ -17,9 +17,8 @@ from failures import Hostile, fill_the_disk
 from helpers import random_images, toy
 from vitprune_env import PrunedViT, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, load_policy, save_policy
-from vitprune_env.agents.checkpoint import load_state, save_state
 from vitprune_env.errors import CheckpointError, StorageError
-from vitprune_env.files import prepare_folder, replace_file
+from vitprune_env.files import load_state, prepare_folder, replace_file, save_state
 from vitprune_env.game.token_game import TokenGame
 
 
@@ -162,6 +161,6 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(b'\\"kind\\"', b'\\"kind\\\\'))
     with pytest.raises(CheckpointError, match="JSON object"):
         load_policy(path)
-    path.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    path.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(CheckpointError, match="another version"):
         load_policy(path)

@@ -20,9 +20,9 @@ from places import SUPPORT as HERE
 from ranks import RUNS
 from runs import TINY, but
 from vitprune_env.agents import TokenActor
-from vitprune_env.agents.checkpoint import load_state
 from vitprune_env.agents.learners.exploration import ExploringPolicy, exploration_noise, philox
 from vitprune_env.agents.shared.processes import Processes, launched
+from vitprune_env.files import load_state
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 

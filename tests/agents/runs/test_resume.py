@@ -24,9 +24,9 @@ from games import OwnLabels
 from places import SUPPORT
 from runs import TINY, but
 from vitprune_env.agents import MAPPO
-from vitprune_env.agents.checkpoint import load_state
 from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
+from vitprune_env.files import load_state
 
 KILLS = SUPPORT / "kills.py"
 

@@ -34,8 +34,8 @@ from vitprune_env.agents import (
     load_policy,
     train,
 )
-from vitprune_env.agents.checkpoint import load_state
 from vitprune_env.errors import BudgetError, CheckpointError, NumericalError
+from vitprune_env.files import load_state
 from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, margin
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame

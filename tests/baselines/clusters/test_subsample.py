@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from games import OwnLabels
 from helpers import random_images, toy
 from ragged import ragged_keep
-from vitprune_env.baselines import MergerConfig, PoolMerge, SubSampleMerge, fit_merger
+from vitprune_env.baselines import MergerConfig, PoolMerge, SubSampleMerge, fit_merger, load_fitted, save_fitted
 from vitprune_env.baselines.clusters import subsample_fit
 from vitprune_env.baselines.clusters.subsample import SubSample
 from vitprune_env.baselines.clusters.token_lists import TokenLists
-from vitprune_env.baselines.fitted import load_fitted, save_fitted
 from vitprune_env.baselines.fitting.loop import FitConfig
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import BudgetError, CheckpointError

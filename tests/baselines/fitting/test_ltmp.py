@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import TIMM_MODELS, golden, random_images, toy
 from vitprune_env.baselines.ltmp.policy import LTMP
-from vitprune_env.deploy.pretrained import build_policy, describe_policy
+from vitprune_env.deploy.descriptions import build_policy, describe_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError
 from vitprune_env.game.policy_contract import check_policy
