@@ -30,7 +30,7 @@ class ProcessError(VitPruneError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together, and which of them this is; by default there is only one.
+    """The processes that train together, and the rank of this one; by default there is only one.
 
     Every method but `share` is a collective: all processes call it, in the same sequence.
     """
@@ -145,7 +145,7 @@ def launched(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     backend = "nccl" if own.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=int(os.environ["RANK"]), world_size=size, timeout=TIMEOUT)
     yield Processes(dist.get_rank(), size, own), str(own)
-    # Only after success: a process that failed must end at once, not wait for peers that wait for it.
+    # After success only: a process that failed must end at once. It would wait here for processes that wait for it.
     dist.destroy_process_group()
 
 

@@ -101,7 +101,7 @@ class TrainingImages:
         return {"queue": self._queue}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from the result of `state`."""
         self._queue = state["queue"]
 
     def _share(self, count: int) -> slice:
