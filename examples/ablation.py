@@ -26,7 +26,15 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from vitprune_env import KeepAll, TokenGame, load_backbone
-from vitprune_env.agents import AdaptivePolicy, TrainConfig, train
+from vitprune_env.agents import (
+    AdaptivePolicy,
+    BudgetRange,
+    FinetuneConfig,
+    PPOSingleConfig,
+    Preset,
+    Share,
+    train,
+)
 from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.benchmarking import Row, difference, interval, measure
 from vitprune_env.benchmarking.store import Store
@@ -36,22 +44,31 @@ from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file
+from vitprune_env.game.rewards import (
+    START_PRICE,
+    Attribution,
+    PaperReward,
+    SharedOutcome,
+    log_probability,
+    margin,
+    probability,
+)
 
-VARIANTS: dict[str, TrainConfig | None] = {
-    "mappo": TrainConfig(),
-    "ppo_single": TrainConfig(algorithm="ppo_single"),
+ADAPTIVE = BudgetRange(0.2, 0.6)
+VARIANTS: dict[str, Preset | None] = {
+    "mappo": Preset(),
+    "ppo_single": Preset(learner=PPOSingleConfig()),
     "random": None,  # not trained: RandomDrop at the same budget
-    "paper": TrainConfig(reward="paper"),
-    "attribution": TrainConfig(reward="attribution"),
-    "log_probability": TrainConfig(outcome="log_probability"),
-    "probability": TrainConfig(outcome="probability"),
-    "margin": TrainConfig(outcome="margin"),
-    "adaptive": TrainConfig(adaptive=(0.2, 0.6)),  # one policy asked for each of the budgets
-    "finetune_alternate": TrainConfig(finetune="alternate"),
-    "finetune_after": TrainConfig(finetune="after"),
+    "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
+    "attribution": Preset(reward=Attribution(START_PRICE)),
+    "log_probability": Preset(reward=SharedOutcome(START_PRICE, log_probability)),
+    "probability": Preset(reward=SharedOutcome(START_PRICE, probability)),
+    "margin": Preset(reward=SharedOutcome(START_PRICE, margin)),
+    "adaptive": Preset(budget=ADAPTIVE),  # one policy asked for each of the budgets
+    "finetune_alternate": Preset(finetune=FinetuneConfig(when="alternate")),
+    "finetune_after": Preset(finetune=FinetuneConfig(when="after")),
 }
-QUICK = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128, "finetune_every": 2,
-         "finetune_steps": 4}  # fmt: skip
+QUICK = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128}
 
 
 @dataclass(frozen=True)
@@ -91,17 +108,19 @@ class Job:
         return f"{self.variant}, seed {self.seed}"
 
     @property
-    def config(self) -> TrainConfig | None:
+    def settings(self) -> Preset | None:
         """The settings of the variant at this budget and seed; None: it is not trained."""
-        config = VARIANTS[self.variant]
-        if config is None:
+        variant, quick = VARIANTS[self.variant], self.args.quick
+        if variant is None:
             return None
-        given: dict[str, Any] = QUICK if self.args.quick else {}
-        if self.args.updates is not None:
-            given = {**given, "updates": self.args.updates}
-        if not config.adaptive:
-            given = {**given, "target_share": self.share}
-        return replace(config, seed=self.seed, **given)
+        length = {} if self.args.updates is None else {"updates": self.args.updates}
+        run = replace(variant.run, seed=self.seed, **{**(QUICK if quick else {}), **length})
+        finetune = variant.finetune
+        if finetune is not None:
+            small = {"every": 2, "steps": 4} if quick else {}
+            finetune = replace(finetune, seed=self.seed, cache_images=run.cache_images, **small)
+        budget = variant.budget if self.variant == "adaptive" else Share(self.share)
+        return replace(variant, budget=budget, run=run, finetune=finetune)
 
 
 def check(args: Args) -> Args:
@@ -113,8 +132,7 @@ def check(args: Args) -> Args:
     for name in args.variants:
         if name not in VARIANTS:
             raise SettingsError(f"variants: expected some of {', '.join(VARIANTS)}, got {name}")
-        variant = VARIANTS[name]
-        low, high = variant.adaptive if variant is not None and variant.adaptive else (0.0, 1.0)
+        low, high = (ADAPTIVE.low, ADAPTIVE.high) if name == "adaptive" else (0.0, 1.0)
         if not all(low <= share <= high for share in args.shares):
             raise SettingsError(f"shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
     return replace(args, seeds=2, images=200, shares=args.shares[:1]) if args.quick else args
@@ -125,14 +143,16 @@ def work(job: Job) -> list[Row]:
     torch.set_num_threads(1)
     args, start = job.args, time.perf_counter()
     backbone = load_backbone("vit_digits").to(args.device)
-    if job.config is None:
+    settings = job.settings
+    if settings is None:
         target = job.share * TokenGame(backbone).cost.dense() / 1e9
         tune = batches_of(Digits("train", size=32, seed=TUNE_SEED), 32, args.device)
         make = lambda rate: RandomDrop(rate, job.seed)  # noqa: E731
         policy = calibrate(make, target, backbone, tune, sites=backbone.default_sites)
     else:
-        data = Digits("train", size=max(job.config.cache_images, job.config.calibration_images), seed=job.seed)
-        result = train(backbone, data, job.config, device=args.device, progress=False)
+        images = max(settings.run.cache_images, settings.run.calibration_images)
+        data = Digits("train", size=images, seed=job.seed)
+        result = train(backbone, data, **settings.arguments, device=args.device, progress=False)
         backbone, policy = result.backbone, result.policy
         if isinstance(policy, AdaptivePolicy):
             policy = policy.at(job.share)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vitprune_env import PrunedViT, load_backbone, load_policy
-from vitprune_env.agents import TrainConfig, train
+from vitprune_env.agents import RunConfig, Share, train
 from vitprune_env.cli import explained
 from vitprune_env.cli.flags import CommonFlags, read_flags
 from vitprune_env.data import Digits
@@ -37,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.prepare()
 
     backbone = load_backbone("vit_digits").to(args.device)
-    small = {"updates": 2, "images": 16, "cache_images": 64, "calibration_images": 64} if args.quick else {}
-    config = TrainConfig(seed=args.seed, **small)
     data = Digits("train", size=64 if args.quick else 2048, seed=args.seed)
-    train(backbone, data, config, output=args.output, device=args.device, resume=args.resume)
+    run = RunConfig(2, 16, cache_images=64, calibration_images=64) if args.quick else RunConfig(seed=args.seed)
+    train(backbone, data, Share(0.35), run=run, output=args.output, device=args.device, resume=args.resume)
 
     policy = load_policy(args.output / "policy.safetensors", args.device)
     model = PrunedViT(backbone, policy).eval()  # pruned tokens are gone, later blocks do not compute on them

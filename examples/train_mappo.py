@@ -21,8 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vitprune_env.agents import train
-from vitprune_env.agents.runs.processes import launched
+from vitprune_env.agents import launched, train
 from vitprune_env.cli import explained
 from vitprune_env.cli.train import compare, open_task, parse, report
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = train(
             backbone,
             task.training,
-            args.config,
+            **args.settings.arguments,  # budget, learner, reward, run, finetune, sites
             output=args.common.output,
             device=device,
             resume=args.common.resume,

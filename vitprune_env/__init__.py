@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from vitprune_env.envs.parallel import parallel_env
     from vitprune_env.envs.vector import TokenVectorEnv
     from vitprune_env.game.policy_contract import check_policy
-    from vitprune_env.game.rewards import PaperReward, SharedOutcome
+    from vitprune_env.game.rewards import PaperReward, SharedOutcome, TeamOutcome
     from vitprune_env.game.rollout import evaluate, play
-    from vitprune_env.game.team_reward import TeamOutcome
     from vitprune_env.game.token_game import TokenGame
     from vitprune_env.models.load import load_backbone, register_backbone
     from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy
@@ -71,9 +70,8 @@ _HOMES = {
     "envs.parallel": ("parallel_env",),
     "envs.vector": ("TokenVectorEnv",),
     "game.policy_contract": ("check_policy",),
-    "game.rewards": ("PaperReward", "SharedOutcome"),
+    "game.rewards": ("PaperReward", "SharedOutcome", "TeamOutcome"),
     "game.rollout": ("evaluate", "play"),
-    "game.team_reward": ("TeamOutcome",),
     "game.token_game": ("TokenGame",),
     "models.load": ("load_backbone", "register_backbone"),
     "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),

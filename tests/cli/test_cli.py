@@ -7,18 +7,30 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from places import ROOT
-from vitprune_env import PrunedViT
-from vitprune_env.agents import TokenActor, TokenPolicy, save_policy
-from vitprune_env.agents.runs.config import PRESETS
+from vitprune_env import PaperReward, PrunedViT, TeamOutcome
+from vitprune_env.agents import (
+    PRESETS,
+    BudgetRange,
+    Equilibrium,
+    GMACs,
+    KeepRate,
+    PPOSingleConfig,
+    Share,
+    TokenActor,
+    TokenPolicy,
+    save_policy,
+)
 from vitprune_env.cli import COMMANDS, benchmark, evaluate, main
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
+from vitprune_env.errors import SettingsError
 
 
 def vitprune(*argv: object) -> None:
@@ -108,21 +120,34 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 
 
 def test_preset_decides_defaults_and_flags_win() -> None:
-    config = parse(["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"]).config
-    paper = PRESETS["rl4evit"]
-    assert (config.reward, config.epochs, config.paper_sizes) == ("paper", paper.epochs, True)
-    assert (config.updates, config.keep_cost, config.outcome_bonus) == (7, 2.5, 1.5)
-    assert parse(["--preset=rl4evit"]).config == paper
-    assert parse([]).config == PRESETS["default"]
-    assert parse(["--target-gmacs", "0.01"]).config.budget["gmacs"] == 0.01
-    assert parse(["--adaptive", "0.2", "0.6"]).config.adaptive == (0.2, 0.6)
+    argv = ["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"]
+    settings, paper = parse(argv).settings, PRESETS["rl4evit"]
+    assert settings.reward == PaperReward(keep_cost=2.5, outcome_bonus=1.5)
+    assert (settings.learner, settings.run) == (paper.learner, replace(paper.run, updates=7))
+    assert isinstance(settings.budget, Equilibrium)  # two weights and no budget
+    assert parse(["--preset=rl4evit"]).settings == paper
+    settings, default = parse([]).settings, PRESETS["default"]
+    assert (settings.budget, settings.learner, settings.run) == (default.budget, default.learner, default.run)
+    assert settings.reward == default.learner.default_reward()
+    assert parse(["--target-gmacs", "0.01"]).settings.budget == GMACs(0.01)
+    assert parse(["--target-keep", "0.6", "--price-rate", "0.1"]).settings.budget == KeepRate(0.6, price_rate=0.1)
+    assert parse(["--adaptive", "0.2", "0.6"]).settings.budget == BudgetRange(0.2, 0.6)
+    assert parse(["--paper-sizes"]).settings.budget == Share(0.6)
+    single = parse(["--algorithm", "ppo_single"]).settings
+    assert (single.learner, type(single.reward)) == (PPOSingleConfig(), TeamOutcome)
+    assert parse(["--preset", "rl4evit-deit-s", "--target-gmacs", "2"]).settings.budget == GMACs(2.0, anneal_from=0.7)
+    for argv in (["--target-gmacs", "0.01", "--target-share", "0.3"], ["--adaptive", "0.2"]):
+        with pytest.raises(SettingsError, match="expected"):
+            _ = parse(argv).settings
 
 
 @pytest.mark.parametrize("mode", ["alternate", "after"])
 def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
-    config = parse(["--quick", "--finetune", mode]).config
-    assert config.finetune_every <= config.updates
-    assert config.finetune_steps <= 4
+    settings = parse(["--quick", "--finetune", mode]).settings
+    assert settings.finetune is not None
+    assert settings.finetune.when == mode
+    assert settings.finetune.every <= settings.run.updates
+    assert settings.finetune.steps <= 4
 
 
 def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(checkpoint: Path, tmp_path: Path) -> None:

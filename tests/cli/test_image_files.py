@@ -6,18 +6,28 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from vitprune_env import Backbone, TokenGame, load_backbone
-from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, save_policy, train
+from vitprune_env import Backbone, PaperReward, TokenGame, load_backbone
+from vitprune_env.agents import (
+    PRESETS,
+    GMACs,
+    MAPPOConfig,
+    RunConfig,
+    Share,
+    TokenActor,
+    TokenPolicy,
+    load_policy,
+    save_policy,
+    train,
+)
 from vitprune_env.baselines import EViT
 from vitprune_env.benchmarking.presets import PUBLISHED
 from vitprune_env.cli import evaluate, main
 from vitprune_env.cli import train as train_command
-from vitprune_env.cli.presets import TRAINING
 from vitprune_env.data import open_images
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.types import parse_sites
@@ -71,8 +81,8 @@ def test_training_reads_files_as_it_goes(folder: Path) -> None:
     """Without a cache every image is decoded whenever it is drawn: the setting for ImageNet."""
     backbone = load_backbone("vit_digits")
     files = open_images(backbone, folder, "train", workers=2)
-    config = TrainConfig(updates=2, images=8, cache_images=0, calibration_images=16, target_share=0.6)
-    result = train(backbone, files, config, progress=False)
+    short = RunConfig(updates=2, images=8, cache_images=0, calibration_images=16)
+    result = train(backbone, files, Share(0.6), run=short, progress=False)
     assert len(result.history) == 2
     assert result.train_macs == pytest.approx(result.target_macs, rel=0.05)
 
@@ -149,9 +159,9 @@ def test_presets_give_way_to_flags() -> None:
     assert (args.policy, args.keep_rate) == ("evit", 0.5)
     train = train_command.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
     assert (train.images.model, train.images.pretrained) == ("deit_base_patch16_224", True)
-    config = train.config
-    assert (config.lr, config.epochs) == (1e-4, 15)
-    assert config.actor_hidden == config.critic_hidden == (3072, 256, 64)
+    learner = cast(MAPPOConfig, train.settings.learner)
+    assert (learner.lr, learner.epochs) == (1e-4, 15)
+    assert learner.networks.actor_widths(768) == learner.networks.critic_widths(768) == (3072, 256, 64)
 
 
 def test_local_weights_win_over_the_preset(folder: Path, tmp_path: Path) -> None:
@@ -174,14 +184,16 @@ def test_local_weights_win_over_the_preset(folder: Path, tmp_path: Path) -> None
 
 def test_presets_are_what_the_papers_print() -> None:
     """Widths are four times the network's, sites its quarters; budgets lie where the network can be."""
-    for preset in (TRAINING["rl4evit-deit-s"], TRAINING["rl4evit-deit-b"]):
+    for preset in (PRESETS["rl4evit-deit-s"], PRESETS["rl4evit-deit-b"]):
         assert preset.model is not None
-        backbone, config = stock_network(preset.model), preset.config
-        assert config.actor_hidden[0] == 4 * backbone.embed_dim
-        assert list(config.sites) == [site.label for site in backbone.default_sites]
-        assert (config.lr, config.epochs, config.reward) == (5e-5, 15, "paper")
-        game = TokenGame(backbone, config.sites)
-        assert game.cost.floor(game.sites) < 1e9 * (config.target_gmacs or 0) < game.cost.dense()
+        backbone, learner = stock_network(preset.model), cast(MAPPOConfig, preset.learner)
+        assert learner.networks.actor_widths(backbone.embed_dim)[0] == 4 * backbone.embed_dim
+        assert preset.sites is not None
+        assert list(map(str, preset.sites)) == [site.label for site in backbone.default_sites]
+        assert (learner.lr, learner.epochs, type(preset.reward)) == (5e-5, 15, PaperReward)
+        game = TokenGame(backbone, preset.sites)
+        assert isinstance(preset.budget, GMACs)
+        assert game.cost.floor(game.sites) < 1e9 * preset.budget.gmacs < game.cost.dense()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -105,6 +105,14 @@ def test_a_policy_with_evidence_of_its_own_goes_to_a_table(tmp_path: Path, capsy
     assert (tmp_path / "pareto.png").is_file()
 
 
+def test_a_learner_and_a_reward_of_ones_own_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("custom_learner", "--quick", "--output", tmp_path / "coma")
+    assert re.search(r"COMA: accuracy [\d.]+% at (3[3-6])\.\d% of the dense MACs", capsys.readouterr().out)
+    example("custom_reward", "--quick", "--output", tmp_path / "reward")
+    first, *_, last = re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[0])
+    assert first != last  # the price follows the budget
+
+
 def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("custom_backbone", "--quick", "--output", tmp_path)
     assert "the same logits: True" in capsys.readouterr().out

@@ -31,17 +31,17 @@ def overview() -> dict[str, Any]:
     """Versions, devices, and names to use elsewhere."""
     import torch
 
+    from vitprune_env.agents import PRESETS
     from vitprune_env.baselines import available, describe
     from vitprune_env.benchmarking.presets import PUBLISHED
     from vitprune_env.benchmarking.store import versions
-    from vitprune_env.cli.presets import TRAINING
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         **versions(),
         "CPU threads": torch.get_num_threads(),
         "GPUs": ", ".join(gpus) or "none",
-        "presets of train": ", ".join(TRAINING),
+        "presets of train": ", ".join(PRESETS),
         "presets of evaluate": ", ".join(PUBLISHED),
         **{f"baseline {name}": describe(name).summary for name in available()},
     }

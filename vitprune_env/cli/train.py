@@ -22,14 +22,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitprune_env.agents import TrainConfig, TrainResult, train
-from vitprune_env.agents.runs.processes import launched
+from vitprune_env.agents import PRESETS, Preset, TrainResult, launched, train
 from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
-from vitprune_env.cli.presets import TRAINING
 from vitprune_env.cli.train_flags import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, batches_of
 from vitprune_env.engine.backbone import Backbone
@@ -57,9 +55,9 @@ class Args:
     images: ImageFlags = field(default_factory=ImageFlags)
 
     @property
-    def config(self) -> TrainConfig:
+    def settings(self) -> Preset:
         """The settings of the training proper."""
-        return self.training.settings(self.common.seed)
+        return self.training.settings(PRESETS[self.preset], self.common.seed)
 
     def on(self, device: str) -> Args:
         """The same on the device of this process, with the output folder made and the number of threads set."""
@@ -82,9 +80,9 @@ def parse(argv: Sequence[str] | None, prog: str | None = None, description: str 
     words = list(sys.argv[1:] if argv is None else argv)
     names = [word.split("=", 1)[-1] for word in words if word.startswith("--preset=")]
     names += [after for word, after in zip(words, words[1:], strict=False) if word == "--preset"]
-    preset = TRAINING.get(names[-1] if names else "default", TRAINING["default"])
+    preset = PRESETS.get(names[-1] if names else "default", PRESETS["default"])
     network = ImageFlags(model=preset.model, pretrained=preset.pretrained)
-    default = Args(training=TrainingFlags.of(preset.config), images=network)
+    default = Args(training=TrainingFlags.of(preset), images=network)
     args = read_flags(Args, words, description, prog, default)
     return _small(args) if args.common.quick else args
 
@@ -134,7 +132,7 @@ def report(args: Args, comparison: TrainingReport, seconds: float) -> None:
     """Write and print the comparison."""
     output = args.common.output
     comparison.save(output)
-    settings = {name: str(value) for name, value in {**vars(args.config), **vars(args.images)}.items()}
+    settings = {name: str(value) for name, value in {**vars(args.settings), **vars(args.images)}.items()}
     about = {"wall_seconds": seconds, "seed": args.common.seed, "settings": settings}
     write_json(output / "summary.json", {**comparison.summary(), **about})
     print(f"\n{comparison.table()}\n\n{seconds:.0f} s; figures, logs, policy and summary.json are in {output}/")
@@ -151,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = train(
             backbone,
             task.training,
-            args.config,
+            **args.settings.arguments,
             output=args.common.output,
             device=device,
             resume=args.common.resume,
