@@ -189,7 +189,7 @@ def _entered(label: str, entry: Any) -> Iterable[Contestant]:
         if entry and all(isinstance(each, TokenPolicy) for each in entry):
             return [_of_trained(label, entry)]
     elif callable(entry):
-        return [_of_factory(label, entry)]
+        return [_of_factory(label, cast(Any, entry))]
     raise TypeError(
         f"policies: expected names of baselines, policies, functions that make one, or paths of saved ones, "
         f"got {entry!r} as {label!r}"

@@ -112,7 +112,7 @@ class RewardFlags:
         """The reward, for one agent that decides for all tokens or for an agent per token."""
         outcome = OUTCOMES[self.outcome]
         if self.reward == "paper":
-            cost = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
+            cost: dict[str, Any] = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
             return PaperReward(outcome_bonus=self.outcome_bonus, outcome=outcome, **cost)
         if self.reward == "attribution":
             return Attribution(self.price) if outcome is correct else Attribution(self.price, outcome)
@@ -291,4 +291,5 @@ class TrainingFlags:
 
 def _flags(group: type[Any], settings: Any) -> Any:
     """A group of flags with the values that a settings object has under the same names."""
-    return group(**{each.name: getattr(settings, each.name) for each in fields(group) if hasattr(settings, each.name)})
+    shared = {each.name for each in fields(group)} & {each.name for each in fields(settings)}
+    return group(**{name: getattr(settings, name) for name in shared})
