@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engine.cost import CostModel
+from ...engine.cost import CostModel, bisect
 from ...errors import BudgetError
 from ...types import Site
 
@@ -36,11 +36,7 @@ class PolicyCost:
 
     def fraction_for(self, macs: float) -> float:
         """Inverse of `at_fraction`, within 0 and 1."""
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.at_fraction(middle) < macs else (low, middle)
-        return (low + high) / 2
+        return sum(bisect(self.at_fraction, macs, 0.0, 1.0, steps=50)) / 2
 
     @property
     def floor(self) -> float:
