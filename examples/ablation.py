@@ -68,7 +68,7 @@ VARIANTS: dict[str, Preset | None] = {
     "finetune_alternate": Preset(finetune=FinetuneConfig(when="alternate")),
     "finetune_after": Preset(finetune=FinetuneConfig(when="after")),
 }
-QUICK = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128}
+QUICK = {"updates": 4, "images": 32, "cache_images": 64, "calibration_images": 64}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def check(args: Args) -> Args:
         low, high = (ADAPTIVE.low, ADAPTIVE.high) if name == "adaptive" else (0.0, 1.0)
         if not all(low <= share <= high for share in args.shares):
             raise SettingsError(f"shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
-    return replace(args, seeds=2, images=200, shares=args.shares[:1]) if args.quick else args
+    return replace(args, seeds=2, images=50, shares=args.shares[:1]) if args.quick else args
 
 
 def work(job: Job) -> list[Row]:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint is not None:
         policies["MAPPO"] = args.checkpoint  # a saved policy; policy objects take part as well
 
-    images = 50 if args.quick else 2000
+    images = 24 if args.quick else 2000
     result = benchmark(
         policies,
         backbone,

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_flags(CommonFlags, argv, __doc__)
     args.prepare()
     backbone = load_backbone("vit_digits").to(args.device)
-    images = 50 if args.quick else 2000
+    images = 24 if args.quick else 2000
     test, tune = Digits("validation", images, TEST_SEED), Digits("train", min(images, 256), TUNE_SEED)
 
     check_policy(KeyNorms(0.7), backbone, tune.batch(range(4))[0].to(args.device))  # shapes, determinism, independence

@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.save_pretrained(args.output / "model")  # safetensors and JSON; push_to_hub works as well
 
     served = PrunedViT.from_pretrained(args.output / "model").to(args.device)
-    images, labels = (part.to(args.device) for part in Digits("test", size=256).batch(range(256)))
-    seconds = {}
+    count = 32 if args.quick else 256
+    images, labels = (part.to(args.device) for part in Digits("test", size=count).batch(range(count)))
+    seconds: dict[str, float] = {}
     with torch.inference_mode():
         for name, network in (("dense", backbone), ("pruned", served), ("dense", backbone), ("pruned", served)):
             start = time.perf_counter()

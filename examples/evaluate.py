@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         budget = args.target_share * game.cost.dense()  # MACs per image, the policy's own included
         policy = calibrate_threshold(game, policy, [images.to(args.device)], budget)
 
-    test = batches_of(Digits("test", size=200 if args.quick else 2000, seed=TEST_SEED), 250, args.device)
+    test = batches_of(Digits("test", size=100 if args.quick else 2000, seed=TEST_SEED), 250, args.device)
     dense = evaluate(TokenGame(backbone), KeepAll(), test)
     pruned = evaluate(game, policy, test)
     for name, found in (("dense", dense), ("pruned", pruned)):

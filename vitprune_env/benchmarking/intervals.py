@@ -35,7 +35,7 @@ def interval(correct: np.ndarray) -> tuple[float, float]:
         n = p * (1 - p) / variance if variance else fallback
     half = z / (1 + z * z / n) * sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # rounding must not put p outside
 
 
 def difference(correct: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:

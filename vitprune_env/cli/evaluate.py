@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         network = ImageFlags(model=found.model, pretrained=True)
         default = Args(policy=found.policy, keep_rate=found.keep_rate, source=network)
         args = read_flags(Args, argv, __doc__, prog, default)
-    return replace(args, images=200) if args.common.quick else args
+    return replace(args, images=100) if args.common.quick else args
 
 
 def load(args: Args) -> tuple[Policy, Backbone]:
@@ -123,7 +123,7 @@ def at_share(args: Args, policy: Policy, backbone: Backbone, share: float) -> To
     if isinstance(policy, AdaptivePolicy):
         return policy.at(share)
     game = TokenGame.for_policy(backbone, policy)
-    tune = args.batches(backbone, "train", 64 if args.common.quick else 512, TUNE_SEED)
+    tune = args.batches(backbone, "train", 32 if args.common.quick else 512, TUNE_SEED)
     return calibrate_threshold(game, policy, [images for images, _ in tune], share * game.cost.dense())
 
 

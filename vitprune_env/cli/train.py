@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None, description: str 
 def _small(args: Args) -> Args:
     """The same run in miniature."""
     training = args.training
-    small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 128, "checkpoint_every": 2}
+    small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 64, "checkpoint_every": 2}
     finetune = replace(
         training.finetune,
         finetune_every=min(training.finetune.finetune_every, 2),
@@ -98,7 +98,7 @@ def _small(args: Args) -> Args:
     )
     learner = replace(training.learner, epochs=min(training.learner.epochs, 2))
     training = replace(training, run=replace(training.run, **small), learner=learner, finetune=finetune)
-    return replace(args, training=training, test_images=200, untrained_actors=2)
+    return replace(args, training=training, test_images=100, untrained_actors=2)
 
 
 def open_task(args: Args, backbone: Backbone) -> Task:
@@ -108,7 +108,7 @@ def open_task(args: Args, backbone: Backbone) -> Task:
         training = images.open(backbone, "train", None, common.seed)
     else:
         training = Digits("train", size=max(run.cache_images, run.calibration_images), seed=common.seed)
-    tune = images.open(backbone, "train", 64 if common.quick else TUNE_IMAGES, TUNE_SEED)
+    tune = images.open(backbone, "train", 32 if common.quick else TUNE_IMAGES, TUNE_SEED)
     split = images.held_out_split(args.split)
     test = images.batches(backbone, split, args.test_images, TEST_SEED, args.batch_size, common.device)
     return Task(training, batches_of(tune, TUNE_IMAGES, common.device), test)
