@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.cost import mlp_macs
+from .shared.settings import check, check_numbers
 
 LIGHT_CRITIC = (64, 64)  # learns as well as the widths of RL4EViT, at a fraction of the update's cost
 HIDDEN_GAIN = 2**0.5
@@ -180,6 +181,11 @@ class LightNetworks:
     """Hidden widths of the critic, which is not deployed; empty: (64, 64)."""
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("actor_hidden", "critic_hidden"):
+            check(self, name, all(width >= 1 for width in getattr(self, name)), "widths of at least 1")
 
     def actor(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> TokenActor:
         """An actor for tokens of width `embed_dim`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..envs.actions import ACTION_KINDS, ActionKind, KeepActions
+from ..envs.actions import ActionKind, KeepActions, action_kind, registered_actions
 from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
@@ -82,7 +82,11 @@ class TokenPolicy(BasePolicy, nn.Module):
         return self.actor.embed_dim
 
     def config(self) -> dict[str, Any]:
-        """All that `from_config` needs beside the actor's weights, as JSON values."""
+        """All that `from_config` needs beside the actor's weights, as JSON values.
+
+        Raises:
+            ValueError: for a kind of actions of one's own that `register_actions` was not given.
+        """
         values = {
             "embed_dim": self.actor.embed_dim,
             "hidden": list(self.actor.hidden),
@@ -92,7 +96,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         }
         if self.actions == KeepActions():
             return values
-        return {**values, "actions": self.actions.name, "num_actions": self.actor.num_actions}
+        return {**values, "actions": registered_actions(self.actions), "num_actions": self.actor.num_actions}
 
     @classmethod
     def from_config(
@@ -103,13 +107,8 @@ class TokenPolicy(BasePolicy, nn.Module):
         Raises:
             ValueError: for a kind of actions that is not known by this name.
         """
-        if actions not in ACTION_KINDS:
-            raise ValueError(
-                f"actions: expected one of {', '.join(ACTION_KINDS)}, got {actions!r}; put a kind of your own into "
-                "vitprune_env.envs.actions.ACTION_KINDS"
-            )
         actor = TokenActor(embed_dim, hidden, num_actions=num_actions)
-        return cls(actor, actions=ACTION_KINDS[actions], **settings)
+        return cls(actor, actions=action_kind(actions, "actions"), **settings)
 
     def extra_repr(self) -> str:
         """Threshold and sites."""

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from vitprune_env.deploy.policy_files import load_policy, save_policy
     from vitprune_env.deploy.pruned_vit import PrunedViT, load_pruned
     from vitprune_env.engine.backbone import Backbone
+    from vitprune_env.envs.actions import register_actions
     from vitprune_env.envs.gym import SingleAgentEnv
     from vitprune_env.envs.parallel import parallel_env
     from vitprune_env.envs.vector import TokenVectorEnv
     from vitprune_env.game.policy_contract import check_policy
-    from vitprune_env.game.rewards import PaperReward, SharedOutcome, TeamOutcome
+    from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, TeamOutcome
     from vitprune_env.game.rollout import evaluate, play
     from vitprune_env.game.token_game import TokenGame
     from vitprune_env.models.load import load_backbone, register_backbone
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 
 __all__ = [
+    "Attribution",
     "Backbone",
     "BasePolicy",
     "BenchmarkResult",
@@ -55,6 +57,7 @@ __all__ = [
     "load_pruned",
     "parallel_env",
     "play",
+    "register_actions",
     "register_backbone",
     "register_policy",
     "save_policy",
@@ -66,11 +69,12 @@ _HOMES = {
     "deploy.policy_files": ("load_policy", "save_policy"),
     "deploy.pruned_vit": ("PrunedViT", "load_pruned"),
     "engine.backbone": ("Backbone",),
+    "envs.actions": ("register_actions",),
     "envs.gym": ("SingleAgentEnv",),
     "envs.parallel": ("parallel_env",),
     "envs.vector": ("TokenVectorEnv",),
     "game.policy_contract": ("check_policy",),
-    "game.rewards": ("PaperReward", "SharedOutcome", "TeamOutcome"),
+    "game.rewards": ("Attribution", "PaperReward", "SharedOutcome", "TeamOutcome"),
     "game.rollout": ("evaluate", "play"),
     "game.token_game": ("TokenGame",),
     "models.load": ("load_backbone", "register_backbone"),

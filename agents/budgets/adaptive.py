@@ -26,7 +26,7 @@ from ..shared.processes import Processes
 from .calibration import calibrate_threshold
 from .controller import Batches, Budget
 from .prices import RewardSchedule, start_price
-from .targets import PolicyCost, target_macs
+from .targets import PolicyCost, attainable
 
 KNOTS = 6  # budgets at which price and threshold are known; linear in between
 SPREAD = 2.0  # the budget feature goes from -2 to 2; the other features of a token have variance 1
@@ -137,7 +137,7 @@ class AdaptivePolicy(TokenPolicy):
 
 
 class AdaptivePrice(RewardSchedule):
-    """Asks every image for a budget of its own, with a dual variable for every knot.
+    """Gives every image a budget of its own, drawn from a range, and keeps a dual variable for every knot of it.
 
     Attributes:
         shares: `[B]`, budgets of this process's coming games.
@@ -248,12 +248,13 @@ class BudgetRange(Budget):
         Raises:
             BudgetError: if no policy can serve the whole range.
         """
+        dense = cost.model.dense()
         try:
             for share in (self.low, self.high):
-                target_macs(cost, share=share)
+                attainable(cost, share * dense)
         except BudgetError as error:
             raise BudgetError(f"adaptive: no policy can serve all of {(self.low, self.high)}; {error}") from error
-        return target_macs(cost, share=(self.low + self.high) / 2)
+        return (self.low + self.high) / 2 * dense
 
     def schedule(
         self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes

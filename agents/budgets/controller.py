@@ -22,11 +22,11 @@ from ...types import Site
 from ..networks import TokenActor
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
-from ..shared.settings import check
+from ..shared.settings import check, check_numbers
 from .calibration import calibrate_threshold
 from .collapse import CollapseDetector
 from .prices import DualPrice, FedForwardKeepCost, FixedReward, RewardSchedule
-from .targets import PolicyCost, annealed, target_macs
+from .targets import PolicyCost, annealed, attainable
 
 Batches = Sequence[Tensor | TokenState]
 
@@ -67,6 +67,7 @@ class Budget(ABC):
     """Features that `RewardSchedule.view` adds to every token."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("anneal_from", "anneal_part"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         for name in ("price_rate", "price_gain"):
@@ -166,31 +167,35 @@ class Share(Budget):
 
     def target(self, cost: PolicyCost, reward: RewardFn) -> float:
         """Mean MACs per image."""
-        return target_macs(cost, share=self.share)
+        return attainable(cost, self.share * cost.model.dense())
 
 
 @dataclass(frozen=True)
 class GMACs(Budget):
     """A number of GMACs per image."""
 
-    gmacs: float = 0.011
+    gmacs: float
     """Mean GMACs per image, the policy's own included."""
 
     def target(self, cost: PolicyCost, reward: RewardFn) -> float:
         """Mean MACs per image."""
-        return target_macs(cost, gmacs=self.gmacs)
+        return attainable(cost, self.gmacs * 1e9)
 
 
 @dataclass(frozen=True)
 class KeepRate(Budget):
     """A keep rate: what keeping this fraction of the tokens at every site costs."""
 
-    keep: float = 0.6
+    keep: float
     """Fraction of the tokens that reach a site and pass it, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "keep", 0 < self.keep <= 1, "a rate above 0 and at most 1")
 
     def target(self, cost: PolicyCost, reward: RewardFn) -> float:
         """Mean MACs per image."""
-        return target_macs(cost, keep=self.keep)
+        return attainable(cost, min(cost.at_keep_rate(self.keep), cost.model.dense()))
 
 
 @dataclass(frozen=True)

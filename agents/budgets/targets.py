@@ -48,28 +48,17 @@ class PolicyCost:
         return float(self.of(counts))
 
 
-def target_macs(
-    cost: PolicyCost, *, gmacs: float | None = None, keep: float | None = None, share: float | None = None
-) -> float:
-    """Read a budget, given in one of three ways, as mean MACs per image, the policy's own included.
+def attainable(cost: PolicyCost, macs: float) -> float:
+    """A budget in MACs per image as it is, the policy's own included.
 
     Args:
         cost: of the network, sites and policy in question.
-        gmacs: GMACs per image.
-        keep: keep rate; the MACs that keeping this fraction of the tokens at every site costs.
-        share: share of the dense network's MACs.
+        macs: mean MACs per image.
 
     Raises:
-        ValueError: unless exactly one is given, or if a rate is outside (0, 1].
         BudgetError: if the budget is below what the network costs without any patch token, or above dense.
     """
-    given = {name: value for name, value in (("gmacs", gmacs), ("keep", keep), ("share", share)) if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"budget: expected exactly one of gmacs, keep, share, got {given or 'none'}")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"target_keep: expected a rate above 0 and at most 1, got {keep!r}")
     dense = cost.model.dense()
-    macs = min(cost.at_keep_rate(keep), dense) if keep is not None else (share or 0) * dense or (gmacs or 0) * 1e9
     if not cost.floor < macs <= dense:
         raise BudgetError(
             f"budget: expected above {cost.floor / 1e9:.5g} GMACs (every token pruned at the first site, policy "

@@ -7,7 +7,7 @@ from math import cos, pi
 from typing import ClassVar, Literal
 
 from ...policy import check_keep_rate
-from ..shared.settings import check
+from ..shared.settings import check, check_numbers
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class FinetuneConfig:
     """Settings that a resumed run may change."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self, "when", self.when in ("after", "alternate"), "'after' or 'alternate'")
         for name in ("steps", "batch_size", "checkpoint_every", "every"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -92,4 +93,5 @@ class FinetuneConfig:
             check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("label_smoothing", "distill"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0 or None")
         check(self, "trainable", self.trainable in ("after_first_site", "all"), "'after_first_site' or 'all'")

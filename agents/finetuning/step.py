@@ -176,11 +176,11 @@ class FineTuner:
 
     def _late_names(self) -> tuple[str, ...]:
         """What the names of parameters that act after the first site begin with."""
-        first = self.game.sites[0]
+        first, family = self.game.sites[0], self.backbone.family
         late = [f"blocks.{number}." for number in range(first.block, self.backbone.depth)]
         if first.inside:  # of its block, only the MLP half comes after it
-            late += [f"blocks.{first.block - 1}.{part}" for part in ("norm2.", "mlp.", "ls2.")]
-        return (*late, "norm.", "fc_norm.", "head.", "head_dist.")
+            late += [f"blocks.{first.block - 1}.{part}" for part in family.mlp_parts]
+        return (*late, *family.end_parts)
 
     def _loss(self, logits: Tensor, labels: Tensor, batch: Tensor | TokenState) -> Tensor:
         """Cross-entropy, mixed with the Kullback-Leibler divergence from the dense model's answer."""

@@ -48,7 +48,7 @@ from ...errors import NumericalError
 from ...game.rewards import START_PRICE, RewardFn, SharedOutcome
 from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
 from ..shared.processes import Processes
-from ..shared.settings import check
+from ..shared.settings import check, check_numbers
 from .buffer import GameBuffer, Trajectory
 from .exploration import ExploringPolicy, View
 from .gradient import GradientStep
@@ -93,6 +93,7 @@ class LearnerConfig:
     """Whether one agent decides for all tokens of an image; otherwise every token is an agent."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(self, "epochs", self.epochs >= 1, "at least 1")
         check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
         for name in ("lr", "adam_eps"):
@@ -256,7 +257,10 @@ class Learner(OnPolicyAlgorithm[TokenwisePolicy]):
         loss, metrics = self.loss(games, self._prepared, rows)
         share = len(rows) / everyones
         (share * loss).backward()
-        return share * torch.stack([loss.detach(), *(torch.as_tensor(metrics[name]).detach() for name in self.metrics)])
+        report = loss.detach()
+        return share * torch.stack(
+            [report, *(torch.as_tensor(metrics[name]).detach().to(report) for name in self.metrics)]
+        )
 
 
 class LinearDecay(LRSchedulerFactory):

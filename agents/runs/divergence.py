@@ -12,8 +12,8 @@ from ...errors import NumericalError
 
 EXPLOSION = 1e3  # how many times as large as usual a loss may be
 MEMORY = 20  # updates that say what is usual
-LEAST = 5  # updates it takes to know
-FLOOR = 1e-3  # losses below it are all alike
+LEAST = 5  # updates before a loss can be compared
+FLOOR = 1e-3  # smaller losses count as this one
 
 
 def check_health(row: Mapping[str, float], history: Sequence[Mapping[str, float]], module: nn.Module) -> None:
@@ -42,5 +42,9 @@ def check_health(row: Mapping[str, float], history: Sequence[Mapping[str, float]
 
 
 def _size(row: Mapping[str, float]) -> float:
-    """Both losses, so that one cannot hide the other."""
-    return abs(row.get("actor_loss", 0.0)) + abs(row.get("vf_loss", 0.0))
+    """Size of the loss; of learners that report the losses of both networks, the sum of their sizes.
+
+    The two may have opposite signs, so that their sum could be small while both are large.
+    """
+    parts = [row[name] for name in ("actor_loss", "vf_loss") if name in row] or [row.get("loss", 0.0)]
+    return sum(map(abs, parts))

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...engine.backbone import Backbone
-from ...envs.actions import ACTION_KINDS, ActionKind, KeepActions, action_kind
+from ...envs.actions import ActionKind, KeepActions, action_kind, registered_actions
 from ...errors import SettingsError
 from ...files import PathLike
-from ...game.rewards import RewardFn, SharedOutcome
+from ...game.rewards import RewardFn, SharedOutcome, check_reward
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
 from ...types import Site
@@ -30,7 +30,7 @@ from ..learners.learner import LearnerConfig, learner_state, restore_learner
 from ..learners.mappo import MAPPOConfig
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
-from ..shared.settings import as_json
+from ..shared.settings import as_json, check_type
 from ..shared.signals import StopSignals
 from ..shared.training_images import BatchedDataset, TrainingImages
 from ..shared.writers import Writer
@@ -71,11 +71,14 @@ class Settings:
         """Refuse settings that do not fit together, before time is spent.
 
         Raises:
-            ValueError: naming the setting.
+            TypeError: for an object of another type than expected, naming the setting.
+            ValueError: for a value that does not fit, likewise.
         """
-        known = ACTION_KINDS.setdefault(self.actions.name, self.actions)  # under which policy files name it
-        if known != self.actions:
-            raise ValueError(f"actions: expected a name of its own, got {self.actions.name!r}, which {known} has")
+        check_reward(self.reward)
+        check_type("budget", self.budget, Budget, "a budget, such as Share(0.35), or None")
+        check_type("run", self.run, RunConfig, "a RunConfig")
+        if self.finetune is not None:
+            check_type("finetune", self.finetune, FinetuneConfig, "a FinetuneConfig or None")
         self.learner.check_reward(self.reward)
         self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
         counts = {"images": self.run.images}
@@ -132,7 +135,8 @@ def train(
         run: length of the run, seed, images, checkpoints.
         finetune: how the network learns, too; None: it does not.
         sites: where tokens are pruned, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
-        actions: what agents may do; an object, or the name of a built-in kind.
+        actions: what agents may do; an object, or the name of a registered kind. With `output`, a kind of your own has
+            to be registered (`register_actions`), so that the policy can be saved.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -146,6 +150,7 @@ def train(
     Raises:
         TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
         StorageError: for an `output` that cannot be written, at once; when the disk is full, as soon as it is.
+        TypeError: for an argument of another type than described.
         ValueError: for `resume` without `output`, an empty dataset, or settings that do not fit.
         BudgetError: for a budget that no policy can meet.
         CheckpointError: for a checkpoint that cannot be read or belongs to other settings.
@@ -153,11 +158,15 @@ def train(
     """
     if resume and output is None:
         raise ValueError("resume: expected an output folder to resume from, got output=None")
+    check_type("backbone", backbone, Backbone, "a Backbone, such as load_backbone() gives")
+    check_type("learner", learner, LearnerConfig, "settings of a learner, such as MAPPOConfig()")
     reward = learner.default_reward() if reward is None else reward
     budget = Equilibrium() if budget is None else budget
-    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions))
+    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"))
     processes = Processes() if processes is None else processes
     settings.check(processes)
+    if output is not None:
+        registered_actions(settings.actions)  # refuses a kind that the policy's file could not name
     folder = None if output is None else RunFolder(output, processes)
     backbone = backbone if finetune is None else deepcopy(backbone)
     with torch_train_mode(backbone.to(device), enabled=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..shared.settings import check
+from ..shared.settings import check, check_numbers
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RunConfig:
     """Settings that a resumed run may change: they decide what is written, and when."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("updates", "images", "calibration_images", "checkpoint_every"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("cache_images", "log_images_every"):

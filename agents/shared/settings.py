@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
 from ...types import Site
 
+NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "True or False")}
 NAME = "name"  # the key under which the public name of an object's class is stored
 
 
@@ -22,6 +24,33 @@ def check(settings: object, name: str, fine: bool, expected: str) -> None:
     """
     if not fine:
         raise ValueError(f"{name}: expected {expected}, got {getattr(settings, name)!r}")
+
+
+def check_numbers(settings: Any) -> None:
+    """Refuse fields of a settings object that are declared as numbers or flags and hold something else.
+
+    Raises:
+        TypeError: naming the first such field.
+    """
+    for each in fields(settings):
+        declared = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
+        name, _, other = declared.partition(" | ")
+        value = getattr(settings, each.name)
+        if name not in NUMBERS or (other == "None" and value is None):
+            continue
+        kind, expected = NUMBERS[name]
+        if not isinstance(value, kind) or (name != "bool" and isinstance(value, bool)):
+            raise TypeError(f"{each.name}: expected {expected}{other and ' or None'}, got {value!r}")
+
+
+def check_type(name: str, value: object, kind: type, expected: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        TypeError: unless `value` is a `kind`; it gives the name, what was expected and the value.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
 def as_json(value: Any) -> Any:

@@ -6,6 +6,7 @@ new class in a file of its own. `KeepActions` and `MergeActions` are built in.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -29,33 +30,33 @@ class ActionKind(Protocol):
     """What the actions of the agents are and what they do.
 
     A kind of your own is a frozen dataclass that subclasses this protocol and gives `name`, `meaning`, `count`,
-    `decision` and `encode`. The other methods have defaults.
+    `decision` and `encode`. The other methods have defaults. `register_actions` gives it a name in files.
     """
 
     name: str  # public name, such as "keep"
 
+    @abstractmethod
     def meaning(self, num_agents: int) -> str:
         """The actions and their meanings in words, for error messages."""
-        ...
 
+    @abstractmethod
     def count(self, num_agents: int) -> int:
         """A, the number of actions of every agent; they are the numbers 0 to A - 1."""
-        ...
 
+    @abstractmethod
     def decision(self, actions: Tensor, obs: Observation) -> Decision:
         """The decision that the actions `[B, N]` int64 of all agents amount to.
 
         The actions of tokens that have left the game are ignored.
         """
-        ...
 
+    @abstractmethod
     def encode(self, decision: Decision, obs: Observation) -> Tensor:
         """The actions `[B, N]` int64 that amount to a policy's decision, for policies played through an environment.
 
         Raises:
             ValueError: if no actions amount to it. The message continues "the policy cannot play through actions: ".
         """
-        ...
 
     def joint_space(self, num_agents: int, *batch: int) -> MultiBinary | MultiDiscrete:
         """The space of the actions of all agents, `[*batch, N]`; by default `MultiDiscrete`."""
@@ -170,8 +171,12 @@ class MergeActions(ActionKind):
 ACTION_KINDS: dict[str, ActionKind] = {kind.name: kind for kind in (KeepActions(), MergeActions())}
 
 
-def action_kind(kind: ActionKind | str) -> ActionKind:
-    """The built-in kind of a name; a kind itself is returned as it is.
+def action_kind(kind: ActionKind | str, argument: str = "action_space") -> ActionKind:
+    """The registered kind of a name; a kind itself is returned as it is.
+
+    Args:
+        kind: the kind or its name.
+        argument: what the caller's parameter is called, for error messages.
 
     Raises:
         ValueError: for an unknown name.
@@ -179,11 +184,49 @@ def action_kind(kind: ActionKind | str) -> ActionKind:
     """
     if isinstance(kind, str):
         if kind not in ACTION_KINDS:
-            raise ValueError(f"action_space: expected one of {tuple(ACTION_KINDS)}, got {kind!r}")
+            raise ValueError(
+                f"{argument}: expected one of {tuple(ACTION_KINDS)}, got {kind!r}; "
+                "vitprune_env.register_actions adds a kind of your own"
+            )
         return ACTION_KINDS[kind]
     if isinstance(kind, type) or not isinstance(kind, ActionKind):
-        raise TypeError(f"action_space: expected an ActionKind object or one of {tuple(ACTION_KINDS)}, got {kind!r}")
+        raise TypeError(f"{argument}: expected an ActionKind object or one of {tuple(ACTION_KINDS)}, got {kind!r}")
     return kind
+
+
+def register_actions(kind: ActionKind) -> ActionKind:
+    """Make a kind known by its name, so that policies that use it can be saved and loaded.
+
+    Args:
+        kind: one of your own.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a name that another kind has.
+    """
+    kind = action_kind(kind, "kind")
+    known = ACTION_KINDS.get(kind.name, kind)
+    if known != kind:
+        raise ValueError(f"name: expected one that is free, got {kind.name!r}, the name of {known}")
+    ACTION_KINDS[kind.name] = kind
+    return kind
+
+
+def registered_actions(kind: ActionKind) -> str:
+    """The name by which a kind can be found again.
+
+    Raises:
+        ValueError: for a kind that is not registered.
+    """
+    if ACTION_KINDS.get(kind.name) != kind:
+        raise ValueError(
+            f"actions: expected a registered kind for a policy that is saved, got {kind}; "
+            "vitprune_env.register_actions(kind) registers it"
+        )
+    return kind.name
 
 
 def resolve(arrows: Tensor, alive: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def margin(logits: Tensor, labels: Tensor, width: float = 1.0) -> Tensor:
     return ((true - others) / width).clamp(-1.0, 1.0)
 
 
+@runtime_checkable
 class RewardFn(Protocol):
     """A reward for the game of token pruning.
 
@@ -91,6 +92,18 @@ class SettlingReward(RewardFn, Protocol):
     def settled(self, fraction: float, accuracy: float, num_tokens: int) -> RewardFn:
         """The same reward with the weights for which play settles where `fraction` of the tokens is kept."""
         ...
+
+
+def check_reward(reward: Any) -> None:
+    """Refuse what is not a reward.
+
+    Raises:
+        TypeError: for an object without the methods of `RewardFn`, or a class in place of an object.
+    """
+    if isinstance(reward, type) or not isinstance(reward, RewardFn):
+        raise TypeError(
+            f"reward: expected an object with the methods of RewardFn, such as SharedOutcome(), got {reward!r}"
+        )
 
 
 def has_price(reward: RewardFn) -> bool:

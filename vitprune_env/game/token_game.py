@@ -17,7 +17,7 @@ from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.credit import attribution
-from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome
+from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome, check_reward
 from vitprune_env.policy import Policy
 from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
 
@@ -30,6 +30,12 @@ class TokenGame:
     - Transition: decided tokens leave (or merge, or wait), the rest runs through the blocks up to the next site.
     - Reward: a `RewardFn`; what depends on the class is paid when the game ends.
     - Termination: a token terminates when it is pruned, and at the last site.
+
+    Raises:
+        SiteError: for sites outside the network.
+        EvidenceError: for evidence that is not known, or that the backbone cannot give.
+        TypeError: for a backbone, reward or needs of a wrong type.
+        ValueError: for an unknown attention bias.
 
     Args:
         backbone: the network to prune.
@@ -51,12 +57,17 @@ class TokenGame:
         grad: bool = False,
         check: bool = True,
     ) -> None:
+        if not isinstance(backbone, Backbone):
+            raise TypeError(f"backbone: expected a Backbone, such as load_backbone() gives, got {backbone!r}")
         if attention_bias not in (None, "log_size"):
             raise ValueError(f"attention_bias: expected None or 'log_size', got {attention_bias!r}")
+        if isinstance(needs, str):
+            raise TypeError(f"needs: expected a set of names of evidence, got {needs!r}")
         check_needs(frozenset(needs), backbone)
         self.backbone = backbone
         self.sites = parse_sites(backbone.default_sites if sites is None else sites, backbone.depth)
         self.reward: RewardFn = SharedOutcome() if reward is None else reward
+        check_reward(self.reward)
         self.needs = frozenset(needs)
         self.attention_bias = attention_bias
         self.grad = grad

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 from games import NAME, OwnLabels
 from helpers import toy
+from vitprune_env.agents import (
+    Budget,
+    BudgetRange,
+    FinetuneConfig,
+    GMACs,
+    KeepRate,
+    LightNetworks,
+    MAPPOConfig,
+    RunConfig,
+    Share,
+)
 from vitprune_env.agents.budgets.calibration import calibrate_threshold
 from vitprune_env.agents.budgets.collapse import CollapseDetector, CollapseWarning
 from vitprune_env.agents.budgets.prices import DualPrice, FedForwardKeepCost
-from vitprune_env.agents.budgets.targets import PolicyCost, annealed, target_macs
+from vitprune_env.agents.budgets.targets import PolicyCost, annealed
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.baselines import RandomDrop
@@ -42,32 +54,53 @@ def test_cost_of_a_pass_with_its_policy_by_hand() -> None:
     assert cost(100).floor == 10 + 15 * (9 + 3) + 800
 
 
+def target(budget: Budget, cost: PolicyCost) -> float:
+    return budget.target(cost, SharedOutcome())
+
+
 def test_three_ways_to_say_a_budget() -> None:
     dense = 10 + 15 * 4 * 9
-    assert target_macs(cost(), share=0.5) == dense / 2
-    assert target_macs(cost(), gmacs=300e-9) == pytest.approx(300)
-    assert target_macs(cost(), keep=0.5) == 295
-    assert target_macs(cost(1), keep=1.0) == dense
+    assert target(Share(0.5), cost()) == dense / 2
+    assert target(GMACs(300e-9), cost()) == pytest.approx(300)
+    assert target(KeepRate(0.5), cost()) == 295
+    assert target(KeepRate(1.0), cost(1)) == dense
 
 
 def test_a_keep_rate_is_what_random_pruning_at_that_rate_costs() -> None:
     game = TokenGame(toy("golden"), (3, 6, 9))
     outcome = play(game, RandomDrop(0.5), OwnLabels(1, "golden").images).outcome
     assert outcome.n_kept.tolist() == [[32, 16, 8]]
-    assert target_macs(PolicyCost(game.cost, game.sites, 0), keep=0.5) == outcome.macs.item()
+    assert target(KeepRate(0.5), PolicyCost(game.cost, game.sites, 0)) == outcome.macs.item()
 
 
 def test_budgets_that_cannot_be_met_are_refused() -> None:
-    for bad in ({"share": 1.1}, {"gmacs": 100e-9}, {"share": 0.0}, {"gmacs": -1.0}):
+    for bad in (Share(1.1), GMACs(100e-9), Share(0.0), GMACs(-1.0)):
         with pytest.raises(BudgetError, match="budget: expected above"):
-            target_macs(cost(), **bad)
+            target(bad, cost())
     with pytest.raises(BudgetError, match=r"expected above 9\.9e-07 GMACs"):  # the policy alone is too dear
-        target_macs(cost(100), share=0.5)
-    for given in ({}, {"share": 0.5, "keep": 0.5}):
-        with pytest.raises(ValueError, match="exactly one of gmacs, keep, share"):
-            target_macs(cost(), **given)
-    with pytest.raises(ValueError, match="target_keep"):
-        target_macs(cost(), keep=1.5)
+        target(Share(0.5), cost(100))
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (KeepRate, {"keep": 1.5}),
+        (Share, {"share": 0.5, "price_rate": -1.0}),
+        (Share, {"share": "half"}),
+        (GMACs, {"gmacs": None}),
+        (BudgetRange, {"low": "0.2"}),
+        (MAPPOConfig, {"lr": "fast"}),
+        (MAPPOConfig, {"epochs": 1.5}),
+        (MAPPOConfig, {"minibatch": 0.5}),
+        (MAPPOConfig, {"value_norm": 1}),
+        (RunConfig, {"seed": True}),
+        (FinetuneConfig, {"max_grad_norm": -1.0}),
+        (LightNetworks, {"critic_hidden": (64, 0)}),
+    ],
+)
+def test_settings_are_refused_by_name(make: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{list(wrong)[-1]}: expected "):
+        make(**wrong)
 
 
 def test_target_falls_linearly_and_then_stays() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env import KeepAll, TokenGame, load_backbone, play
+from vitprune_env import Backbone, KeepAll, TokenGame, load_backbone, play
 from vitprune_env.agents.finetuning.loop import CosineKeepRate, FinetuneConfig, FineTuner, _scheduled, finetune
 from vitprune_env.agents.shared.processes import Processes
 from vitprune_env.agents.shared.signals import TrainingStopped
@@ -74,6 +75,16 @@ def test_only_what_comes_after_the_first_site_learns_and_the_original_stays() ->
     frozen = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"}
     assert not moved & (frozen | {"blocks.0.attn.proj.weight"})
     assert {"blocks.0.mlp.fc1.weight", "blocks.0.norm2.weight", "blocks.1.attn.qkv.weight", "head.weight"} <= moved
+
+
+def test_the_family_says_which_parameters_come_after_a_site_inside_a_block() -> None:
+    sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 4, "init_values": 0.5}
+    model = timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=False, **sizes)
+    config = replace(SHORT, cache_images=0)
+    tuner = FineTuner(Backbone(model), DATA, config, KeepAll(), torch.Generator(), ("1.attn",))
+    learning = {name for name, _ in tuner._parameters}
+    assert {"blocks.0.gamma_2", "blocks.0.mlp.fc1.weight", "blocks.1.gamma_1", "head.weight"} <= learning
+    assert not learning & {"blocks.0.gamma_1", "blocks.0.attn.proj.weight"}
 
 
 def test_all_blocks_learn_when_asked() -> None:

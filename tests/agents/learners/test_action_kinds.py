@@ -13,7 +13,7 @@ from games import NAME, OwnLabels, Teacher, toy_game
 from helpers import random_images, toy
 from stay_drop_wait import StayDropWait
 from teams import buffer_of, update
-from vitprune_env import PrunedViT, SharedOutcome, check_policy
+from vitprune_env import PrunedViT, SharedOutcome, check_policy, register_actions, save_policy
 from vitprune_env.agents import (
     MAPPO,
     MAPPOConfig,
@@ -29,6 +29,7 @@ from vitprune_env.agents.learners.advantage import generalized_advantage
 from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.envs.actions import ActionKind, KeepActions, MergeActions
+from vitprune_env.errors import CheckpointError
 from vitprune_env.examples.custom_learner import COMAConfig
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -59,7 +60,38 @@ def test_every_learner_trains_with_a_third_action_and_its_policy_plays(learner: 
     assert all(row["gradient_steps"] > 0 for row in result.history)
 
 
+def test_a_kind_of_ones_own_is_registered_before_its_policies_are_saved(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune_env.envs.actions.ACTION_KINDS", {"keep": KeepActions()})
+    with pytest.raises(ValueError, match="actions: expected a registered kind"):
+        trained("mappo", output=tmp_path)
+    assert not any(tmp_path.iterdir()), "refused before time is spent"
+    policy = TokenPolicy(TokenActor(DIM, num_actions=3), actions=KIND)
+    with pytest.raises(CheckpointError, match="actions: expected a registered kind"):
+        save_policy(policy, tmp_path / "policy.safetensors")
+    with pytest.raises(TypeError, match="kind: expected an ActionKind object"):
+        register_actions(StayDropWait)  # pyright: ignore[reportArgumentType]
+    register_actions(register_actions(KIND))
+    path = save_policy(policy, tmp_path / "policy.safetensors")
+    assert load_policy(path).actions == KIND
+    with pytest.raises(ValueError, match="name: expected one that is free, got 'stay_drop_wait'"):
+        register_actions(OtherWait())
+    monkeypatch.setattr("vitprune_env.envs.actions.ACTION_KINDS", {"keep": KeepActions()})
+    with pytest.raises(CheckpointError, match="register_actions"):
+        load_policy(path)
+
+
+def test_a_kind_without_its_methods_is_refused_when_it_is_made() -> None:
+    class Empty(ActionKind):
+        name = "empty"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Empty()  # pyright: ignore[reportAbstractUsage]
+
+
 def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitprune_env.envs.actions.ACTION_KINDS", {KIND.name: KIND})
     whole, original, calls = trained("mappo"), MAPPO.update, []
 
     def dying(self: MAPPO, *args: Any, **options: Any) -> Any:
@@ -94,6 +126,11 @@ def test_it_learns_which_of_three_actions_pays() -> None:
         update(mappo, buffer_of(Trajectory.of(episode, explorer.actions, explorer.log_probs)), 128, 3)
     first = play(game, TokenPolicy(actor, actions=KIND), quiet).keep[0]
     assert first[:, left].float().mean() > first[:, ~left].float().mean() + 0.5
+
+
+@dataclass(frozen=True)
+class OtherWait(StayDropWait):
+    """Another kind of the same name."""
 
 
 @dataclass(frozen=True)
@@ -166,5 +203,5 @@ def test_the_kind_must_fit_the_actor() -> None:
     with pytest.raises(ValueError, match="actions: expected the kind of the actor's 3 actions, got None"):
         TokenPolicy(TokenActor(DIM, num_actions=3))
     assert isinstance(TokenPolicy(TokenActor(DIM)).actions, KeepActions)
-    with pytest.raises(ValueError, match="action_space: expected one of"):
+    with pytest.raises(ValueError, match="actions: expected one of"):
         trained("mappo", "jump")  # pyright: ignore[reportArgumentType]

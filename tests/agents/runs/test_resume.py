@@ -23,6 +23,7 @@ from games import OwnLabels
 from places import SUPPORT
 from runs import TINY, but
 from vitprune_env.agents import MAPPO
+from vitprune_env.agents.runs.divergence import check_health
 from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
 from vitprune_env.cli.flags import CommonFlags
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
@@ -161,6 +162,13 @@ def ruin_afterwards(algorithm: MAPPO) -> None:
         return step(*args, **options)
 
     algorithm.lr_schedulers[0].step = last
+
+
+def test_the_one_loss_of_a_learner_of_ones_own_is_watched_too() -> None:
+    history = [{"update": float(update), "loss": -0.5} for update in range(1, 7)]
+    check_health({"update": 7.0, "loss": -5.0}, history, torch.nn.Linear(2, 2))
+    with pytest.raises(NumericalError, match=r"expected about 0\.5 .*, got 900 in update 7"):
+        check_health({"update": 7.0, "loss": -900.0}, history, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
