@@ -43,8 +43,9 @@ class TokenPolicy(BasePolicy, nn.Module):
         actions: ActionKind | None = None,
     ) -> None:
         super().__init__()
-        if actions is None and actor.num_actions != 2:
-            raise ValueError(f"actions: expected the kind of the actor's {actor.num_actions} actions, got None")
+        self.num_actions = getattr(actor, "num_actions", 2)  # a module of one's own decides between prune and keep
+        if actions is None and self.num_actions != 2:
+            raise ValueError(f"actions: expected the kind of the actor's {self.num_actions} actions, got None")
         self.actor = actor
         self.threshold = float(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
@@ -66,7 +67,7 @@ class TokenPolicy(BasePolicy, nn.Module):
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
         mask = action_rows(self.actions, obs)
-        if self.actor.num_actions == 2 and mask is None:
+        if self.num_actions == 2 and mask is None:
             return (self.actor.keep_logit(obs.tokens) > self.threshold).long()
         logits = self.actor(obs.tokens)
         raised = torch.cat([logits[:, :1] + self.threshold, logits[:, 1:]], dim=1)
@@ -96,7 +97,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         }
         if self.actions == KeepActions():
             return values
-        return {**values, "actions": registered_actions(self.actions), "num_actions": self.actor.num_actions}
+        return {**values, "actions": registered_actions(self.actions), "num_actions": self.num_actions}
 
     @classmethod
     def from_config(

@@ -217,6 +217,7 @@ def swapped_activation() -> TokenPolicy:
 
 
 UNSAVEABLE: dict[str, tuple[Any, str]] = {
+    "a function": (lambda: len, "expected an object with a method decide, got <built-in function len>"),
     "an actor that is another module": (lambda: TokenPolicy(cast(Any, nn.Linear(48, 2))), r"config\(\) fails"),
     "an actor of a class of its own": (lambda: TokenPolicy(LoudActor(48)), "differs from this one.*LoudActor"),
     "another activation in the actor": (swapped_activation, "differs from this one.*Tanh"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from timm.models.eva import Eva
 from torch import nn
 
 from helpers import Fixed, keeps_to_decisions, key_weights, random_images, random_keeps
-from vitprune_env import Backbone, Decision, KeepAll, PrunedViT, TokenGame, play
+from vitprune_env import Backbone, Decision, KeepAll, PrunedViT, TokenGame, load_backbone, play
+from vitprune_env.agents.finetuning.loop import save_weights
 from vitprune_env.engine.attention import Rows
 from vitprune_env.engine.families import FAMILIES, Family, family_of, register_family
 from vitprune_env.engine.families.adapter import Projections
@@ -62,6 +64,16 @@ def test_keeping_all_is_timms_own_pass_and_removal_is_masking(name: str) -> None
     deployed = PrunedViT(backbone, Fixed(keeps_to_decisions(keeps)), sites)(images)
     torch.testing.assert_close(deployed, removed, atol=1e-6, rtol=1e-5)
     assert (removed - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"])
+@torch.no_grad()
+def test_weight_files_are_read_as_the_family_writes_them(name: str, tmp_path: Path) -> None:
+    backbone = make(name)
+    path = save_weights(backbone, tmp_path / "weights.safetensors")
+    loaded = load_backbone(name, checkpoint=path, **{**SMALL, **EVAS[name]})
+    images = random_images(backbone, 2)
+    assert torch.equal(loaded(images), backbone(images))
 
 
 @torch.no_grad()

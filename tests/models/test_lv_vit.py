@@ -122,5 +122,5 @@ def test_the_authors_weights_load_by_name_and_at_another_size(tmp_path: Path, ke
 
 
 def test_nobody_publishes_its_weights_through_timm() -> None:
-    with pytest.raises(ValueError, match="nobody publishes weights of lv_vit_s"):
+    with pytest.raises(ValueError, match="pretrained: expected a model whose weights timm has, got lv_vit_s"):
         load_backbone("lv_vit_s", pretrained=True)

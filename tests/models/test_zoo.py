@@ -73,6 +73,8 @@ def test_options_that_make_no_sense(network: torch.nn.Module) -> None:
         load_backbone(network, pretrained=True)
     with pytest.raises(ValueError, match="vit_digits is built in"):
         load_backbone("vit_digits", num_classes=3)
+    with pytest.raises(TypeError, match="model: expected a name or a timm model, got 3"):
+        load_backbone(3)  # pyright: ignore[reportArgumentType]
 
 
 class _Hostile:

@@ -32,6 +32,8 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     """
     kind = type(policy)
     name = registered_name(kind)
+    if not hasattr(kind, "decide"):
+        raise CheckpointError(f"policy: expected an object with a method decide, got {policy!r}")
     if name is None:
         raise CheckpointError(
             f"policy: expected a registered class, got {kind.__module__}.{kind.__qualname__}; "

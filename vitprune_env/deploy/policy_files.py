@@ -63,6 +63,8 @@ def load_policy(path: PathLike, device: str | torch.device = "cpu") -> Any:
     Raises:
         CheckpointError: if the file is missing, damaged or something else, or its policy is not registered.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: expected a policy file, got a folder; load_pruned reads those of PrunedViT")
     description, tensors = read_policy_file(Path(path))
     description.pop("backbone", None)
     own = {name: value for name, value in tensors.items() if not name.startswith("backbone.")}
@@ -89,6 +91,8 @@ def describe(policy: Policy, backbone: Backbone | None) -> tuple[dict[str, Any],
     Raises:
         CheckpointError: for what could not be built again from them.
     """
+    if backbone is not None and not isinstance(backbone, Backbone):
+        raise CheckpointError(f"backbone: expected a Backbone, got {backbone!r}")
     parts: dict[str, Any] = {"policy": policy} if backbone is None else {"policy": policy, "backbone": backbone}
     tensors = {
         f"{part}.{name}": value

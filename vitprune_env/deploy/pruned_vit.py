@@ -81,7 +81,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
 
         Args:
             images: `[B, C, H, W]` as the model wants them (normalised).
-            on_decision: told every decision, and the site where it was taken.
+            on_decision: called with every decision, and the site where it was taken.
 
         Returns:
             Packed rows, and for every image which tokens are `alive` and where every patch went (`source`).

@@ -241,9 +241,9 @@ def drop_rows(old: TokenState, new: TokenState) -> TokenState:
 
 
 def follow(values: Tensor, before: TokenState, after: TokenState) -> Tensor:
-    """What was said of the alive tokens `[sum n_i, ...]` before a decision, of those alive after it.
+    """Values of the tokens alive before a decision, `[sum n_i, ...]`, as values of those alive after it.
 
-    Zero for a token that waited before, of whom nothing was said.
+    Zero for a token that waited before and so has no value.
     """
     table = values.new_zeros(*before.alive.shape, *values.shape[1:])
     table[before.image, before.token] = values

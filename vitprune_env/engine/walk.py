@@ -22,7 +22,7 @@ from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.halves import PLAIN, Execution, Found
 from vitprune_env.engine.masked import MaskedState, run_masked
 from vitprune_env.engine.reduction import reduce_tokens
-from vitprune_env.engine.tokens import TokenState, follow
+from vitprune_env.engine.tokens import TokenState, follow, segment_mean
 from vitprune_env.types import Decision, Observation, Site
 
 
@@ -62,7 +62,7 @@ class Medium(Protocol[S]):
         ...
 
     def follow(self, values: Tensor, before: S, after: S) -> Tensor:
-        """What was said of the tokens before a decision, of those that are there after it."""
+        """Values of the tokens before a decision as values of those that are there after it."""
         ...
 
     def observe(self, arrival: Arrival[S], num_steps: int) -> Observation:
@@ -121,12 +121,13 @@ class Masked:
         image, token = alive.nonzero(as_tuple=True)
         counts = alive.sum(dim=1)
         ranks = (alive.cumsum(dim=1) - 1).masked_fill(~alive, -1)
+        tokens = state.tokens[image, token]
         return Observation(
-            tokens=state.tokens[image, token],
+            tokens=tokens,
             image=image,
             token=token,
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-            cls=state.x[:, 0],
+            cls=state.prefix[:, 0] if backbone.has_class_token else segment_mean(tokens, image, len(alive)),
             alive=alive,
             size=(ones if state.size is None else state.size.detach()) * alive,
             order=ranks if state.order is None else state.order,
@@ -163,12 +164,20 @@ class Walk(Generic[S]):
         Args:
             state: the tokens after the decision at the previous site.
             previous: that site; None: the walk begins.
+
+        Raises:
+            ValueError: if the walk begins behind the attention that gives the first site its evidence.
         """
         step = 0 if previous is None else previous.step + 1
         site = self.sites[step]
         is_fresh = bool(self.needs) and state.half <= 2 * (site.block - 1)
+        if self.needs and not is_fresh and previous is None:
+            raise ValueError(
+                f"state: expected at most {2 * (site.block - 1)} half-blocks run, so that the evidence at {site} can "
+                f"be computed, got {state.half}"
+            )
         after, evidence = self.medium.run(state, site.half, self.needs if is_fresh else ())
-        if self.needs and not is_fresh and previous is not None:
+        if previous is not None and not is_fresh:
             follow = self.medium.follow
             evidence = {name: follow(values, previous.state, after) for name, values in previous.evidence.items()}
         return Arrival(after, site, step, evidence, is_fresh)

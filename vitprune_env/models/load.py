@@ -12,7 +12,7 @@ import numpy as np
 import timm
 from safetensors import SafetensorError
 from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprune_env.engine.backbone import Backbone
@@ -83,6 +83,8 @@ def load_backbone(
 
     Raises:
         UnknownNameError: for an unknown name; the message gives the nearest ones.
+        TypeError: for something that is neither a name nor a module.
+        ValueError: for `pretrained` or options of timm with a model that does not take them.
         UnsupportedBackboneError: for a model that the game cannot walk.
         CheckpointError: for weights that cannot be read or do not fit.
         ConnectionError: if `pretrained` weights cannot be downloaded.
@@ -97,23 +99,28 @@ def load_backbone(
         network, name = _BUILDERS[model](), model
         if isinstance(network, Backbone):
             network, sites = network.model, sites or network.default_sites
+    elif not isinstance(model, str):
+        raise TypeError(f"model: expected a name or a timm model, got {model!r}")
     else:
         network, name = _create_timm(model, pretrained, timm_options), model
     backbone = Backbone(network, name, sites)
     if checkpoint is not None:
-        _load_weights(backbone.model, Path(checkpoint))
+        _load_weights(backbone, Path(checkpoint))
     return backbone.eval()
 
 
 def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
     architecture, _, tag = name.partition(".")
     if not is_timm_name(name):
-        known = [known for module in ("vision_transformer", "deit") for known in timm.list_models(module=module)]
+        modules = ("vision_transformer", "deit", "eva")
+        known = [known for module in modules for known in timm.list_models(module=module)]
         raise UnknownNameError("model", name, [*_BUILDERS, *lv_vit_cfgs, *known])
     if tag and not timm.is_model_pretrained(name):
         raise UnknownNameError("weights", name, timm.list_pretrained(f"{architecture}.*"))
     if pretrained and not timm.is_model_pretrained(name):
-        raise ValueError(f"pretrained: nobody publishes weights of {name} through timm; pass checkpoint=<local file>")
+        raise ValueError(
+            f"pretrained: expected a model whose weights timm has, got {name}; pass checkpoint=<local file>"
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:  # no network, no cache
@@ -123,7 +130,7 @@ def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.
         ) from error
 
 
-def _load_weights(network: VisionTransformer, path: Path) -> None:
+def _load_weights(backbone: Backbone, path: Path) -> None:
     """Load a local weight file strictly.
 
     Raises:
@@ -131,21 +138,20 @@ def _load_weights(network: VisionTransformer, path: Path) -> None:
     """
     try:
         if path.suffix == ".npz":
-            _load_augreg(network, path)
+            _load_augreg(backbone.model, path)
         else:
-            _load_state(network, load_state_dict(str(path), weights_only=True))
+            _load_state(backbone, load_state_dict(str(path), weights_only=True))
     except CheckpointError:
         raise
     except (*NOT_WEIGHTS, *OTHER_WEIGHTS) as error:
         raise CheckpointError(f"checkpoint: expected weights of this model, got {path}: {error}") from error
 
 
-def _load_state(network: VisionTransformer, state: Mapping[str, Tensor]) -> None:
+def _load_state(backbone: Backbone, state: Mapping[str, Tensor]) -> None:
     """Load a state dict, fitted to the network's image and patch size by timm."""
-    if isinstance(network, LvVit):
-        fitted = filter_checkpoint(state, network)
-    else:
-        fitted = checkpoint_filter_fn(dict(state), network, adapt_layer_scale=True)
+    network = backbone.model
+    is_lv_vit = isinstance(network, LvVit)
+    fitted = filter_checkpoint(state, network) if is_lv_vit else backbone.family.fitted(network, state)
     if "head.weight" in fitted:
         _check_head(network, len(fitted["head.weight"]))
     network.load_state_dict(fitted, strict=True)

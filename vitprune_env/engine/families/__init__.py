@@ -15,7 +15,7 @@ FAMILIES: list[Family] = [ViTFamily(), EvaFamily()]
 
 
 def register_family(family: Family) -> Family:
-    """Let the engine walk another family of models; the latest one that recognises a model is asked.
+    """Let the engine walk another family of models; of several that recognise a model the latest is used.
 
     Args:
         family: its adapter.

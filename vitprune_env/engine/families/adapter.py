@@ -1,4 +1,4 @@
-"""What the engine asks of a family of timm models; a family is one file with one subclass of `Family`.
+"""What the engine needs to know of a family of timm models; a family is one file with one subclass of `Family`.
 
 A family says how images become tokens and how one block computes its two halves, attention and MLP, on packed rows
 `[rows, D]`. Everything else (which rows there are, how they attend, what evidence is collected, what it costs) is the
@@ -7,7 +7,7 @@ same for all families. The base class has what the timm ViTs have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,10 @@ class Family:
     def refusal(self, model: Any) -> str | None:
         """Why this model of the family cannot be walked, as the end of a sentence; None: it can."""
         return common_refusal(model)
+
+    def fitted(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a weight file, by the names and in the sizes of the model."""
+        raise TypeError(f"{type(self).__name__} does not say how weight files fit its models")
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         """Images `[B, C, H, W]` to tokens before the first block, `[B, P + N, D]`."""

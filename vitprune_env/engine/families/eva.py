@@ -7,13 +7,14 @@ that the others merged into.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitprune_env.engine.attention import Rows
@@ -43,6 +44,10 @@ class EvaFamily(Family):
         if getattr(model.rope, "aug_active", False):
             return "rotary positions that are augmented in training (the two halves of a pass would disagree)"
         return super().refusal(model)
+
+    def fitted(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Through timm's filter, which interpolates position embeddings and patches."""
+        return checkpoint_filter_fn(dict(state), model)
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         """Patch embedding, prefix tokens, absolute positions where there are some."""

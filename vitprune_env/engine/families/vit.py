@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitprune_env.engine.families.adapter import Family, Projections, add_branch, leave_attention, through
@@ -27,6 +28,10 @@ class ViTFamily(Family):
             if type(block.attn) is not Attention:
                 return f"attention of type {type(block.attn).__name__} (only Attention is walked)"
         return super().refusal(model)
+
+    def fitted(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Through timm's filter, which interpolates position embeddings and patches."""
+        return checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         """Patch embedding, prefix tokens, position embedding."""
