@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class VitPruneError(ValueError):
-    """What all of them are: a mistake in what was asked for, explained in one sentence."""
+    """Base class: a mistake in the arguments, explained in one sentence."""
 
 
 class UnsupportedBackboneError(VitPruneError):
-    """The model is not a plain ViT that the game can walk; the message names the part that is not."""
+    """The engine cannot run this model; the message names the part that is not supported."""
 
 
 class SiteError(VitPruneError):
@@ -51,7 +51,7 @@ class StorageError(VitPruneError, OSError):
 
 
 class MissingPackageError(VitPruneError, ImportError):
-    """Something was asked for that takes a package which is not installed."""
+    """A package is missing that an option needs."""
 
 
 class UnreadableImageError(VitPruneError):

@@ -97,6 +97,18 @@ class Policy(Protocol):
         ...
 
 
+def check_members(policy: object) -> None:
+    """Refuse an object that lacks a member of the `Policy` protocol.
+
+    Raises:
+        TypeError: naming what it lacks.
+    """
+    if not isinstance(policy, Policy):
+        members = ("needs", "attention_bias", "default_sites", "reset", "decide")
+        missing = ", ".join(name for name in members if not hasattr(policy, name))
+        raise TypeError(f"policy: {type(policy).__name__} lacks {missing}; BasePolicy has defaults for all but decide")
+
+
 class BasePolicy:
     """Defaults of a policy without evidence, state or sites of its own; override `decide`."""
 

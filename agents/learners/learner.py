@@ -48,7 +48,7 @@ from ...errors import NumericalError
 from ...game.rewards import START_PRICE, RewardFn, SharedOutcome
 from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
 from ..shared.processes import Processes
-from ..shared.settings import check, check_numbers
+from ..shared.settings import check, check_numbers, check_type
 from .buffer import GameBuffer, Trajectory
 from .exploration import ExploringPolicy, View
 from .gradient import GradientStep
@@ -94,6 +94,7 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_type("networks", self.networks, LightNetworks, "LightNetworks(...) or PaperNetworks(...)")
         check(self, "epochs", self.epochs >= 1, "at least 1")
         check(self, "minibatch", self.minibatch is None or self.minibatch >= 2, "at least 2 or None")
         for name in ("lr", "adam_eps"):

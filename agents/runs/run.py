@@ -44,7 +44,7 @@ from .settings import RunConfig
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves behind."""
+    """The result of training."""
 
     policy: TokenPolicy  # greedy, its threshold calibrated to the budget
     critic: nn.Module
@@ -336,7 +336,7 @@ class Run:
             self.restore(state)
 
     def finish(self, progress: bool, resume: bool) -> TrainResult:
-        """Calibrate to the budget on training images, fine-tune the network if asked to, measure, save."""
+        """Calibrate to the budget on training images, fine-tune the network if so set, measure, save."""
         self.game.reward = SharedOutcome()  # the last reward may have a price for each image of a batch
         batches = self.images.first(self.config.calibration_images)
         images = [batch for batch, _ in batches]

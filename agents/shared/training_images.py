@@ -43,6 +43,7 @@ class TrainingImages:
         processes: the processes that share the work: each prepares its part of the cache and draws its part of a batch.
 
     Raises:
+        TypeError: for a dataset without a length.
         ValueError: for an empty dataset.
     """
 
@@ -60,7 +61,9 @@ class TrainingImages:
         self.game = game
         self.device = torch.device(device)
         self.generator = generator
-        size = len(cast(Sized, dataset))
+        if not isinstance(dataset, Sized):
+            raise TypeError(f"dataset: expected labelled images with a length, got {dataset!r}")
+        size = len(dataset)
         if not size:
             raise ValueError("dataset: expected at least one image, got an empty dataset")
         order = torch.randperm(size, generator=generator)

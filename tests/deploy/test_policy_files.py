@@ -217,7 +217,6 @@ def swapped_activation() -> TokenPolicy:
 
 
 UNSAVEABLE: dict[str, tuple[Any, str]] = {
-    "a function": (lambda: len, "expected an object with a method decide, got <built-in function len>"),
     "an actor that is another module": (lambda: TokenPolicy(cast(Any, nn.Linear(48, 2))), r"config\(\) fails"),
     "an actor of a class of its own": (lambda: TokenPolicy(LoudActor(48)), "differs from this one.*LoudActor"),
     "another activation in the actor": (swapped_activation, "differs from this one.*Tanh"),
@@ -419,3 +418,13 @@ def test_what_the_game_cannot_walk_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"deit_tiny_patch16_224", b"xcit_nano_12_p16_224 ".replace(b" ", b".")))
     with pytest.raises(CheckpointError, match=os.fspath(path)):
         load_pruned(path)
+
+
+def test_arguments_of_a_wrong_type_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    with pytest.raises(CheckpointError, match="policy: expected an object with a method decide, got <built-in"):
+        save_policy(cast(Any, len), path)
+    with pytest.raises(CheckpointError, match="backbone: expected a Backbone, got 'vit_digits'"):
+        save_policy(KeepAll(), path, cast(Any, "vit_digits"))
+    with pytest.raises(CheckpointError, match="expected a policy file, got a folder; load_pruned"):
+        load_policy(tmp_path)

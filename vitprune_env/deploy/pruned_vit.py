@@ -21,7 +21,7 @@ from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import CheckpointError
 from vitprune_env.files import PathLike
-from vitprune_env.policy import Policy
+from vitprune_env.policy import Policy, check_members
 from vitprune_env.types import Decision, Site, parse_sites
 
 
@@ -47,6 +47,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     model; `load_pruned(path)` also reads a file that `save_policy(policy, path, backbone)` wrote.
 
     Raises:
+        TypeError: for a policy that lacks a member of the protocol.
         SiteError: for sites outside the network.
         EvidenceError: if the policy needs evidence that the backbone cannot give.
         UnknownNameError: for an unknown execution.
@@ -62,6 +63,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         execution: str = "auto",
     ) -> None:
         super().__init__()
+        check_members(policy)
         check_needs(policy.needs, backbone)
         wanted = policy.default_sites(backbone.depth) if sites is None else sites
         self.backbone = backbone

@@ -1,4 +1,4 @@
-"""The board of the game: a network that runs ragged token states from half-block to half-block.
+"""The network of the game: it runs ragged token states from half-block to half-block.
 
 Rows of all images are packed into one `[rows, D]` tensor, image by image; only attention needs to know where an image
 begins.
@@ -20,7 +20,7 @@ from vitprune_env.types import Observation, Site
 
 
 class Backbone(Network):
-    """A plain timm ViT seen as the board of the game; arguments and errors are those of `Network`."""
+    """A plain timm ViT that runs packed, ragged tokens; arguments and errors are those of `Network`."""
 
     def run(
         self,

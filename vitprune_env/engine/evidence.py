@@ -1,4 +1,4 @@
-"""Evidence: what a policy may ask to see beside the tokens, computed by the attention half before its site.
+"""Evidence: what a policy can see beside the tokens, computed by the attention half before its site.
 
 A piece of evidence is one `Evidence` record: how it is computed on packed rows, how on masked ones, what it costs and
 what it requires of the network. `register_evidence` adds one; a policy then names it in `needs`.
@@ -18,7 +18,7 @@ from vitprune_env.errors import EvidenceError
 
 
 class PackedAttention(NamedTuple):
-    """One attention half on packed rows; the fused kernel keeps its weights to itself."""
+    """One attention half on packed rows. The fused kernel does not return its weights."""
 
     q: Tensor  # [rows, heads, head dim]
     k: Tensor  # [rows, heads, head dim]
@@ -39,7 +39,7 @@ class MaskedAttention(NamedTuple):
 
 
 class Readable(Protocol):
-    """What of a network a requirement may depend on."""
+    """The part of a network that a requirement may depend on."""
 
     name: str
     has_class_token: bool
@@ -58,7 +58,7 @@ def no_macs(rows: Tensor, _width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything there is to know about one piece of evidence."""
+    """One piece of evidence: how it is computed, what it costs, which networks have it."""
 
     name: str
     packed: Callable[[PackedAttention], Tensor]  # -> [rows, ...], one entry per row, prefix rows included

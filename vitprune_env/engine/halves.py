@@ -1,7 +1,7 @@
 """The two halves of a block, attention and MLP, on packed rows.
 
-Attention alone needs to know where an image begins. What comes before and after it is the same for every raggedness,
-so that `torch.compile` makes one graph of each for all blocks and all batches.
+Only attention needs to know where an image begins. What comes before and after it works row by row, so that
+`torch.compile` makes one graph of each for all blocks and all batches.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AttendPacked:
     def __call__(
         self, parts: Projections, rows: Rows, key_bias: Tensor | None, block: Any, needs: Collection[str]
     ) -> tuple[Tensor, Found]:
-        """Mixed values `[rows, width]`, and evidence computed beside the fused kernel, which hides its weights."""
+        """Mixed values `[rows, width]`, and evidence, for which the fused kernel returns no weights."""
         q, k, v = parts
         attn = block.attn
         y = self.kernel(q, k, v, rows, key_bias, attn.attn_drop.p if attn.training else 0.0)
@@ -72,7 +72,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Execution:
-    """How half-blocks are computed; the results are the same."""
+    """How half-blocks are computed; it does not change the results."""
 
     attend: Attend = AttendPacked()
     compiled: Compiled | None = None  # parts beside attention; None: the family's own, as they are

@@ -1,4 +1,4 @@
-"""Masked, differentiable execution: every token stays, weights say how much it is seen.
+"""Masked, differentiable execution: every token stays, and a weight scales how much the others attend to it.
 
 The reference that real removal is tested against, and what baselines are fitted with. One half-block at a time:
 
@@ -188,7 +188,7 @@ def soft_weights(q: Tensor, k: Tensor, key_factor: Tensor, scale: float, key_bia
 def soft_attend(
     q: Tensor, k: Tensor, v: Tensor, key_factor: Tensor, scale: float, see_themselves: bool = False
 ) -> Tensor:
-    """What `soft_weights(q, k, key_factor, scale) @ v` is, in half the time: the factors ride on the values.
+    """What `soft_weights(q, k, key_factor, scale) @ v` is, in half the time: the factors multiply the values.
 
     Args:
         q: `[B, heads, n, head dim]`.

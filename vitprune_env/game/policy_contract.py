@@ -8,7 +8,7 @@ from torch import Tensor
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.policy import Policy
+from vitprune_env.policy import Policy, check_members
 from vitprune_env.types import Episode
 
 
@@ -29,10 +29,7 @@ def check_policy(policy: Policy, backbone: Backbone, images: Tensor, determinist
         TypeError: if a member of the `Policy` protocol is missing.
         ValueError: if a decision does not fit, or changes with the run or with the batch.
     """
-    if not isinstance(policy, Policy):
-        members = ("needs", "attention_bias", "default_sites", "reset", "decide")
-        missing = [name for name in members if not hasattr(policy, name)]
-        raise TypeError(f"policy: {type(policy).__name__} lacks {', '.join(missing)}")
+    check_members(policy)
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2 to tell whether they influence each other, got {len(images)}")
     game = TokenGame.for_policy(backbone, policy)

@@ -211,7 +211,7 @@ class TeamOutcome(SharedOutcome):
 
     The return of an image is `outcome - price * (sum over tokens of the share of the network each was carried
     through)`. The agents of `SharedOutcome` follow the gradient of the same objective: each is paid the whole outcome
-    and charged only for itself, and what one agent's action costs is charged to nobody else. Equal prices therefore
+    and charged only for what its own action costs. Equal prices therefore
     mean equal objectives; what differs is which agent is credited with what.
 
     The outcome is known, and paid, in the last step; it is split evenly over all N tokens, pruned ones included.
@@ -265,7 +265,7 @@ class Attribution:
     scale: float = 1.0  # of the credit before it is bounded
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """1 if the image is classified correctly, else 0, `[B]`; for the books, nobody is paid for it."""
+        """1 if the image is classified correctly, else 0, `[B]`; it enters the statistics, not the reward."""
         return correct(logits, labels)
 
     def immediate(self, step: Step) -> Tensor:

@@ -18,7 +18,7 @@ from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.credit import attribution
 from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome, check_reward
-from vitprune_env.policy import Policy
+from vitprune_env.policy import Policy, check_members
 from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
 
 
@@ -82,16 +82,20 @@ class TokenGame:
 
     @classmethod
     def for_policy(cls, backbone: Backbone, policy: Policy, **kwargs: Any) -> TokenGame:
-        """The game as a policy wants it: its sites, its evidence, its attention bias.
+        """The game with a policy's own sites, evidence and attention bias.
 
         Args:
             backbone: the network to prune.
             policy: the policy that will play.
-            **kwargs: further arguments of `TokenGame`; they win over the policy's wishes.
+            **kwargs: further arguments of `TokenGame`; they replace what the policy says.
+
+        Raises:
+            TypeError: for a policy that lacks a member of the protocol.
         """
+        check_members(policy)
         sites = policy.default_sites(backbone.depth)
-        wishes = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
-        return cls(backbone, **{**wishes, **kwargs})
+        own = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
+        return cls(backbone, **{**own, **kwargs})
 
     @property
     def num_steps(self) -> int:

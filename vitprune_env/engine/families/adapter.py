@@ -86,7 +86,7 @@ class Family:
 
 
 def common_refusal(model: Any) -> str | None:
-    """What no family can be walked with."""
+    """Why a model cannot be run whatever its family, as the end of a sentence; None: it can."""
     if getattr(model, "attn_pool", None) is not None or model.global_pool not in ("token", "avg"):
         return f"global_pool={model.global_pool!r} (only 'token' and 'avg' read ragged tokens)"
     if getattr(model, "pool_include_prefix", False):
@@ -106,7 +106,7 @@ def linear_macs(module: nn.Module) -> int:
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, without the call for an identity: a small image notices twenty of them per block."""
+    """`module(x)`, without the call for an identity; on small images the calls cost noticeable time."""
     return x if type(module) is nn.Identity else module(x)
 
 
@@ -116,7 +116,7 @@ def add_branch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def leave_attention(attn: Any, x: Tensor, y: Tensor) -> Tensor:
-    """What the attention module does with the mixed values `y` `[rows, width]` of its normalised input `x`."""
+    """Norm, gate and output projection of the mixed values `y` `[rows, width]`; `x` is the half's normalised input."""
     y = through(attn.norm, y)
     gate = getattr(attn, "gate", None)
     if gate is not None:
