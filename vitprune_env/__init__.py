@@ -11,6 +11,7 @@ from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
 from vitprune_env.envs.parallel import parallel_env, register_envs
 from vitprune_env.envs.vector import TokenVectorEnv
+from vitprune_env.files import __version__ as __version__
 from vitprune_env.game.policy_contract import check_policy
 from vitprune_env.game.rewards import PaperReward, SharedOutcome
 from vitprune_env.game.rollout import evaluate, play
