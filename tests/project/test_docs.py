@@ -19,7 +19,7 @@ from vitprune_env.engine import evidence, families
 from vitprune_env.models import load
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-PATHS = re.compile(r"`((?:vitprune_env|agents|baselines|examples|tests)/[\w/.-]+)`")
+PATHS = re.compile(r"(?<![\w/])(?:vitprune_env|agents|baselines|examples|tests)/[\w/]+(?:\.\w+)?")
 GLOSSARY = (DOCS / "glossary.md").read_text("utf-8")
 CONTAINERS = ("Observation", "Decision", "Step", "Outcome", "Episode")
 REGISTRIES: tuple[tuple[ModuleType, str], ...] = (
