@@ -49,7 +49,7 @@ def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyP
     assert snippets
     namespace: dict[str, Any] = {"__name__": "docs"}
     for snippet in snippets:
-        exec(snippet, namespace)
+        exec(compile(snippet, page, "exec", dont_inherit=True), namespace)  # without this file's __future__ import
 
 
 def anchors(page: Path) -> set[str]:
