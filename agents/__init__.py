@@ -1,32 +1,61 @@
-"""Learning to prune: actor, critic, MAPPO on tianshou, training to a budget, fine-tuning of the network."""
+"""Learning to prune: actor, critic, learners on tianshou, training to a budget, fine-tuning of the network."""
 
 from ..deploy.policy_files import load_policy, save_policy
-from .budgets.adaptive import AdaptivePolicy
-from .budgets.targets import calibrate_threshold
+from .budgets.adaptive import AdaptivePolicy, BudgetRange
+from .budgets.calibration import calibrate_threshold
+from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, KeepRate, Share
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
-from .learners.mappo import MAPPO
-from .learners.ppo_single import ImageCritic, PPOSingle
-from .networks import TokenActor, TokenCritic
+from .learners.buffer import Trajectory
+from .learners.exploration import ExploringPolicy
+from .learners.learner import Learner, LearnerConfig, Parts
+from .learners.mappo import MAPPO, MAPPOConfig
+from .learners.ppo_single import ImageCritic, PPOSingle, PPOSingleConfig
+from .networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic, mlp
 from .policies import TokenPolicy
-from .runs.config import TrainConfig
-from .runs.trainer import TrainResult, train
+from .presets import PRESETS, Preset
+from .runs.run import TrainResult, train
+from .runs.settings import RunConfig
+from .shared.processes import Processes, launched
+from .shared.signals import TrainingStopped
 
 __all__ = [
     "MAPPO",
+    "PRESETS",
     "AdaptivePolicy",
+    "Budget",
+    "BudgetController",
+    "BudgetRange",
     "CosineKeepRate",
+    "Equilibrium",
+    "ExploringPolicy",
     "FinetuneConfig",
     "FinetuneResult",
+    "GMACs",
     "ImageCritic",
+    "KeepRate",
+    "Learner",
+    "LearnerConfig",
+    "LightNetworks",
+    "MAPPOConfig",
     "PPOSingle",
+    "PPOSingleConfig",
+    "PaperNetworks",
+    "Parts",
+    "Preset",
+    "Processes",
+    "RunConfig",
+    "Share",
     "TokenActor",
     "TokenCritic",
     "TokenPolicy",
-    "TrainConfig",
     "TrainResult",
+    "TrainingStopped",
+    "Trajectory",
     "calibrate_threshold",
     "finetune",
+    "launched",
     "load_policy",
+    "mlp",
     "save_policy",
     "train",
 ]

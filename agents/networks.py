@@ -1,16 +1,17 @@
-"""Actor and critic: small networks shared by all tokens.
+"""Actor and critic: small networks shared by all tokens, and the settings objects that choose their sizes.
 
-The actor sees its own token, the critic the token and the class token of its image (paper 000, section III-A). Both
+The actor sees its own token, the critic the token and the class token of its image (RL4EViT, section III-A). Both
 normalise their inputs, because the residual stream of a ViT grows from block to block.
 
-An update looks at the same tokens again and again. `standardize` normalises them once, for both networks; what a norm
-learns, its scale and shift, is folded into the layer behind it. No gradient then has to reach the tokens, which spares
-the backward pass one of the two matrix products of the widest layer.
+An update uses the same tokens again and again. `standardize` normalises them once, for both networks. The scale and
+shift that a norm learns are folded into the layer behind it. Gradients then need not reach the tokens, which saves the
+backward pass one of the two matrix products of the widest layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from ..engine.cost import mlp_macs
 
-LIGHT_CRITIC = (64, 64)  # learns as well as the paper's widths, at a fraction of the update's cost
+LIGHT_CRITIC = (64, 64)  # learns as well as the widths of RL4EViT, at a fraction of the update's cost
 HIDDEN_GAIN = 2**0.5
 ACTOR_GAIN = 0.01
-# Where all hidden units of the actor are dead, tokens get the very same logit, and no threshold can keep some of them.
+# With plain ReLU all hidden units of an actor may be dead; all tokens then get the same logit, and no threshold can
+# keep some of them and prune the others.
 LEAK = 0.01
 
 
@@ -32,21 +34,23 @@ def light_sizes(embed_dim: int) -> tuple[int, ...]:
 
 
 def paper_sizes(embed_dim: int) -> tuple[int, ...]:
-    """Hidden widths that paper 000 prints for DeiT: the actor alone then costs 13 % of DeiT-S at three sites."""
+    """Hidden widths that RL4EViT prints for DeiT: the actor alone then costs 13 % of DeiT-S at three sites."""
     return (4 * embed_dim, 256, 64)
 
 
 class TokenActor(nn.Module):
-    """Token features to two logits, index 1 = keep.
+    """Token features to one logit per action; with two actions, index 1 = keep.
 
-    Starts close to a constant policy (last layer of gain 0.01) that keeps more than it prunes: at 0.5 most tokens
-    would be gone at the last site before anything is learnt.
+    Starts close to a constant policy (last layer of gain 0.01) that keeps more than it prunes: with probability 0.5
+    most tokens would be gone at the last site before anything is learnt.
 
     Args:
         embed_dim: D.
         hidden: widths of the hidden layers; None: `light_sizes`.
-        keep_bias: logit difference at the start, 1 means keeping 73 %.
+        keep_bias: at the start, how far the logits of all other actions lie above that of action 0, which drops the
+            token; 1 means keeping 73 % of the tokens if there are two actions.
         generator: of the initial weights; None: always the same ones.
+        num_actions: A, actions of every agent.
     """
 
     def __init__(
@@ -55,26 +59,28 @@ class TokenActor(nn.Module):
         hidden: Sequence[int] | None = None,
         keep_bias: float = 1.0,
         generator: torch.Generator | None = None,
+        num_actions: int = 2,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
+        self.num_actions = num_actions
         self.hidden = light_sizes(embed_dim) if hidden is None else tuple(hidden)
         self.norm = nn.LayerNorm(embed_dim)
-        self.layers = _chain((embed_dim, *self.hidden, 2), ACTOR_GAIN, _own(generator), LEAK)
+        self.layers = mlp((embed_dim, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
         with torch.no_grad():
-            self._last.bias.copy_(torch.tensor([0.0, keep_bias]))
+            self._last.bias.copy_(torch.tensor([0.0] + [keep_bias] * (num_actions - 1)))
 
     @property
     def macs_per_token(self) -> int:
         """What one decision costs, in MACs."""
-        return mlp_macs((self.embed_dim, *self.hidden, 2))
+        return mlp_macs((self.embed_dim, *self.hidden, self.num_actions))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`[rows, D]` to logits `[rows, 2]`."""
+        """`[rows, D]` to logits `[rows, A]`."""
         return self.layers(self.norm(tokens))
 
     def keep_logit(self, tokens: Tensor) -> Tensor:
-        """Log-odds of keeping each token, `[rows, D]` to `[rows]`."""
+        """Log-odds of action 1 over action 0 (of keeping each token), `[rows, D]` to `[rows]`."""
         logits = self(tokens)
         return logits[:, 1] - logits[:, 0]
 
@@ -82,9 +88,13 @@ class TokenActor(nn.Module):
         """First layer as it acts on standardised tokens: weight `[H, D]`, bias `[H]`."""
         return fold(self.norm, cast(nn.Linear, self.layers[0]))
 
+    def logits_folded(self, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`forward` for tokens `[rows, D]` that are standardised, given the result of `folded`."""
+        return self.layers[1:](F.linear(tokens, weight, bias))
+
     def keep_logit_folded(self, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`keep_logit` of tokens `[rows, D]` that were standardised before, given what `folded` returned."""
-        logits = self.layers[1:](F.linear(tokens, weight, bias))
+        """`keep_logit` of tokens `[rows, D]` that are standardised, given the result of `folded`."""
+        logits = self.logits_folded(tokens, weight, bias)
         return logits[:, 1] - logits[:, 0]
 
     @property
@@ -124,7 +134,7 @@ class TokenCritic(nn.Module):
             self.token.weight.copy_(first.weight[:, :embed_dim])
             self.token.bias.copy_(first.bias)
             self.image.weight.copy_(first.weight[:, embed_dim:])
-        self.layers = _chain((*self.hidden, 1), 1.0, generator)
+        self.layers = mlp((*self.hidden, 1), 1.0, generator)
 
     def forward(self, tokens: Tensor, cls: Tensor, image: Tensor) -> Tensor:
         """Values of tokens.
@@ -146,12 +156,12 @@ class TokenCritic(nn.Module):
         return weight, self.image(self.norm_image(cls)) + bias
 
     def value_folded(self, tokens: Tensor, image: Tensor, weight: Tensor, per_image: Tensor) -> Tensor:
-        """`forward` for tokens `[rows, D]` that were standardised before, given what `folded` returned."""
+        """`forward` for tokens `[rows, D]` that are standardised, given the result of `folded`."""
         return self.layers(F.relu(torch.addmm(per_image.index_select(0, image), tokens, weight.T))).squeeze(1)
 
 
 def standardize(tokens: Tensor) -> Tensor:
-    """Every row `[rows, D]` to mean 0 and variance 1: a LayerNorm that has learnt nothing."""
+    """Every row `[rows, D]` to mean 0 and variance 1: a LayerNorm without scale and shift."""
     return F.layer_norm(tokens, tokens.shape[-1:])
 
 
@@ -160,14 +170,46 @@ def fold(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return layer.weight * norm.weight, F.linear(norm.bias, layer.weight, layer.bias)
 
 
-def keep_log_prob(logit: Tensor, keep: Tensor) -> Tensor:
-    """Log-probability of the actions `keep` (bool) given the log-odds of keeping."""
-    return F.logsigmoid(torch.where(keep, logit, -logit))
+@dataclass(frozen=True)
+class LightNetworks:
+    """Small networks: an actor that costs about one per cent of the network it prunes."""
+
+    actor_hidden: tuple[int, ...] = ()
+    """Hidden widths of the actor; empty: (D / 2)."""
+    critic_hidden: tuple[int, ...] = ()
+    """Hidden widths of the critic, which is not deployed; empty: (64, 64)."""
+    keep_bias: float = 1.0
+    """Log-odds of keeping a token at the start."""
+
+    def actor(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> TokenActor:
+        """An actor for tokens of width `embed_dim`."""
+        return TokenActor(embed_dim, self.actor_widths(embed_dim), self.keep_bias, generator, num_actions)
+
+    def actor_widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Hidden widths of the actor for tokens of width `embed_dim`."""
+        return self.actor_hidden or light_sizes(embed_dim)
+
+    def critic_widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Hidden widths of the critic for tokens of width `embed_dim`."""
+        return self.critic_hidden or LIGHT_CRITIC
 
 
-def keep_entropy(logit: Tensor) -> Tensor:
-    """Entropy of keep-or-prune in nats, given the log-odds of keeping."""
-    return F.softplus(logit) - logit * logit.sigmoid()
+@dataclass(frozen=True)
+class PaperNetworks(LightNetworks):
+    """Networks of the widths that RL4EViT prints for DeiT, (4 D, 256, 64), unless other ones are given."""
+
+    actor_hidden: tuple[int, ...] = ()
+    """Hidden widths of the actor; empty: (4 D, 256, 64)."""
+    critic_hidden: tuple[int, ...] = ()
+    """Hidden widths of the critic, which is not deployed; empty: (4 D, 256, 64)."""
+
+    def actor_widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Hidden widths of the actor for tokens of width `embed_dim`."""
+        return self.actor_hidden or paper_sizes(embed_dim)
+
+    def critic_widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Hidden widths of the critic for tokens of width `embed_dim`."""
+        return self.critic_hidden or paper_sizes(embed_dim)
 
 
 def _own(generator: torch.Generator | None) -> torch.Generator:
@@ -175,7 +217,7 @@ def _own(generator: torch.Generator | None) -> torch.Generator:
 
 
 def _unset(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A linear layer whose parameters are yet to be set; torch's own would be drawn from the global random stream."""
+    """A linear layer with uninitialised parameters: torch's own initialisation draws from the global random stream."""
     return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias))
 
 
@@ -187,8 +229,15 @@ def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) 
     return layer
 
 
-def _chain(sizes: Sequence[int], last_gain: float, generator: torch.Generator, leak: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU between them, leaky if asked for."""
+def mlp(sizes: Sequence[int], last_gain: float, generator: torch.Generator, leak: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU between them, orthogonal weights and zero biases.
+
+    Args:
+        sizes: widths of input, hidden layers and output.
+        last_gain: of the last layer's weights; those of the others have gain sqrt(2).
+        generator: of the weights.
+        leak: slope of the ReLU below 0.
+    """
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         is_last = index == len(sizes) - 2

@@ -1,29 +1,37 @@
-"""The learnt policy, as deployed (greedy) and as it explores."""
+"""The learnt policy as it is deployed: greedy, with a threshold that calibration sets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..envs.actions import ACTION_KINDS, ActionKind, KeepActions
 from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
-from .learners.noise import exploration_noise
-from .networks import TokenActor, keep_log_prob
+from .networks import TokenActor
 
 
 @register_policy("token_policy")
 class TokenPolicy(BasePolicy, nn.Module):
-    """Keeps the tokens whose log-odds of being kept exceed a threshold; deterministic.
+    """Takes the most probable action of every token, after the threshold is added to the logit of action 0.
+
+    With the two actions prune and keep, tokens are kept whose log-odds of being kept exceed the threshold. With any
+    number of actions, a higher threshold drops more tokens, if action 0 is the one that drops.
 
     Args:
         actor: the network that decides.
-        threshold: in logits; 0 is the most probable action, calibration moves it to meet a budget.
+        threshold: in logits; 0 takes the most probable action, calibration moves it to meet a budget.
         sites: where the actor was trained to act; None: the backbone's own.
-        info: what is worth knowing about its origin (backbone, budget, seed); JSON values.
+        info: notes on its origin (backbone, budget, seed); JSON values.
+        actions: what the actor's actions mean.
+
+    Raises:
+        ValueError: if the actor has other than two actions, and no kind of actions is given that has as many.
     """
 
     def __init__(
@@ -32,12 +40,16 @@ class TokenPolicy(BasePolicy, nn.Module):
         threshold: float = 0.0,
         sites: Sequence[int | str | Site] | None = None,
         info: Mapping[str, Any] | None = None,
+        actions: ActionKind | None = None,
     ) -> None:
         super().__init__()
+        if actions is None and actor.num_actions != 2:
+            raise ValueError(f"actions: expected the kind of the actor's {actor.num_actions} actions, got None")
         self.actor = actor
         self.threshold = float(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
+        self.actions: ActionKind = KeepActions() if actions is None else actions
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Where it was trained to act."""
@@ -45,15 +57,24 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
-        """Compare every alive token with the threshold."""
-        # Rounded to half precision, logits near the threshold would no longer meet the budget it was calibrated for.
+        """Choose an action for every alive token."""
+        # In half precision, logits near the threshold would be rounded, and the calibrated budget would be missed.
         with full_precision(obs.tokens.device.type):
-            keep = self.actor.keep_logit(obs.tokens) > self.threshold
-        return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
+            chosen = self._chosen(obs)
+        return joint_decision(self.actions, chosen, obs, self.actor)
+
+    def _chosen(self, obs: Observation) -> Tensor:
+        """Actions of the alive tokens, `[sum n_i]` int64."""
+        mask = action_rows(self.actions, obs)
+        if self.actor.num_actions == 2 and mask is None:
+            return (self.actor.keep_logit(obs.tokens) > self.threshold).long()
+        logits = self.actor(obs.tokens)
+        raised = torch.cat([logits[:, :1] + self.threshold, logits[:, 1:]], dim=1)
+        return self.actions.distribution(raised, mask).mode()
 
     def with_threshold(self, threshold: float) -> TokenPolicy:
         """The same policy, sharing its weights, with another threshold."""
-        return TokenPolicy(self.actor, threshold, self.sites, self.info)
+        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions)
 
     @property
     def width(self) -> int:
@@ -62,18 +83,33 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs beside the actor's weights, as JSON values."""
-        return {
+        values = {
             "embed_dim": self.actor.embed_dim,
             "hidden": list(self.actor.hidden),
             "threshold": self.threshold,
             "sites": None if self.sites is None else [site.label for site in self.sites],
             "info": self.info,
         }
+        if self.actions == KeepActions():
+            return values
+        return {**values, "actions": self.actions.name, "num_actions": self.actor.num_actions}
 
     @classmethod
-    def from_config(cls, embed_dim: int, hidden: Sequence[int], **settings: Any) -> TokenPolicy:
-        """The policy that gave this `config()`, with fresh weights."""
-        return cls(TokenActor(embed_dim, hidden), **settings)
+    def from_config(
+        cls, embed_dim: int, hidden: Sequence[int], actions: str = "keep", num_actions: int = 2, **settings: Any
+    ) -> TokenPolicy:
+        """The policy that gave this `config()`, with fresh weights.
+
+        Raises:
+            ValueError: for a kind of actions that is not known by this name.
+        """
+        if actions not in ACTION_KINDS:
+            raise ValueError(
+                f"actions: expected one of {', '.join(ACTION_KINDS)}, got {actions!r}; put a kind of your own into "
+                "vitprune_env.envs.actions.ACTION_KINDS"
+            )
+        actor = TokenActor(embed_dim, hidden, num_actions=num_actions)
+        return cls(actor, actions=ACTION_KINDS[actions], **settings)
 
     def extra_repr(self) -> str:
         """Threshold and sites."""
@@ -81,51 +117,8 @@ class TokenPolicy(BasePolicy, nn.Module):
         return f"threshold={self.threshold:.4g}, sites={sites}"
 
 
-class ExploringPolicy(BasePolicy):
-    """Samples every decision and remembers how probable it was, for training.
-
-    Attributes:
-        actions: one `[sum n_i]` bool per step of the current games, True = keep.
-        log_probs: one `[sum n_i]` float per step, log-probability of the actions.
-        next_game: number of the first game of the coming batch; the noise of a game follows from it.
-
-    Args:
-        actor: the network that decides.
-        generator: gives the noise its seed; nothing is drawn from it.
-    """
-
-    def __init__(self, actor: TokenActor, generator: torch.Generator) -> None:
-        self.actor = actor
-        self.seed = generator.initial_seed()
-        self.next_game = 0
-        self._first_game = 0
-        self.actions: list[Tensor] = []
-        self.log_probs: list[Tensor] = []
-
-    def reset(self, batch_size: int, num_agents: int) -> None:
-        """Forget the last games."""
-        self._first_game, self.next_game = self.next_game, self.next_game + batch_size
-        self.actions, self.log_probs = [], []
-
-    def view(self, obs: Observation) -> Observation:
-        """What actor and critic see of an observation."""
-        return obs
-
-    @torch.no_grad()
-    def decide(self, obs: Observation) -> Decision:
-        """Draw keep or prune for every alive token."""
-        # Log-probabilities in half precision would not be those that the update computes.
-        with full_precision(obs.tokens.device.type):
-            logit = self.actor.keep_logit(obs.tokens.float())
-        noise = exploration_noise(self.seed, self._first_game + obs.image, obs.step, obs.token)
-        keep = noise < logit.sigmoid()
-        self.actions.append(keep)
-        self.log_probs.append(keep_log_prob(logit, keep))
-        return Decision(keep=obs.scatter(keep, fill=False), macs=decision_macs(self.actor, obs))
-
-
 def full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Suspend autocast where it is on; elsewhere nothing, lest exported graphs carry it."""
+    """Suspend autocast where it is on; where it is off, add nothing to an exported graph."""
     active = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
@@ -133,3 +126,16 @@ def full_precision(device_type: str) -> AbstractContextManager[object]:
 def decision_macs(actor: TokenActor, obs: Observation) -> Tensor:
     """MACs per image of letting the actor look at every alive token, `[B]` float64."""
     return obs.num_alive.double() * actor.macs_per_token
+
+
+def joint_decision(kind: ActionKind, actions: Tensor, obs: Observation, actor: TokenActor) -> Decision:
+    """The decision that the actions `[sum n_i]` of the alive tokens amount to, with the MACs of the actor."""
+    table = kind.unseen_actions(obs)
+    table[obs.image, obs.token] = actions
+    return replace(kind.decision(table, obs), macs=decision_macs(actor, obs))
+
+
+def action_rows(actions: ActionKind, obs: Observation) -> Tensor | None:
+    """Which actions make sense for each alive token, `[sum n_i, A]` bool; None: all of them."""
+    mask = actions.mask(obs.alive)
+    return None if mask is None else obs.gather(mask)

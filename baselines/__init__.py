@@ -1,29 +1,29 @@
-"""Non-learning policies, one method per file; all play the same game."""
+"""Methods to compare with: fixed and fitted token-reduction policies, one file or folder per method."""
 
 from ..deploy.policy_files import load_policy as load_fitted
 from ..deploy.policy_files import save_policy as save_fitted
 from .ats import ATS
-from .calibration import calibrate
-from .clusters.diversity import diversity_score
-from .clusters.dpc_knn import DPCKNN
-from .clusters.dpc_merge import DPCMerge
-from .clusters.mergers import KMeansMerge, PoolMerge
-from .clusters.subsample import SubSampleMerge
-from .clusters.subsample_fit import MergerConfig, fit_merger
-from .dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
-from .dynamicvit.policy import DynamicViT
-from .evit import EViT
+from .calibration import Knob
+from .clusters import (
+    DPCKNN,
+    DPCMerge,
+    KMeansMerge,
+    MergerConfig,
+    PoolMerge,
+    SubSampleMerge,
+    diversity_score,
+    fit_merger,
+)
+from .dynamicvit import DynamicViT, DynamicViTConfig, fit_dynamicvit
+from .evit import EViT, TriLevel
 from .evo_vit import EvoViT, read_from_patches
-from .knobs import Knob
-from .life_regression.fitting import LifeConfig, finetune_life_regression, fit_life_regression
-from .life_regression.policy import LifeRegression
-from .ltmp.fitting import LTMPFitConfig, fit_ltmp
-from .ltmp.policy import LTMP
+from .fitting import FitConfig, Recipe
+from .life_regression import LifeConfig, LifeRegression, finetune_life_regression, fit_life_regression
+from .ltmp import LTMP, LTMPFitConfig, fit_ltmp
 from .random_drop import RandomDrop
-from .registry import Method, available, describe, make
+from .registry import Method, available, calibrate, describe, fit, make
 from .tome import ToMe
 from .topk import TopK
-from .tri_level import TriLevel
 
 __all__ = [
     "ATS",
@@ -34,6 +34,7 @@ __all__ = [
     "DynamicViTConfig",
     "EViT",
     "EvoViT",
+    "FitConfig",
     "KMeansMerge",
     "Knob",
     "LTMPFitConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "Method",
     "PoolMerge",
     "RandomDrop",
+    "Recipe",
     "SubSampleMerge",
     "ToMe",
     "TopK",
@@ -52,6 +54,7 @@ __all__ = [
     "describe",
     "diversity_score",
     "finetune_life_regression",
+    "fit",
     "fit_dynamicvit",
     "fit_life_regression",
     "fit_ltmp",

@@ -1,19 +1,37 @@
-"""What the methods' parameters may be: checked when a policy is made, by name; one number, or one per site."""
+"""Checks of the parameters of methods and of their fits; every error names the parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 from ..types import Observation
 
 
-def whole_number(name: str, number: Any, least: int | None = None) -> int:
-    """A whole number as a Python one.
+def check_fields(settings: object, names: Iterable[str], is_fine: Callable[[Any], bool], expected: str) -> None:
+    """Refuse settings whose fields `names` are not as they should be.
+
+    Args:
+        settings: an object with these fields.
+        names: of the fields.
+        is_fine: whether a value is allowed.
+        expected: what is allowed, for the message.
 
     Raises:
-        ValueError: naming the parameter, for anything else, or less than `least`.
+        ValueError: naming the first such field.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if not is_fine(value):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def whole_number(name: str, number: Any, least: int | None = None) -> int:
+    """A whole number of any type as an int.
+
+    Raises:
+        ValueError: naming the parameter, if it is not a whole number or less than `least`.
     """
     if not _is_whole(number) or (least is not None and number < least):
         bound = "" if least is None else f" of at least {least}"
@@ -22,10 +40,10 @@ def whole_number(name: str, number: Any, least: int | None = None) -> int:
 
 
 def whole_numbers(name: str, numbers: Any, least: int = 0) -> int | tuple[int, ...]:
-    """A whole number as a Python one; one per site (a sequence, a tensor, an array) as a tuple of them.
+    """A whole number of any type as an int; one per site (a sequence, a tensor, an array) as a tuple of ints.
 
     Raises:
-        ValueError: naming the parameter, for anything else, for nothing, or for a number below `least`.
+        ValueError: naming the parameter, if it is anything else, empty, or holds a number below `least`.
     """
     values = numbers.tolist() if hasattr(numbers, "tolist") else numbers
     several = tuple(values) if isinstance(values, Iterable) else (values,)
@@ -36,7 +54,7 @@ def whole_numbers(name: str, numbers: Any, least: int = 0) -> int | tuple[int, .
 
 
 def check_range(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    """Refuse what is no number from `low` to `high`, `low` left out if `open_low`.
+    """Refuse what is not a number from `low` to `high`, `low` excluded if `open_low`.
 
     Raises:
         ValueError: naming the parameter.
@@ -48,7 +66,7 @@ def check_range(name: str, value: Any, low: float, high: float, open_low: bool =
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Refuse anything but True and False.
 
     Raises:
         TypeError: naming the parameter.
@@ -58,7 +76,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def per_site(name: str, value: Any, obs: Observation) -> Any:
-    """The number meant for the current site: the same for all sites, or one per site.
+    """The value for the current site: `value` itself, or its entry for this site where it is a tuple.
 
     Raises:
         ValueError: naming the parameter, if there are not as many numbers as sites.

@@ -1,4 +1,4 @@
-"""ATS, adaptive token sampling (Fayyaz et al., 2022): as many tokens as the distribution of scores asks for."""
+"""ATS, adaptive token sampling (Fayyaz et al., 2022): tokens are sampled from the distribution of their scores."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 
 from ..policy import BasePolicy
-from ..types import Decision, Observation, Site
+from ..types import Decision, Observation, Site, every_block
 from .argument_checks import per_site, whole_numbers
-from .topk import attention_sites
 
 
 @dataclass
 class ATS(BasePolicy):
-    """Sample tokens by inverse transform of the cumulated scores; the fewer tokens matter, the fewer stay.
+    """Sample tokens by inverse transform of the cumulated scores; the fewer tokens have large scores, the fewer stay.
 
     The score of a token is its class attention times the norm of its value vector over all heads (Eq. 2). Scores are
     sorted from the smallest, cumulated, and scaled to 0..1; heights spread evenly from the smallest positive value to
     1 each take the token whose cumulated score is nearest (section 3.3), and several may take the same one.
 
-    The published code prunes the rows of the attention matrix, which is a drop between attention and MLP: keys and
-    values of the block are complete. It pads images to the longest of the batch, and a padded image loses the scaling
-    of its scores; here, as there with one image at a time, images do not see each other. It fails when there are fewer
-    heights than tokens; here heights are placed on the cumulated scores however many there are.
+    The published code prunes the rows of the attention matrix. This equals a drop between attention and MLP, because
+    keys and values of the block are complete. It pads images to the longest of the batch, and a padded image loses the
+    scaling of its scores; here the result of an image does not depend on its batch, and equals that of the published
+    code for a batch of one image. The published code fails if there are fewer heights than tokens; here any number of
+    heights is placed on the cumulated scores.
 
     Args:
         samples: heights, one number or one per site, at least 1: the most tokens that can stay. None: as many as the
-            network has patches, as published. A single height is 1, the token that matters most.
+            network has patches, as published. A single height is 1 and takes the token with the largest score.
     """
 
     samples: int | Sequence[int] | None = None
@@ -40,11 +40,10 @@ class ATS(BasePolicy):
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Every block from the fourth of 12 on, between attention and MLP."""
-        first = Site.parse(attention_sites(depth)[0]).block
-        return [f"{block}.attn" for block in range(first, depth + 1)]
+        return every_block(depth)[min(depth - 1, round(depth / 4)) :]
 
     def decide(self, obs: Observation) -> Decision:
-        """Keep every token that some height takes."""
+        """Keep every token that at least one height takes."""
         samples = per_site("samples", self.samples, obs)
         scores = obs.scatter(obs.evidence["cls_attention"] * obs.evidence["value_norms"])
         return Decision(keep=sample_tokens(scores, obs.alive, obs.num_agents if samples is None else samples))
@@ -55,8 +54,8 @@ def sample_tokens(scores: Tensor, alive: Tensor, samples: int) -> Tensor:
 
     Args:
         scores: `[B, N]`, not negative.
-        alive: `[B, N]` bool, who can be taken.
-        samples: heights.
+        alive: `[B, N]` bool, tokens that can be taken.
+        samples: number of heights.
 
     Returns:
         `[B, N]` bool.

@@ -1,6 +1,9 @@
-"""Bipartite soft matching: every second token of the current sequence looks for the most similar of the others.
+"""Bipartite soft matching (Bolya et al., 2023, section 3.2), used by ToMe and LTMP.
 
-What ToMe (Bolya et al., 2023, section 3.2) and LTMP (Bonnaerens & Dambre, 2023) share; they differ in who then merges.
+Every second token of the current sequence is a sender, the others are receivers. `match_bipartite` finds the most
+similar receiver of each sender, independently: several senders may have the same one. The policy selects the senders
+that merge, and `merge_senders` merges them. Where no token may be in two pairs, as in decouple and merge, see
+`clusters.pair_matching`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..policy import mean_weights
 from ..types import Observation, as_index
 
 
@@ -19,10 +23,10 @@ from ..types import Observation, as_index
 class Matching:
     """Which token each sender would merge into.
 
-    The sequence, prefix tokens in front, alternates between senders (even positions, the class token at 0 among them)
-    and receivers (odd ones). Prefix tokens stay out of it: they neither merge nor receive. One class token is the
-    published case; we let every model follow the same rule, so that without prefix tokens the first patch is a sender,
-    and behind registers or a distillation token the parity goes on from the last of them.
+    Positions in the sequence count from 0 and include the prefix tokens in front. Even positions are senders, odd ones
+    receivers. Prefix tokens have positions but neither merge nor receive. The published case is one class token. The
+    same rule holds for every model: without prefix tokens the first patch is a sender, and with registers or a
+    distillation token the patches go on counting after the last of them.
     """
 
     sends: Tensor  # [B, N] bool, alive tokens that could merge
@@ -31,11 +35,11 @@ class Matching:
     macs: Tensor  # [B] float64, of the similarity matrices
 
 
-def match(obs: Observation) -> Matching:
+def match_bipartite(obs: Observation) -> Matching:
     """Match the alive tokens by the cosine similarity of their keys (mean over heads).
 
-    Images with equally many tokens are matched in one batch. On a CPU ragged images go through length by length,
-    because padding would multiply what nobody needs; other devices take one padded batch rather than many small calls.
+    Images with equally many tokens are matched in one batch. Ragged batches are matched length by length on a CPU,
+    where padding would cost products, and in one padded batch on other devices, where many small calls would be slow.
 
     Args:
         obs: what the policy sees, with the evidence `"keys"` `[sum n_i, d]`.
@@ -44,14 +48,14 @@ def match(obs: Observation) -> Matching:
     sequence = _in_sequence(obs)
     partner = torch.arange(sequence.shape[0], device=keys.device)
     score = keys.new_full((sequence.shape[0],), float("-inf"))
-    first = obs.num_prefix % 2  # the sender in front of everybody: position num_prefix + first is even
+    first = obs.num_prefix % 2  # place of the first sender among the patch tokens: position num_prefix + first is even
     for rows, lengths in _batches(obs):
         rows = sequence[rows]  # [G, n] packed rows in sequence order
         senders, receivers = rows[:, first::2], rows[:, 1 - first :: 2]
         if not receivers.shape[1]:
             continue
         similarity = keys[senders] @ keys[receivers].transpose(1, 2)
-        if lengths is not None:  # padding repeats a row that is there; as a receiver it must not win
+        if lengths is not None:  # padding repeats existing rows, which must not be chosen
             similarity = similarity.masked_fill(_beyond(lengths, receivers, 1 - first)[:, None], float("-inf"))
         best, index = similarity.max(dim=2)
         chosen = receivers.gather(1, index)
@@ -66,8 +70,8 @@ def match(obs: Observation) -> Matching:
     return Matching(spread > float("-inf"), into, spread, _macs(obs, keys.shape[1]))
 
 
-def merge(obs: Observation, matching: Matching, merges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Let senders merge: the receiver becomes the mean of its group, weighted by size (ToMe, section 3.2).
+def merge_senders(obs: Observation, matching: Matching, merges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge senders into their receivers, which become the means of their groups weighted by size (section 3.2).
 
     Args:
         obs: what the policy sees.
@@ -75,15 +79,13 @@ def merge(obs: Observation, matching: Matching, merges: Tensor) -> tuple[Tensor,
         merges: `[B, N]` bool, senders that merge.
 
     Returns:
-        `merge_into`, `weight` and `order` of a `Decision`, `[B, N]` each. The new sequence is what is left of the
-        senders, then the receivers, each in their old order.
+        `merge_into`, `weight` and `order` of a `Decision`, `[B, N]` each. The new sequence has the remaining senders
+        first, then the receivers, each in their old order.
     """
     itself = torch.arange(obs.num_agents, device=merges.device).expand(merges.shape)
-    target = torch.where(merges, matching.partner, itself)
-    total = torch.zeros_like(obs.size).scatter_add(1, target, obs.size)
-    weight = obs.size / total.gather(1, target).clamp(min=1)
+    merge_into = torch.where(merges, matching.partner, itself).masked_fill(~obs.alive, -1)
     order = torch.where(is_sender(obs), obs.order, obs.order + obs.num_agents).masked_fill(~obs.alive, -1)
-    return target.masked_fill(~obs.alive, -1), weight, order
+    return merge_into, mean_weights(merge_into, obs.size) * obs.alive, order
 
 
 def is_sender(obs: Observation) -> Tensor:
@@ -98,11 +100,11 @@ def _in_sequence(obs: Observation) -> Tensor:
 
 
 Batches = Iterator[tuple[Tensor, Tensor | None]]
-"""Images that are matched together: places `[G, n]` of their tokens; how many are real `[G]`, None: all."""
+"""Images that are matched together: places `[G, n]` of their tokens, and how many of them are real `[G]`; None: all."""
 
 
 def _batches(obs: Observation) -> Batches:
-    """How to go through the images."""
+    """The images in batches that are matched together."""
     if obs.count is not None:
         places = torch.arange(obs.batch_size * obs.count, device=obs.offsets.device)
         return iter([(places.view(obs.batch_size, obs.count), None)])
@@ -117,13 +119,13 @@ def _by_length(obs: Observation) -> Batches:
 
 
 def _padded(obs: Observation) -> Batches:
-    """All images at once; the device need not say how long they are."""
+    """All images at once, without a device synchronisation for their lengths."""
     places = obs.offsets[:-1, None] + torch.arange(obs.num_agents, device=obs.offsets.device)
     yield places.clamp(max=obs.image.shape[0] - 1), obs.num_alive
 
 
 def _beyond(lengths: Tensor, half: Tensor, first: int) -> Tensor:
-    """Entries of `half` `[G, k]`, every second token from `first` on, that are padding, bool."""
+    """Which entries of `half` `[G, k]`, every second token from `first` on, are padding, bool."""
     return first + 2 * torch.arange(half.shape[1], device=half.device) >= lengths[:, None]
 
 

@@ -1,125 +1,133 @@
-"""Give a method the budget that it is to be compared at."""
+"""Give a method the budget that it is to be compared at, by turning the one parameter that sets its cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
-from typing import Any, Generic, TypeVar, cast
+from dataclasses import dataclass
+from functools import cache
+from math import floor, isfinite
+from typing import Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..data import ImageDataset, batches_of
 from ..engine.backbone import Backbone
+from ..engine.cost import bisect
 from ..engine.tokens import TokenState
 from ..errors import BudgetError
 from ..game.rollout import play
 from ..game.token_game import TokenGame
 from ..policy import Policy
 from ..types import Site, parse_sites
-from .knobs import Knob, Setting
 
 P = TypeVar("P", bound=Policy)
 Batches = Sequence[tuple[Tensor, Tensor]]
+Setting = float | int | tuple[int, ...]
 BATCH = 64  # images of a data set that are played at once
 
 
-def calibrate(
-    policy_factory: str | Callable[..., P],
+@dataclass(frozen=True)
+class Knob:
+    """The parameter of a method that sets its cost, and the range in which it is turned.
+
+    Kinds: `"real"` and `"integer"` are single numbers. A `"schedule"` is one whole number per site, and their mean is
+    turned. It is for parameters of which a single whole number would jump from one budget to another far away: ToMe's
+    r acts in every block, and a mean of 3.4 merges 3 tokens at some sites and 4 at others.
+
+    Args:
+        name: of the parameter.
+        low: smallest value.
+        high: largest value; None: the number of patch tokens.
+        rising: whether larger values cost more.
+        kind: what the method takes.
+    """
+
+    name: str = "keep_rate"
+    low: float = 1e-6
+    high: float | None = 1.0
+    rising: bool = True
+    kind: Literal["real", "integer", "schedule"] = "real"
+
+    def setting(self, position: float, num_tokens: int, num_sites: int) -> Setting:
+        """The value at a position from 0 (cheapest) to 1 (dearest).
+
+        Args:
+            position: how far the knob is turned.
+            num_tokens: patch tokens of the network.
+            num_sites: sites at which the method acts.
+        """
+        high = float(num_tokens) if self.high is None else self.high
+        share = position if self.rising else 1 - position
+        value = self.low + share * (high - self.low)
+        if self.kind == "schedule":
+            return spread(value, num_sites)
+        return round(value) if self.kind == "integer" else value
+
+
+KEEP_RATE = Knob()
+
+
+def spread(mean: float, count: int) -> tuple[int, ...]:
+    """Whole numbers, each the floor or the ceiling of `mean`, that sum to `floor(count * mean)`, evenly mixed."""
+    return tuple(floor((index + 1) * mean) - floor(index * mean) for index in range(count))
+
+
+def calibrate_policy(
+    build: Callable[[Setting], P],
     target_gmacs: float,
     backbone: Backbone,
     data: ImageDataset | Batches,
     sites: Sequence[int | str | Site] | None = None,
     steps: int = 18,
     tolerance: float = 0.0,
-    knob: Knob | None = None,
-    **parameters: Any,
+    knob: Knob = KEEP_RATE,
 ) -> P:
-    """Find the setting at which a method costs what was asked, by bisection of its own knob.
-
-    Counts of tokens are whole numbers, so a method meets a budget in steps; the smallest setting that does not spend
-    less than the budget is taken, lest a comparison favour whoever is compared with it.
+    """Find the setting of a knob at which a policy meets a budget; `baselines.calibrate` does it by name.
 
     Args:
-        policy_factory: a baseline's name, its class, or anything that builds the policy from the knob's value.
+        build: makes the policy from a setting of the knob.
         target_gmacs: mean GMACs per image, policy and evidence included.
         backbone: the network.
-        data: images to measure the cost on, a data set or a list of batches with labels; not the ones that accuracies
-            are reported for.
+        data: images to measure the cost on, a data set or a list of batches with labels.
         sites: where to prune; None: where the policy wants to.
         steps: bisection steps.
         tolerance: stop as soon as the budget is exceeded by this share of it or less.
-        knob: what to turn; None: the baseline's own, and for what is not one a keep rate above 0 and at most 1.
-        **parameters: further parameters of the method.
+        knob: what is turned.
 
     Returns:
-        The policy, freshly made.
+        The policy at the smallest setting found that spends at least the budget, freshly made.
 
     Raises:
-        BudgetError: if the budget is below what the method's cheapest setting costs, or above what the dearest does;
-            the message gives the range.
-        UnknownNameError: for the name of no baseline.
+        BudgetError: if the budget is below what the cheapest setting costs, or above what the dearest does; the
+            message gives the range.
         ValueError: for no images.
     """
     if isinstance(target_gmacs, bool) or not isinstance(target_gmacs, int | float) or not isfinite(target_gmacs):
         raise BudgetError(f"target_gmacs: expected a finite number of GMACs, got {target_gmacs!r}")
-    build, turned = _builder(policy_factory, knob, parameters)
-    dial = _Dial(build, turned, backbone, sites)
+    dial = _Dial(build, knob, backbone, sites)
     batches = _as_batches(data)
     if not batches:
         raise ValueError("data: expected at least one image, got an empty dataset")
     everything = dial.prepare([images for images, _ in batches])
-    # Most methods take as many tokens from every image, so that one image tells.
-    position = _bisect(dial, dial.prepare([batches[0][0][:1]]), target_gmacs, steps, tolerance)
+    # Most methods keep equally many tokens of every image; for them a single image gives the cost of all.
+    position = _bisected(dial, dial.prepare([batches[0][0][:1]]), target_gmacs, steps, tolerance)
     if position is None or len(dial.macs(position, everything).unique()) > 1:
-        position = _bisect(dial, everything, target_gmacs, steps, tolerance)
+        position = _bisected(dial, everything, target_gmacs, steps, tolerance)
     if position is None:
         cheapest, dearest = (float(dial.macs(end, everything).mean()) / 1e9 for end in (0.0, 1.0))
-        raise BudgetError(
-            f"target_gmacs: {type(dial.policy(1.0)).__name__} reaches {cheapest:.5g} to {dearest:.5g} GMACs here, "
-            f"got {target_gmacs:.5g}"
-        )
+        name = type(dial.policy(1.0)).__name__
+        raise out_of_reach(f"{name} reaches", cheapest, dearest, target_gmacs)
     return dial.policy(position)
 
 
-def _bisect(
-    dial: _Dial[Any], states: Sequence[TokenState], target_gmacs: float, steps: int, tolerance: float
-) -> float | None:
-    """The smallest position that does not spend less than the budget; None where it is out of reach."""
-
-    def cost(position: float) -> float:
-        return float(dial.macs(position, states).mean()) / 1e9
-
-    low, high, dearest = 0.0, 1.0, cost(1.0)
-    if not cost(low) <= target_gmacs <= dearest:
-        return None
-    for _ in range(steps):
-        if dearest <= (1 + tolerance) * target_gmacs or dial.setting(low) == dial.setting(high):
-            break
-        middle = (low + high) / 2
-        spent = cost(middle)
-        if spent < target_gmacs:
-            low = middle
-        else:
-            high, dearest = middle, spent
-    return high
-
-
-def _builder(
-    policy_factory: str | Callable[..., P], knob: Knob | None, parameters: dict[str, Any]
-) -> tuple[Callable[[Setting], P], Knob]:
-    """What makes the policy from a setting of the knob, and the knob."""
-    from .registry import describe, knob_of  # deferred: the registry knows the fits, which calibrate
-
-    if not isinstance(policy_factory, str):
-        return (lambda value: policy_factory(value, **parameters)), knob or knob_of(policy_factory)
-    method = describe(policy_factory)
-    turned = knob or method.knob
-    return (lambda value: cast(P, method(**{**method.start, turned.name: value, **parameters}))), turned
+def out_of_reach(what: str, cheapest: float, dearest: float, target_gmacs: float) -> BudgetError:
+    """The error for a budget outside of what a method can cost, all in GMACs; `what` is subject and verb."""
+    return BudgetError(f"target_gmacs: {what} {cheapest:.5g} to {dearest:.5g} GMACs here, got {target_gmacs:.5g}")
 
 
 class _Dial(Generic[P]):
-    """A method as a function of its knob's position, 0 (cheapest) to 1 (dearest)."""
+    """A method as a function of its knob's position, from 0 (cheapest) to 1 (dearest)."""
 
     def __init__(
         self,
@@ -143,7 +151,7 @@ class _Dial(Generic[P]):
         return TokenGame.for_policy(self.backbone, policy, sites=self.sites)
 
     def prepare(self, batches: Sequence[Tensor]) -> list[TokenState]:
-        """Run once what lies before the first site."""
+        """Run the part of the network before the first site, once for all settings."""
         game = self.game(self.policy(1.0))
         return [game.prepare(images) for images in batches]
 
@@ -152,6 +160,23 @@ class _Dial(Generic[P]):
         policy = self.policy(position)
         game = self.game(policy)
         return torch.cat([play(game, policy, state).outcome.macs for state in states])
+
+
+def _bisected(
+    dial: _Dial[P], states: Sequence[TokenState], target_gmacs: float, steps: int, tolerance: float
+) -> float | None:
+    """The smallest position found that spends at least the budget; None where the budget is out of reach."""
+
+    @cache
+    def cost(position: float) -> float:
+        return float(dial.macs(position, states).mean()) / 1e9
+
+    def done(low: float, high: float) -> bool:
+        return cost(high) <= (1 + tolerance) * target_gmacs or dial.setting(low) == dial.setting(high)
+
+    if not cost(0.0) <= target_gmacs <= cost(1.0):
+        return None
+    return bisect(cost, target_gmacs, 0.0, 1.0, steps, done)[1]
 
 
 def _as_batches(data: ImageDataset | Batches) -> Batches:

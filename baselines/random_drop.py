@@ -1,4 +1,4 @@
-"""RandomDrop: the control that every method has to beat."""
+"""RandomDrop: keep a random share of the tokens, the control that every method has to beat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RandomDrop(BasePolicy):
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
-        seed: of its own random stream.
+        seed: of its own random generator.
     """
 
     keep_rate: float

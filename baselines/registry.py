@@ -1,39 +1,41 @@
-"""All baselines by name: how they are made, what sets their budget, where they act, what they come from."""
+"""All baselines by name: make, calibrate and fit them; a new baseline needs one entry in `METHODS`."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from ..data import ImageDataset
 from ..engine.backbone import Backbone
 from ..errors import ParameterError, UnknownNameError
+from ..files import PathLike
 from ..policy import Policy, register_policy
-from ..types import Site
+from ..types import every_block
 from .ats import ATS
+from .calibration import KEEP_RATE, Batches, Knob, P, Setting, calibrate_policy
 from .clusters.dpc_knn import DPCKNN
 from .clusters.dpc_merge import DPCMerge
 from .clusters.mergers import KMeansMerge, PoolMerge
 from .clusters.subsample import SubSampleMerge
-from .clusters.subsample_fit import MergerConfig, fit_merger
-from .dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
+from .clusters.subsample_fitting import merger_recipe
+from .dynamicvit.fitting import DYNAMICVIT_RECIPE
 from .dynamicvit.policy import DynamicViT
-from .evit import EViT
+from .evit import EViT, TriLevel
 from .evo_vit import EvoViT
-from .knobs import Knob
-from .life_regression.fitting import LifeConfig, fit_life_regression
+from .fitting.recipe import FitOptions, Recipe, Sites, fit_policy
+from .life_regression.fitting import LIFE_RECIPE
 from .life_regression.policy import LifeRegression
-from .ltmp.fitting import LTMPFitConfig, fit_ltmp
+from .ltmp.fitting import LTMPFitConfig, LTMPRecipe
 from .ltmp.policy import LTMP
 from .random_drop import RandomDrop
 from .tome import ToMe
 from .topk import TopK
-from .tri_level import TriLevel
 
-Sites = Sequence[int | str | Site]
+MOST_SAMPLES = 20_000.0  # with so many heights ATS keeps nearly every token; more would cost memory
 
 
 def backbone_sites(backbone: Backbone) -> Sites:
@@ -41,32 +43,27 @@ def backbone_sites(backbone: Backbone) -> Sites:
     return backbone.default_sites
 
 
-def every_block(backbone: Backbone) -> Sites:
+def all_blocks(backbone: Backbone) -> Sites:
     """Inside every block, between attention and MLP."""
-    return [f"{number}.attn" for number in range(1, backbone.depth + 1)]
-
-
-KEEP_RATE = Knob()
-MOST_SAMPLES = 20_000.0  # so many heights leave nearly every token; more cost memory
+    return every_block(backbone.depth)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What there is to know about a baseline.
+    """Everything that the library knows about a baseline.
 
     Attributes:
         name: in the registry.
         make: builds the policy; its keyword parameters are the method's.
         summary: what it does, in one line.
         source: paper.
-        knob: what sets its budget.
-        sites: where it acts when methods are compared on one network; where it was published is
+        knob: the parameter that sets its cost.
+        sites: where it acts when methods are compared on one network. The published sites are
             `Policy.default_sites`.
-        start: values of other parameters that stand for the untrained method where nothing else is given.
-        fit: trains what is to be trained of it, `(backbone, dataset, target_gmacs, *, sites, seed, output, resume,
-            progress, config) -> policy`; None: nothing is.
-        fit_config: makes the default of that `config`; its `quick()` is a fit that takes seconds.
-        fitted_knob: what the `at(value)` of a trained policy turns, which gives the same one at another budget.
+        start: values of other parameters for the untrained method, where none are given.
+        recipe: what it brings to be fitted; None: it has nothing to train.
+        uncalibrated: settings of a fit that `calibrate` follows, if not the recipe's.
+        fitted_knob: what `at(value)` of a trained policy changes, to move it to another budget.
     """
 
     name: str
@@ -76,30 +73,39 @@ class Method:
     knob: Knob = KEEP_RATE
     sites: Callable[[Backbone], Sites] = backbone_sites
     start: Mapping[str, Any] = field(default_factory=dict)
-    fit: Callable[..., Policy] | None = None
-    fit_config: Callable[[], Any] | None = None
+    recipe: Recipe[Policy] | None = None
+    uncalibrated: Any = None
     fitted_knob: Knob = KEEP_RATE
 
     @property
+    def fit(self) -> Callable[..., Policy] | None:
+        """`fit_policy` with this method's recipe; None: it has nothing to train."""
+        return None if self.recipe is None else partial(fit_policy, self.recipe)
+
+    def fit_config(self) -> Any:
+        """Settings of a fit that `calibrate` follows, with a `quick()` for a fit of seconds; None: nothing to train."""
+        return self.uncalibrated or (self.recipe and self.recipe.config)
+
+    @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """Parameters of the method by name."""
+        """The method's parameters by name."""
         return dict(inspect.signature(self.make).parameters)
 
     @property
     def needs_only_knob(self) -> bool:
-        """Whether it can be made from its knob alone, without knowing the network."""
+        """Whether it can be made from the value of its knob alone, for any network."""
         return all(p.default is not p.empty or name == self.knob.name for name, p in self.parameters.items())
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws its decisions, from a `seed` of its own."""
+        """Whether it has a `seed`: its decisions are random, or its initial weights."""
         return "seed" in self.parameters
 
     def check(self, parameters: Iterable[str]) -> None:
         """Refuse names of parameters that the method does not have.
 
         Raises:
-            ParameterError: with the known ones, and the nearest.
+            ParameterError: for an unknown name; the message gives the known ones and the nearest.
         """
         known = self.parameters
         for name in parameters:
@@ -123,7 +129,7 @@ class Method:
 
 
 def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary: str) -> Method:
-    """LTMP with thresholds of both kinds or one; before training they are the same in every block."""
+    """LTMP with thresholds of both kinds or one; untrained they are equal in all blocks."""
     merges_only = variant == "merge"
     return Method(
         name,
@@ -131,10 +137,10 @@ def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary:
         f"{summary}; thresholds are trained",
         "Bonnaerens & Dambre, 2023",
         Knob("merge_thresholds" if merges_only else "prune_thresholds", 0, 1, rising=merges_only),
-        every_block,
+        all_blocks,
         start={"merge_thresholds": LTMPFitConfig().merge_init} if variant == "merge+prune" else {},
-        fit=fit_ltmp,
-        fit_config=partial(LTMPFitConfig, variant=variant, calibration=0),  # `calibrate` turns what `at` turns
+        recipe=LTMPRecipe(LTMPFitConfig(variant=variant)),
+        uncalibrated=LTMPFitConfig(variant=variant, calibration=0),
         fitted_knob=Knob("offset", -4, 4, rising=False),
     )
 
@@ -145,8 +151,7 @@ def _merger(name: str, kind: Literal["convolution", "mlp"]) -> Method:
         partial(SubSampleMerge, kind=kind),
         f"the same with a trained {kind} in place of the clusters",
         "Long et al., 2023, Table 4",
-        fit=partial(fit_merger, kind=kind),
-        fit_config=MergerConfig,
+        recipe=merger_recipe(kind),
     )
 
 
@@ -154,7 +159,7 @@ METHODS: tuple[Method, ...] = (
     Method("random", RandomDrop, "keeps a share of the tokens, drawn uniformly: the control", "-"),
     Method("topk", TopK, "keeps a share of the original tokens, by class attention", "Haurum et al., 2023"),
     Method("evit", EViT, "keeps a share of the tokens, by class attention, and fuses the rest", "Liang et al., 2022"),
-    Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2023"),
+    Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2022"),
     Method(
         "dpc",
         DPCMerge,
@@ -172,7 +177,7 @@ METHODS: tuple[Method, ...] = (
         "merges the r most similar pairs in every block",
         "Bolya et al., 2023",
         Knob("r", 0, None, rising=False, kind="schedule"),
-        every_block,
+        all_blocks,
     ),
     _ltmp("ltmp", "merge+prune", "merges above a similarity, prunes below an importance, in every block"),
     _ltmp("ltmp_merge", "merge", "merges above a similarity, in every block"),
@@ -183,24 +188,22 @@ METHODS: tuple[Method, ...] = (
         "samples tokens in every block from the distribution of their scores",
         "Fayyaz et al., 2022",
         Knob("samples", 1, MOST_SAMPLES, kind="schedule"),
-        every_block,
+        all_blocks,
     ),
-    Method("evo_vit", EvoViT, "carries on with a share of the tokens, the others wait", "Xu et al., 2022"),
+    Method("evo_vit", EvoViT, "a share of the tokens goes on, the others wait and come back", "Xu et al., 2022"),
     Method(
         "dynamicvit",
         DynamicViT,
         "keeps a share of the tokens, by a predictor trained with Gumbel noise",
         "Rao et al., 2021",
-        fit=fit_dynamicvit,
-        fit_config=DynamicViTConfig,
+        recipe=DYNAMICVIT_RECIPE,
     ),
     Method(
         "life_regression",
         LifeRegression,
         "predicts once, at the first site, how long each token is needed; the longest-lived stay",
         "Chen et al., Life Regression based Patch Slimming",
-        fit=fit_life_regression,
-        fit_config=LifeConfig,
+        recipe=LIFE_RECIPE,
     ),
 )
 
@@ -228,10 +231,10 @@ def available() -> tuple[str, ...]:
 
 
 def describe(name: str) -> Method:
-    """Everything about a baseline.
+    """Everything that the library knows about a baseline.
 
     Raises:
-        UnknownNameError: for a name that is not there; the message gives the nearest ones.
+        UnknownNameError: for an unknown name; the message gives the nearest ones.
     """
     for method in METHODS:
         if method.name == name:
@@ -247,13 +250,123 @@ def make(name: str, **parameters: Any) -> Policy:
         **parameters: of the method, see `describe(name).parameters`.
 
     Raises:
-        UnknownNameError: for a name that is not there; the message gives the nearest ones.
+        UnknownNameError: for an unknown name; the message gives the nearest ones.
         ParameterError: for a parameter that the method does not have, or one that is missing.
         ValueError: for a value out of range, naming the parameter.
     """
     return describe(name)(**parameters)
 
 
+def calibrate(
+    policy_factory: str | Callable[..., P],
+    target_gmacs: float,
+    backbone: Backbone,
+    data: ImageDataset | Batches,
+    sites: Sites | None = None,
+    steps: int = 18,
+    tolerance: float = 0.0,
+    knob: Knob | None = None,
+    **parameters: Any,
+) -> P:
+    """Find the setting at which a method costs what was asked, by bisection of its own knob.
+
+    Numbers of tokens are whole, so the cost of a method changes in steps. The result is the smallest setting found
+    that spends at least the budget, for every method alike.
+
+    Args:
+        policy_factory: a baseline's name, its class, or anything that builds the policy from the knob's value.
+        target_gmacs: mean GMACs per image, policy and evidence included.
+        backbone: the network.
+        data: images to measure the cost on, a data set or a list of batches with labels; not those on which accuracy
+            is reported.
+        sites: where to prune; None: where the policy wants to.
+        steps: bisection steps.
+        tolerance: stop as soon as the budget is exceeded by this share of it or less.
+        knob: what is turned; None: the baseline's own, or a keep rate above 0 and at most 1 for anything else.
+        **parameters: further parameters of the method.
+
+    Returns:
+        The policy, freshly made.
+
+    Raises:
+        BudgetError: if the budget is below what the method's cheapest setting costs, or above what the dearest does;
+            the message gives the range.
+        UnknownNameError: for an unknown name of a baseline.
+        ParameterError: for a parameter that the baseline does not have.
+        ValueError: for no images.
+    """
+    build, own = _builder(policy_factory, knob, parameters)
+    return calibrate_policy(build, target_gmacs, backbone, data, sites, steps, tolerance, own)
+
+
+def _builder(
+    policy_factory: str | Callable[..., P], knob: Knob | None, parameters: dict[str, Any]
+) -> tuple[Callable[[Setting], P], Knob]:
+    """A function from a setting of the knob to the policy, and the knob."""
+    if not isinstance(policy_factory, str):
+        return (lambda value: policy_factory(value, **parameters)), knob or knob_of(policy_factory)
+    method = describe(policy_factory)
+    turned = knob or method.knob
+    return (lambda value: cast(P, method(**{**method.start, turned.name: value, **parameters}))), turned
+
+
 def knob_of(make: Callable[..., Policy]) -> Knob:
     """The knob of a registered method's class; of anything else a keep rate."""
     return next((method.knob for method in METHODS if method.make is make), KEEP_RATE)
+
+
+def fit(
+    method: str | Method | Recipe[P],
+    backbone: Backbone,
+    dataset: ImageDataset,
+    target_gmacs: float,
+    *,
+    config: Any = None,
+    sites: Sites | None = None,
+    seed: int = 0,
+    output: PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> P:
+    """Train what a baseline has to train, for a network that stays as it is and a budget.
+
+    Args:
+        method: a baseline's name or entry, or a `Recipe` of your own.
+        backbone: the network.
+        dataset: labelled training images.
+        target_gmacs: mean GMACs per image, policy and evidence included.
+        config: settings of the method, such as a `DynamicViTConfig`; None: its defaults. `seed` replaces the seed in
+            them.
+        sites: where to prune; None: at the method's default sites.
+        seed: of initial weights, batches and random numbers in the loss.
+        output: folder for checkpoints; None: nothing is written.
+        resume: whether to continue from the checkpoint in `output`; the result has the same bits as without the
+            interruption.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The trained policy at the budget, which knows its sites.
+
+    Raises:
+        BudgetError: for a budget that the method cannot meet.
+        CheckpointError: for a checkpoint of another fit.
+        NumericalError: for a loss or gradient that is not finite; the last good checkpoint stays.
+        UnknownNameError: for an unknown name of a baseline.
+        ValueError: for a baseline with nothing to train, too few images, or sites outside the network.
+    """
+    recipe = _recipe(method) if isinstance(method, str | Method) else method
+    options: FitOptions = {"sites": sites, "seed": seed, "output": output, "resume": resume, "progress": progress}
+    return cast(P, fit_policy(recipe, backbone, dataset, target_gmacs, config=config, **options))
+
+
+def _recipe(method: str | Method) -> Recipe[Policy]:
+    """The recipe of a baseline.
+
+    Raises:
+        ValueError: if it has nothing to train.
+    """
+    entry = describe(method) if isinstance(method, str) else method
+    if entry.recipe is None:
+        names = ", ".join(known.name for known in METHODS if known.recipe is not None)
+        raise ValueError(f"method: expected one with something to train ({names}), got {entry.name!r}")
+    return entry.recipe

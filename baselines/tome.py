@@ -1,4 +1,4 @@
-"""ToMe (Bolya et al., 2023): merge similar tokens, a fixed number per block."""
+"""ToMe (Bolya et al., 2023): merge the most similar pairs of tokens, a fixed number in every block."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..policy import BasePolicy
-from ..types import Decision, Observation, Site
+from ..types import Decision, Observation, Site, every_block
 from .argument_checks import check_flag, check_range, per_site, whole_numbers
-from .bipartite_matching import match, merge
+from .bipartite_matching import match_bipartite, merge_senders
 
 
 @dataclass
 class ToMe(BasePolicy):
     """Merge the r most similar pairs of tokens in every block.
 
-    Section 3 of the paper: the tokens are split into two halves by turns (see `Matching`), each token of the first one
-    finds its best partner in the other by the cosine similarity of their keys (mean over heads), and the r best pairs
-    merge into means weighted by size. r is silently cut to half the tokens there are. Of pairs that are exactly
-    equally similar the one with the lower patch number merges; the authors' code leaves that open.
+    Section 3 of the paper: the tokens alternate between senders and receivers (see `Matching`), each sender is matched
+    with the receiver whose key (mean over heads) has the largest cosine similarity to its own, and the r most similar
+    pairs merge into means weighted by size. At most half of the current tokens merge, however large r is. Of pairs that
+    are exactly equally similar the one whose sender has the lower patch number merges; the authors' code leaves that
+    open.
 
     Args:
         r: pairs to merge, the same at every site or one number per site.
         proportional_attention: whether a merged token counts as often as its size in later attention (section 3.3);
             the authors switch it off for models pretrained by masked autoencoding (MAE).
-        inflect: tilts the schedule of a single r linearly, from `r * (1 - inflect)` at the first site to
-            `r * (1 + inflect)` at the last, each rounded down: -1 decreases to nothing, 0 is constant.
+        inflect: slope of the schedule of a single r, -1 to 1. r changes linearly from `r * (1 - inflect)` at the first
+            site to `r * (1 + inflect)` at the last, each rounded down; 0 is constant, -1 falls to 0.
     """
 
     r: int | Sequence[int]
@@ -51,10 +52,10 @@ class ToMe(BasePolicy):
         wanted = self._wanted(obs)
         if not wanted:
             return Decision(keep=obs.alive, count=obs.count)
-        matching = match(obs)
+        matching = match_bipartite(obs)
         ranks = matching.score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         merges = (ranks < (obs.num_alive // 2).clamp(max=wanted)[:, None]) & matching.sends
-        merge_into, weight, order = merge(obs, matching, merges)
+        merge_into, weight, order = merge_senders(obs, matching, merges)
         count = None if obs.count is None else obs.count - min(wanted, obs.count // 2)
         return Decision(obs.alive & ~merges, merge_into, weight, order, matching.macs, count)
 
@@ -65,8 +66,3 @@ class ToMe(BasePolicy):
             slope = 2 * (self.r - first) / max(1, obs.num_steps - 1)
             return int(first + slope * obs.step)
         return int(per_site("r", self.r, obs))
-
-
-def every_block(depth: int) -> Sequence[str]:
-    """Inside every block, between attention and MLP."""
-    return [f"{block}.attn" for block in range(1, depth + 1)]

@@ -1,4 +1,4 @@
-"""TopK: the tokens that the class token attends to most, a fixed number of the original ones."""
+"""TopK: keep a fixed number of the original tokens, those with the largest class attention."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ..policy import BasePolicy, check_keep_rate, keep_top
-from ..types import Decision, Observation, Site
-
-
-def attention_sites(depth: int) -> Sequence[str]:
-    """Inside the block that follows each quarter of the network: 4, 7 and 10 of 12 blocks."""
-    blocks = sorted({min(depth, round(depth * part / 4) + 1) for part in (1, 2, 3)})
-    return [f"{block}.attn" for block in blocks]
+from ..types import Decision, Observation, Site, quarter_sites
 
 
 @dataclass
 class TopK(BasePolicy):
-    """Keep the `int(keep_rate ** s * N)` best tokens at site s by class attention (mean over heads).
+    """Keep the `int(keep_rate ** s * N)` tokens with the largest class attention (mean over heads) at site s.
 
-    Counts refer to the original number N of tokens (the top-k baseline of the token-reduction survey of Haurum et
-    al., 2023), where EViT's refer to the current one.
+    The top-k baseline of the token-reduction survey (Haurum et al., 2023). N is the original number of tokens; EViT
+    takes its share of the current number.
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
@@ -36,7 +30,7 @@ class TopK(BasePolicy):
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
-        return attention_sites(depth)
+        return quarter_sites(depth, later=1, inside=True)
 
     def decide(self, obs: Observation) -> Decision:
         """Rank by class attention."""

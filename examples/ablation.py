@@ -29,26 +29,27 @@ from tqdm import tqdm
 
 from common import CommonArgs, run, write_json
 from train_mappo import TEST_SEED, TUNE_SEED
+from training_flags import TrainingFlags
 from vitprune_env import Backbone, KeepAll, TokenGame, evaluate, load_backbone
-from vitprune_env.agents import AdaptivePolicy, TrainConfig, train
+from vitprune_env.agents import AdaptivePolicy, train
 from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.data import Digits, batches_of
 
 CONFIDENCE = 0.95
 QUICK: dict[str, Any] = {"images": 32, "cache_images": 128, "calibration_images": 128, "finetune_every": 2,
                          "finetune_steps": 4}  # fmt: skip
-VARIANTS: dict[str, TrainConfig | None] = {
-    "mappo": TrainConfig(),
-    "ppo_single": TrainConfig(algorithm="ppo_single"),
+VARIANTS: dict[str, TrainingFlags | None] = {
+    "mappo": TrainingFlags(),
+    "ppo_single": TrainingFlags(algorithm="ppo_single"),
     "random": None,  # not trained: RandomDrop at the same budget
-    "paper": TrainConfig(reward="paper"),
-    "attribution": TrainConfig(reward="attribution"),
-    "log_probability": TrainConfig(outcome="log_probability"),
-    "probability": TrainConfig(outcome="probability"),
-    "margin": TrainConfig(outcome="margin"),
-    "adaptive": TrainConfig(adaptive=(0.2, 0.6)),  # one policy asked for each of the budgets
-    "finetune_alternate": TrainConfig(finetune="alternate"),
-    "finetune_after": TrainConfig(finetune="after"),
+    "paper": TrainingFlags(reward="paper"),
+    "attribution": TrainingFlags(reward="attribution"),
+    "log_probability": TrainingFlags(outcome="log_probability"),
+    "probability": TrainingFlags(outcome="probability"),
+    "margin": TrainingFlags(outcome="margin"),
+    "adaptive": TrainingFlags(adaptive=(0.2, 0.6)),  # one policy asked for each of the budgets
+    "finetune_alternate": TrainingFlags(finetune="alternate"),
+    "finetune_after": TrainingFlags(finetune="after"),
 }
 
 
@@ -81,7 +82,7 @@ class Job:
     variant: str
     share: float
     seed: int
-    config: TrainConfig | None
+    config: TrainingFlags | None
     split: str
     images: int
     device: str
@@ -90,7 +91,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on; a stored one of other settings is not taken for this one's."""
-        config = None if self.config is None else self.config.as_json()
+        config = None if self.config is None else vars(self.config)
         return {"variant": self.variant, "share": self.share, "seed": self.seed, "config": config, "split": self.split,
                 "images": self.images}  # fmt: skip
 
@@ -141,7 +142,7 @@ def work(job: Job) -> dict[str, Any]:
     else:
         images = max(job.config.cache_images, job.config.calibration_images)
         data = Digits("train", size=images, seed=job.seed)
-        result = train(backbone, data, job.config, device=job.device, progress=False)
+        result = train(backbone, data, **job.config.config.arguments, device=job.device, progress=False)
         backbone, policy = result.backbone, result.policy
         if isinstance(policy, AdaptivePolicy):
             policy = policy.at(job.share)

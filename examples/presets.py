@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vitprune_env.agents import TrainConfig
-from vitprune_env.agents.runs.config import PRESETS as BUILT_IN
-from vitprune_env.agents.runs.config import rl4evit
+from training_flags import FLAGS, TrainingFlags
 
 IMAGENET_TRAIN = 1_281_167  # images
 
@@ -16,7 +14,7 @@ IMAGENET_TRAIN = 1_281_167  # images
 class Training:
     """A training run: which network, with which settings."""
 
-    config: TrainConfig
+    config: TrainingFlags
     model: str | None = None  # name in timm; None: the built-in backbone
     pretrained: bool = False
 
@@ -32,12 +30,12 @@ class Published:
     top1: float  # per cent
 
 
-def _rl4evit(hidden: tuple[int, ...], gmacs: float) -> TrainConfig:
-    """Paper 000, section III-D: sites 3, 6, 9, printed network sizes, K = 15, learning rate 5e-5; one epoch.
+def _rl4evit(hidden: tuple[int, ...], gmacs: float) -> TrainingFlags:
+    """RL4EViT, section III-D: sites 3, 6, 9, printed network sizes, K = 15, learning rate 5e-5; one epoch.
 
     The paper names neither the number of epochs nor the images per update; the latter is that of its code.
     """
-    config = rl4evit()
+    config = FLAGS["rl4evit"]
     return replace(
         config,
         target_gmacs=gmacs,
@@ -55,12 +53,12 @@ def _rl4evit(hidden: tuple[int, ...], gmacs: float) -> TrainConfig:
 
 
 TRAINING: dict[str, Training] = {
-    **{name: Training(config) for name, config in BUILT_IN.items()},
+    **{name: Training(config) for name, config in FLAGS.items()},
     "rl4evit-deit-s": Training(_rl4evit((1536, 256, 64), gmacs=3.0), "deit_small_patch16_224", pretrained=True),
     "rl4evit-deit-b": Training(_rl4evit((3072, 256, 64), gmacs=11.6), "deit_base_patch16_224", pretrained=True),
 }
 
-# Table I of paper 000 (no fine-tuning), except the last: Table 2 of paper 001, fine-tuned weights.
+# Table I of RL4EViT (no fine-tuning), except the last: Table 2 of Long et al. (2023), fine-tuned weights.
 PUBLISHED: dict[str, Published] = {
     "evit-deit-s-0.8": Published("deit_small_patch16_224", "evit", 0.8, 3.5, 79.2),
     "evit-deit-s-0.7": Published("deit_small_patch16_224", "evit", 0.7, 3.0, 78.5),

@@ -1,4 +1,4 @@
-"""Train the token-pruning policy (MAPPO, paper 000) and compare it with what it has to beat, at equal GMACs.
+"""Train the token-pruning policy (MAPPO, RL4EViT) and compare it with what it has to beat, at equal GMACs.
 
     python examples/train_mappo.py                        # 35 % of the dense model's MACs, a minute or two
     python examples/train_mappo.py --target-share 0.25    # a tighter budget
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,17 +32,17 @@ from torch.utils.data import Dataset
 from common import Batches, CommonArgs, Row, at_budget, batches_of, measure_speedup, run, table, versions, write_json
 from image_task import ImageArgs, first_images, load_network, open_split
 from presets import TRAINING
+from training_flags import TrainingFlags
 from vitprune_env import Backbone, KeepAll, Policy, TokenGame, evaluate, play
 from vitprune_env.agents import (
     AdaptivePolicy,
     TokenActor,
     TokenPolicy,
-    TrainConfig,
     TrainResult,
     calibrate_threshold,
+    launched,
     train,
 )
-from vitprune_env.agents.runs.processes import launched
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.data import Digits, data_config
 from vitprune_env.plots.figures import learning_curve_figure, tokens_figure
@@ -53,7 +53,7 @@ LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
 
 
 @dataclass(frozen=True)
-class Args(TrainConfig, ImageArgs, CommonArgs):
+class Args(TrainingFlags, ImageArgs, CommonArgs):
     """Everything that a run depends on."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
@@ -68,11 +68,6 @@ class Args(TrainConfig, ImageArgs, CommonArgs):
     """Images per batch when reporting."""
     untrained_actors: int = 5
     """Untrained actors to average for the control row."""
-
-    @property
-    def config(self) -> TrainConfig:
-        """The settings of the training proper."""
-        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
 
 
 def parse(argv: list[str]) -> Args:
@@ -238,7 +233,7 @@ def main() -> None:
         result = train(
             backbone,
             task.training,
-            args.config,
+            **args.config.arguments,
             output=args.output,
             device=device,
             resume=args.resume,

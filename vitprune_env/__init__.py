@@ -13,9 +13,8 @@ from vitprune_env.envs.parallel import parallel_env, register_envs
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.files import __version__ as __version__
 from vitprune_env.game.policy_contract import check_policy
-from vitprune_env.game.rewards import PaperReward, SharedOutcome
+from vitprune_env.game.rewards import PaperReward, SharedOutcome, TeamOutcome
 from vitprune_env.game.rollout import evaluate, play
-from vitprune_env.game.team_reward import TeamOutcome
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.load import load_backbone, register_backbone
 from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy

@@ -112,7 +112,7 @@ class BasePolicy:
 
     def decide(self, obs: Observation) -> Decision:
         """Decide for all alive tokens of all images at once."""
-        raise TypeError(f"{type(self).__name__} has no method decide")
+        raise TypeError(f"{type(self).__name__} does not say how to decide")
 
 
 @register_policy("keep_all")
@@ -139,6 +139,24 @@ def keep_top(obs: Observation, scores: Tensor, count: Tensor) -> Tensor:
     table = obs.scatter(scores.clamp(min=torch.finfo(scores.dtype).min), fill=float("-inf"))
     ranks = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (ranks < count[:, None]) & obs.alive
+
+
+def mean_weights(merge_into: Tensor, importance: Tensor) -> Tensor:
+    """Weights of a `Decision` with which every merged token becomes the weighted mean of its group.
+
+    Args:
+        merge_into: `[B, N]` int64, the token that each token merges into; -1 for tokens that are dropped.
+        importance: `[B, N]`, not negative; `Observation.size` gives means over patches, as ToMe takes them. In a group
+            without any importance all members count equally.
+
+    Returns:
+        `[B, N]`, adding up to 1 in every group; 1 for tokens that are dropped or stand alone.
+    """
+    joins, target = merge_into >= 0, merge_into.clamp(min=0)
+    share = importance.clamp(min=torch.finfo(importance.dtype).tiny) * joins
+    total = torch.zeros_like(share).scatter_add(1, target, share).gather(1, target)
+    # The divisor is never 0, also where the quotient is not used: the gradient of 0 / 0 would be NaN.
+    return torch.where(joins, share / torch.where(joins, total, 1), 1)
 
 
 def check_keep_rate(keep_rate: float) -> None:

@@ -80,14 +80,21 @@ def parse_sites(sites: Sequence[int | str | Site], depth: int) -> tuple[Site, ..
     return parsed
 
 
-def quarter_sites(depth: int) -> list[int]:
-    """After every quarter of the blocks: 3, 6 and 9 of 12."""
-    return sorted({max(1, round(depth * part / 4)) for part in (1, 2, 3)})
-
-
 def every_block(depth: int) -> list[str]:
-    """Inside every block, between attention and MLP."""
-    return [f"{number}.attn" for number in range(1, depth + 1)]
+    """Sites inside every block of a network with `depth` blocks, between attention and MLP."""
+    return [f"{block}.attn" for block in range(1, depth + 1)]
+
+
+def quarter_sites(depth: int, later: int = 0, inside: bool = False) -> list[str]:
+    """Sites after the first, second and third quarter of a network: after blocks 3, 6 and 9 of 12.
+
+    Args:
+        depth: blocks of the network; in short networks sites that coincide become one.
+        later: blocks by which the sites are moved towards the end: 1 for blocks 4, 7 and 10 of 12.
+        inside: whether the sites lie inside these blocks, between attention and MLP, rather than after them.
+    """
+    blocks = sorted({min(depth, max(1, round(depth * part / 4) + later)) for part in (1, 2, 3)})
+    return [f"{block}.attn" if inside else str(block) for block in blocks]
 
 
 @lazily("image", "token", "offsets", "size", "order")

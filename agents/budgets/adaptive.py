@@ -1,35 +1,42 @@
-"""One policy for any budget: it is told what the image may cost, and a user moves along the curve without retraining.
+"""One policy for any budget of a range: the budget is an input, and a user chooses it without training again.
 
-In training every image is asked for a budget of its own. The budget becomes one more feature of every token, for actor
-and critic alike; the price of a token is a function of the budget, moved until images cost what they are asked to.
+In training every image has a budget of its own. The budget becomes one more feature of every token, for actor and
+critic. The price of a token is a function of the budget, which is moved until images cost what they should.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import exp, log
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...game.rewards import Attribution, RewardFn, SharedOutcome
+from ...envs.actions import ActionKind
+from ...errors import BudgetError
+from ...game.rewards import RewardFn, at_price, has_price
+from ...game.token_game import TokenGame
 from ...policy import register_policy
 from ...types import Decision, Observation, Site
 from ..networks import TokenActor
-from ..policies import ExploringPolicy, TokenPolicy
-from ..runs.processes import Processes
+from ..policies import TokenPolicy
+from ..shared.processes import Processes
+from .calibration import calibrate_threshold
+from .controller import Batches, Budget
+from .prices import RewardSchedule, start_price
+from .targets import PolicyCost, target_macs
 
 KNOTS = 6  # budgets at which price and threshold are known; linear in between
-SPREAD = 2.0  # the budget feature goes from -2 to 2, the other features of a token have variance 1
+SPREAD = 2.0  # the budget feature goes from -2 to 2; the other features of a token have variance 1
 
 
 def see_budget(obs: Observation, shares: Tensor, low: float, high: float) -> Observation:
     """An observation whose tokens and class tokens carry the budget as one more feature.
 
-    The networks normalise each token, whose scale grows from block to block: the feature is therefore written in units
-    of the token's own standard deviation, and comes out of the normalisation as it should.
+    The networks normalise each token. The feature is therefore in units of the token's own standard deviation: after
+    the normalisation it is then the same whatever the scale of the token.
 
     Args:
         obs: what the policy sees.
@@ -75,6 +82,7 @@ class AdaptivePolicy(TokenPolicy):
         share: the budget now; None: the largest.
         sites: see `TokenPolicy`.
         info: see `TokenPolicy`.
+        actions: see `TokenPolicy`.
 
     Raises:
         ValueError: for a budget outside the range.
@@ -88,13 +96,14 @@ class AdaptivePolicy(TokenPolicy):
         share: float | None = None,
         sites: Sequence[int | str | Site] | None = None,
         info: Mapping[str, Any] | None = None,
+        actions: ActionKind | None = None,
     ) -> None:
         self.shares, self.thresholds = tuple(shares), tuple(thresholds)
         self.share = self.shares[-1] if share is None else float(share)
         if not self.shares[0] <= self.share <= self.shares[-1]:
             raise ValueError(f"share: expected {self.shares[0]:g} to {self.shares[-1]:g} of dense, got {share!r}")
         threshold = float(interpolate(torch.tensor(self.share), self.shares, self.thresholds))
-        super().__init__(actor, threshold, sites, info)
+        super().__init__(actor, threshold, sites, info, actions)
 
     def at(self, share: float) -> AdaptivePolicy:
         """The same policy, sharing its weights, at another budget.
@@ -102,7 +111,8 @@ class AdaptivePolicy(TokenPolicy):
         Args:
             share: of the dense network's MACs, within the range that it was trained for.
         """
-        return AdaptivePolicy(self.actor, self.shares, self.thresholds, share, self.sites, self.info)
+        rest = self.sites, self.info, self.actions
+        return AdaptivePolicy(self.actor, self.shares, self.thresholds, share, *rest)
 
     def with_threshold(self, threshold: float) -> AdaptivePolicy:
         """The same policy at the same budget with another threshold there, for calibration."""
@@ -126,80 +136,59 @@ class AdaptivePolicy(TokenPolicy):
         return {**plain, "shares": list(self.shares), "thresholds": list(self.thresholds), "share": self.share}
 
 
-class AdaptiveExplorer(ExploringPolicy):
-    """Samples decisions given a budget per image.
+class AdaptivePrice(RewardSchedule):
+    """Asks every image for a budget of its own, with a dual variable for every knot.
 
     Attributes:
-        shares: `[B]`, budgets of the coming games.
+        shares: `[B]`, budgets of this process's coming games.
 
     Args:
-        actor: of width D + 1.
-        generator: gives the noise its seed.
+        reward: one with a price, which may be `[B]`; it is where to start.
         low: smallest budget.
         high: largest one.
-    """
-
-    def __init__(self, actor: TokenActor, generator: torch.Generator, low: float, high: float) -> None:
-        super().__init__(actor, generator)
-        self.low, self.high = low, high
-        self.shares = torch.empty(0)
-
-    def view(self, obs: Observation) -> Observation:
-        """What actor and critic see."""
-        return see_budget(obs, self.shares.to(obs.tokens.device), self.low, self.high)
-
-    def decide(self, obs: Observation) -> Decision:
-        """Draw keep or prune for every alive token."""
-        return super().decide(self.view(obs))
-
-
-class AdaptivePrice:
-    """A `RewardSchedule` that asks every image for a budget of its own and has a dual variable for every knot.
-
-    Attributes:
-        costs: `[B]`, what the last games cost, as shares of dense; to be set before `observe`.
-
-    Args:
-        reward: its price is where to start.
-        explorer: is told the budgets.
         images: games of an update, of all processes.
         generator: draws the budgets.
         rate: see `DualPrice`.
         gain: see `DualPrice`.
-        processes: who trains together.
+        processes: the processes that train together.
     """
 
     def __init__(
         self,
-        reward: SharedOutcome | Attribution,
-        explorer: AdaptiveExplorer,
+        reward: RewardFn,
+        low: float,
+        high: float,
         images: int,
         generator: torch.Generator,
         rate: float,
         gain: float,
         processes: Processes,
     ) -> None:
-        self._reward, self._explorer, self._images, self._generator = reward, explorer, images, generator
-        self._rate, self._gain, self._processes = rate, gain, processes
-        self.knots = spaced(explorer.low, explorer.high)
-        self._duals = [float(reward.price)] * KNOTS
+        self._reward, self._low, self._high = reward, low, high
+        self._images, self._generator, self._processes = images, generator, processes
+        self._rate, self._gain = rate, gain
+        self.knots = spaced(low, high)
+        self._duals = [start_price(reward)] * KNOTS
         self._prices = list(self._duals)
-        self.costs = self._asked = torch.empty(0)
+        self.shares = self._asked = torch.empty(0)
 
     def reward(self, target: float) -> RewardFn:
-        """Draw the budgets of the coming games; prices are log-linear in them between the knots."""
-        low, high = self._explorer.low, self._explorer.high
-        self._asked = low + (high - low) * torch.rand(self._images, generator=self._generator)
+        """Draw the budgets of the coming games; between the knots the price is log-linear in the budget."""
+        self._asked = self._low + (self._high - self._low) * torch.rand(self._images, generator=self._generator)
         own = self._processes.share(self._images)
-        shares = self._asked[own.start : own.stop]
-        self._explorer.shares = shares
-        price = interpolate(shares, self.knots, [log(each) for each in self._prices]).exp().float()
-        return replace(self._reward, price=price)
+        self.shares = self._asked[own.start : own.stop]
+        price = interpolate(self.shares, self.knots, [log(each) for each in self._prices]).exp().float()
+        return at_price(self._reward, price)
 
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Move the prices; while the mean target is still on its way, every image's is as far from its budget."""
-        late = target - (self._explorer.low + self._explorer.high) / 2
-        costs, targets = self.costs.cpu(), (self._asked + late).clamp(max=1.0)
+    def view(self, obs: Observation) -> Observation:
+        """The observation with each image's budget as one more feature of its tokens."""
+        return see_budget(obs, self.shares.to(obs.tokens.device), self._low, self._high)
+
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
+        """Move the prices; while the mean target is still annealed, every image's budget is raised by as much."""
+        assert costs is not None
+        late = target - (self._low + self._high) / 2
+        costs, targets = costs.cpu(), (self._asked + late).clamp(max=1.0)
         nearest = (self._asked[:, None] - torch.tensor(self.knots)).abs().argmin(dim=1)
         for knot in nearest.unique().tolist():
             rows = nearest == knot
@@ -217,5 +206,74 @@ class AdaptivePrice:
         return {"duals": self._duals, "prices": self._prices}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take dual variables and prices."""
+        """Set dual variables and prices."""
         self._duals, self._prices = list(state["duals"]), list(state["prices"])
+
+
+@dataclass(frozen=True)
+class BudgetRange(Budget):
+    """A range of budgets for one policy, an `AdaptivePolicy`, that serves all of them."""
+
+    low: float = 0.2
+    """Smallest budget, as a share of the dense network's MACs."""
+    high: float = 0.6
+    """Largest budget."""
+
+    extra_features: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.low < self.high <= 1:
+            raise ValueError(
+                "budget: expected two shares of dense for an adaptive policy, increasing, above 0 and at most 1, got "
+                f"{(self.low, self.high)}"
+            )
+
+    def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:
+        """Refuse what an adaptive policy is not trained with.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if joint or finetune or not has_price(reward):
+            got = "a joint agent" if joint else "fine-tuning" if finetune else type(reward).__name__
+            raise ValueError(
+                "budget: expected an agent per token, a reward with a price and no fine-tuning for an adaptive policy, "
+                f"got {got}; or one budget, such as Share(0.35)"
+            )
+
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """The middle of the range, MACs per image.
+
+        Raises:
+            BudgetError: if no policy can serve the whole range.
+        """
+        try:
+            for share in (self.low, self.high):
+                target_macs(cost, share=share)
+        except BudgetError as error:
+            raise BudgetError(f"adaptive: no policy can serve all of {(self.low, self.high)}; {error}") from error
+        return target_macs(cost, share=(self.low + self.high) / 2)
+
+    def schedule(
+        self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes
+    ) -> RewardSchedule:
+        """A price for every budget of the range."""
+        rates = self.price_rate, self.price_gain
+        return AdaptivePrice(reward, self.low, self.high, images, generator, *rates, processes)
+
+    def greedy(
+        self, actor: TokenActor, sites: Sequence[Site], actions: ActionKind, info: Mapping[str, Any] | None = None
+    ) -> AdaptivePolicy:
+        """An `AdaptivePolicy` in the middle of the range, not calibrated yet."""
+        shares = spaced(self.low, self.high)
+        return AdaptivePolicy(actor, shares, [0.0] * KNOTS, (self.low + self.high) / 2, sites, info, actions)
+
+    def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> AdaptivePolicy:
+        """The policy with a threshold for every knot of the range, at the middle."""
+        assert isinstance(policy, AdaptivePolicy)
+        dense = game.cost.dense()
+        at_knots = [calibrate_threshold(game, policy.at(share), batches, share * dense) for share in policy.shares]
+        thresholds = [each.threshold for each in at_knots]
+        rest = policy.sites, policy.info, policy.actions
+        return AdaptivePolicy(policy.actor, policy.shares, thresholds, target / dense, *rest).eval()

@@ -1,48 +1,61 @@
-"""How the reward moves so that play arrives at a budget, and how to notice that it does not."""
+"""How the reward of the coming update follows from the play so far, so that play arrives at its budget."""
 
 from __future__ import annotations
 
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from math import exp
-from typing import Protocol
+from typing import Any
 
-from ...game.rewards import Attribution, PaperReward, RewardFn, SharedOutcome
+from torch import Tensor
+
+from ...game.rewards import START_PRICE, RewardFn, SettlingReward, at_price
+from ...types import Observation
 from .targets import PolicyCost
 
 
-class CollapseWarning(UserWarning):
-    """Play has settled where nothing can be learnt: every token pruned, or every token kept."""
-
-
-class RewardSchedule(Protocol):
+class RewardSchedule(ABC):
     """Chooses the reward of every update so that play moves to a target."""
 
+    @abstractmethod
     def reward(self, target: float) -> RewardFn:
-        """The reward for an update whose target is `target` (share of dense MACs)."""
-        ...
+        """The reward of the coming update.
 
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Learn how the update's games came out: share of dense MACs and accuracy."""
-        ...
+        Args:
+            target: what its games should cost, as a share of the dense network's MACs.
+        """
+
+    @abstractmethod
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
+        """Take in the results of an update.
+
+        Args:
+            share: mean cost of its games, as a share of the dense network's MACs.
+            accuracy: share of the images that were classified correctly.
+            target: the target that `share` should have met.
+            costs: `[B]`, what each game cost, as a share of the dense network's MACs.
+        """
 
     @property
+    @abstractmethod
     def price(self) -> float:
         """What a kept token is charged, for the log."""
-        ...
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint has to hold."""
-        ...
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that the coming rewards depend on."""
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from a checkpoint."""
-        ...
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the result of `state`."""
+
+    def view(self, obs: Observation) -> Observation:
+        """What actor and critic see of an observation of the coming games: the observation itself."""
+        return obs
 
 
-class FixedReward:
-    """A reward that stays as it is; the budget is met by the calibration of the threshold alone.
+class FixedReward(RewardSchedule):
+    """A reward without a price: it stays as it is, and calibration of the threshold alone meets the budget.
 
     Args:
         reward: what agents are paid.
@@ -55,47 +68,50 @@ class FixedReward:
         """Always the same."""
         return self._reward
 
-    def observe(self, share: float, accuracy: float, target: float) -> None:
-        """Nothing follows."""
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
+        """Nothing changes."""
 
     @property
     def price(self) -> float:
-        """The reward's own price or cost of keeping; 0 if it has none."""
-        return float(getattr(self._reward, "price", getattr(self._reward, "keep_cost", 0.0)))
+        """0: there is no price."""
+        return 0.0
 
-    def state(self) -> dict[str, float]:
-        """Nothing changes."""
+    def state(self) -> dict[str, Any]:
+        """Empty."""
         return {}
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Nothing to take."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
 
 
-class DualPrice:
-    """Dual ascent on the price of a reward: dearer while play costs more than the target, cheaper below.
+class DualPrice(RewardSchedule):
+    """Dual ascent on the price of a reward: it rises while play costs more than the target, and falls below.
 
     The steps are relative, so that the price stays positive and the rate does not depend on its scale. Play answers
-    late, and pure ascent overshoots: the price asked is therefore the dual variable times `exp(gain * excess)`, which
-    pulls at once and vanishes at the target. The dual variable stays below 1, where a single token would cost as
-    much as the whole outcome pays; above, it could only take long to come back.
+    with a delay, and pure ascent overshoots. The price is therefore the dual variable times `exp(gain * excess)`, which
+    acts at once and is 1 at the target. The dual variable is kept below 1, where a single token would cost as much as
+    the whole outcome pays; from larger values it would only take long to come back.
 
     Args:
-        reward: its price is where to start.
+        reward: one with a price, see `has_price`; it is where to start.
         rate: relative change of the dual variable per relative excess of the MACs, each update.
         gain: of the immediate answer.
+
+    Raises:
+        ValueError: for a start that is not a number above 0.
     """
 
-    def __init__(self, reward: SharedOutcome | Attribution, rate: float, gain: float) -> None:
+    def __init__(self, reward: RewardFn, rate: float, gain: float) -> None:
         self._reward = reward
         self._rate = rate
         self._gain = gain
-        self._dual = self._price = float(reward.price)
+        self._dual = self._price = start_price(reward)
 
     def reward(self, target: float) -> RewardFn:
         """The reward at the current price."""
-        return replace(self._reward, price=self._price)
+        return at_price(self._reward, self._price)
 
-    def observe(self, share: float, accuracy: float, target: float) -> None:
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
         """Move the price."""
         excess = share / target - 1
         self._dual = min(1.0, self._dual * exp(self._rate * excess))
@@ -106,92 +122,71 @@ class DualPrice:
         """Price of carrying a token through the whole network."""
         return self._price
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """Dual variable and price."""
         return {"dual": self._dual, "price": self._price}
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Take dual variable and price."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set dual variable and price."""
         self._dual, self._price = state["dual"], state["price"]
 
 
-class FedForwardKeepCost:
-    """`keep_cost` of `PaperReward` at which play settles at the target, from its equilibrium.
+class FedForwardKeepCost(RewardSchedule):
+    """The weights of a reward that settles, chosen so that its equilibrium costs the target.
 
-    Kept fraction = accuracy * outcome_bonus / keep_cost at every site, so
-    `keep_cost = outcome_bonus * accuracy / fraction(target)`. A dual variable does not rescue play from the other,
-    empty equilibrium (accuracy falls with the tokens), an annealed target with the cost fed forward never got there.
+    For `PaperReward` the kept fraction is accuracy * outcome_bonus / keep_cost at every site, so
+    `keep_cost = outcome_bonus * accuracy / fraction(target)`. A dual variable cannot take play out of the other, empty
+    equilibrium, because accuracy falls with the tokens. With an annealed target and this formula play does not get
+    there.
 
     Args:
-        reward: its `outcome_bonus` is kept.
+        reward: its other weights stay as they are.
         cost: converts a target to the fraction of tokens kept at all sites.
         accuracy: first guess.
         smoothing: weight of the past in the running accuracy.
     """
 
-    def __init__(self, reward: PaperReward, cost: PolicyCost, accuracy: float = 0.9, smoothing: float = 0.8) -> None:
+    def __init__(self, reward: SettlingReward, cost: PolicyCost, accuracy: float = 0.9, smoothing: float = 0.8) -> None:
         self._reward = reward
         self._cost = cost
         self._accuracy = accuracy
         self._smoothing = smoothing
+        self._price = float(reward.keep_cost)
 
     def reward(self, target: float) -> RewardFn:
         """The reward whose equilibrium costs the target."""
-        fraction = max(self._cost.fraction_for(target * self._cost.model.dense()), 1 / self._cost.model.num_patches)
-        self._reward = replace(self._reward, keep_cost=self._reward.outcome_bonus * self._accuracy / fraction)
-        return self._reward
+        tokens = self._cost.model.num_patches
+        fraction = max(self._cost.fraction_for(target * self._cost.model.dense()), 1 / tokens)
+        settled: Any = self._reward.settled(fraction, self._accuracy, tokens)
+        self._price = settled.keep_cost
+        return settled
 
-    def observe(self, share: float, accuracy: float, target: float) -> None:
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
         """Update the running accuracy."""
         self._accuracy = self._smoothing * self._accuracy + (1 - self._smoothing) * accuracy
 
     @property
     def price(self) -> float:
         """The last `keep_cost`."""
-        return self._reward.keep_cost
+        return self._price
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """The running accuracy."""
         return {"accuracy": self._accuracy}
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Take the running accuracy."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set the running accuracy."""
         self._accuracy = state["accuracy"]
 
 
-class CollapseDetector:
-    """Says so, once, when play has been stuck at an extreme for a while.
+def start_price(reward: Any) -> float:
+    """The price that a reward begins with; `START_PRICE` if it has `at_price` but no attribute `price`.
 
-    Args:
-        patience: updates in a row.
+    Raises:
+        ValueError: if it is not one number above 0.
     """
-
-    def __init__(self, patience: int = 5) -> None:
-        self.patience = patience
-        self.streak = 0
-
-    def observe(self, first: float, last: float, target_fraction: float, accuracy: float) -> bool:
-        """Look at an update.
-
-        Args:
-            first: share of the tokens left after the first site.
-            last: share of the tokens left after the last site.
-            target_fraction: what the target would leave if all pruning happened at the first site.
-            accuracy: of the games played.
-
-        Returns:
-            Whether play is collapsed.
-        """
-        empty = first < 0.1 * target_fraction
-        full = last > 0.99 and target_fraction < 0.9
-        self.streak = self.streak + 1 if empty or full else 0
-        if self.streak == self.patience:
-            what = "pruned nearly every token" if empty else "kept every token"
-            remedy = "lower keep_cost or price, or anneal the target more slowly" if empty else "raise the price"
-            warnings.warn(
-                f"training collapsed: the agents have {what} for {self.patience} updates (accuracy {accuracy:.1%}, "
-                f"{first:.1%} of the tokens left after the first site, target about {target_fraction:.1%}); {remedy}",
-                CollapseWarning,
-                stacklevel=2,
-            )
-        return self.streak >= self.patience
+    price = getattr(reward, "price", START_PRICE)
+    is_number = not isinstance(price, Tensor) or price.numel() == 1
+    if not is_number or not float(price) > 0:
+        raise ValueError(f"price: expected one number above 0 for a budget to start from, got {price!r}")
+    return float(price)

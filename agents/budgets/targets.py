@@ -1,4 +1,4 @@
-"""From a budget to a policy that meets it: the target, its way there, and the threshold at the end."""
+"""What a budget amounts to in MACs, and how the target approaches it during training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engine.cost import CostModel
-from ...engine.tokens import TokenState
+from ...engine.cost import CostModel, bisect
 from ...errors import BudgetError
-from ...game.rollout import play
-from ...game.token_game import TokenGame
 from ...types import Site
-from ..policies import TokenPolicy
-
-MIN_CALIBRATION_STEPS = 20
-LOGIT_RANGE = 40.0  # thresholds beyond it keep or prune everything
 
 
 @dataclass(frozen=True)
@@ -43,11 +36,7 @@ class PolicyCost:
 
     def fraction_for(self, macs: float) -> float:
         """Inverse of `at_fraction`, within 0 and 1."""
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.at_fraction(middle) < macs else (low, middle)
-        return (low + high) / 2
+        return sum(bisect(self.at_fraction, macs, 0.0, 1.0, steps=50)) / 2
 
     @property
     def floor(self) -> float:
@@ -92,60 +81,7 @@ def target_macs(
 def annealed(update: int, updates: int, target: float, start: float, part: float) -> float:
     """Target of an update (0-based): linearly from `start` to `target` over the first `part` of all updates, then flat.
 
-    A policy that is asked for little too soon collapses; a start below the target is not used.
+    A policy collapses if the target is small from the beginning. A `start` below the target is not used.
     """
     progress = min(1.0, update / max(1.0, part * updates))
     return target + max(0.0, start - target) * (1 - progress)
-
-
-def calibrate_threshold(
-    game: TokenGame,
-    policy: TokenPolicy,
-    batches: Sequence[Tensor | TokenState],
-    target_macs: float,
-    steps: int = 24,
-    tolerance: float = 1e-3,
-) -> TokenPolicy:
-    """The same policy with the threshold at which its greedy play costs at most `target_macs` per image, and almost.
-
-    Bisection in logit space; sharp policies need many steps.
-
-    Args:
-        game: what is played.
-        policy: whose threshold to set.
-        batches: training images (or prepared states) to measure on.
-        target_macs: mean MACs per image, policy included.
-        steps: most halvings of the range, at least 20.
-        tolerance: how far below the target, relative to it, the search may stop early.
-
-    Raises:
-        ValueError: for no images or too few steps.
-        BudgetError: if even pruning everything costs more.
-    """
-    if not batches:
-        raise ValueError("batches: expected at least one batch of images, got none")
-    if steps < MIN_CALIBRATION_STEPS:
-        raise ValueError(f"steps: expected at least {MIN_CALIBRATION_STEPS}, got {steps}")
-
-    def at(threshold: float) -> tuple[TokenPolicy, float]:
-        candidate = policy.with_threshold(threshold)
-        macs = [play(game, candidate, batch).outcome.macs for batch in batches]
-        return candidate, float(torch.cat(macs).mean())
-
-    low, high = -LOGIT_RANGE, LOGIT_RANGE
-    best, least = at(high)
-    if least > target_macs:
-        raise BudgetError(
-            f"target_macs: expected at least {least / 1e9:.5g} GMACs, what is left when the policy prunes all it can, "
-            f"got {target_macs / 1e9:.5g}"
-        )
-    for _ in range(steps):
-        middle = (low + high) / 2
-        candidate, macs = at(middle)
-        if macs > target_macs:
-            low = middle
-        else:
-            high, best = middle, candidate
-            if macs >= (1 - tolerance) * target_macs:
-                break
-    return best

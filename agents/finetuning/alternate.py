@@ -1,56 +1,70 @@
-"""Alternating epochs of Algorithm 1 (paper 000): so many RL updates, then the network learns from what they leave."""
+"""Alternating epochs of Algorithm 1 (RL4EViT): after some updates of the policy, the network learns for some steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...engine.backbone import Backbone
+from ...envs.actions import ActionKind
 from ...errors import SettingsError
+from ..learners.exploration import ExploringPolicy
 from ..networks import TokenActor
-from ..policies import ExploringPolicy
-from ..runs.config import TrainConfig
-from ..runs.training_images import TrainingImages
+from ..shared.training_images import TrainingImages
 from .settings import FinetuneConfig
 from .step import FineTuner
 
 
 class Alternation:
-    """Fine-tunes the network every so many updates, with the policy frozen as it explores then.
+    """Fine-tunes the network every so many updates, while the policy explores but does not learn.
 
-    Exploring play is what meets the budget during training; the greedy policy does so only once it is calibrated.
+    Exploring play meets the budget during training; the greedy policy meets it only after calibration.
 
     Args:
         backbone: the network, trained in place.
         actor: the policy that is being learnt.
-        config: of the run.
+        actions: what the actor's actions mean.
+        config: settings of fine-tuning.
+        updates: of the run.
         images: those that the run plays.
+
+    Raises:
+        SettingsError: if the run ends before the first phase.
     """
 
-    def __init__(self, backbone: Backbone, actor: TokenActor, config: TrainConfig, images: TrainingImages) -> None:
-        self.every = config.finetune_every
-        phases = config.updates // self.every
+    def __init__(
+        self,
+        backbone: Backbone,
+        actor: TokenActor,
+        actions: ActionKind,
+        config: FinetuneConfig,
+        updates: int,
+        images: TrainingImages,
+    ) -> None:
+        self.every = config.every
+        phases = updates // self.every
         if not phases:
-            raise SettingsError(f"finetune_every: expected at most updates = {config.updates}, got {self.every}")
-        self.steps = max(1, config.finetune_steps // phases)
-        settings = finetune_settings(config, self.steps * phases)
+            raise SettingsError(f"every: expected at most updates = {updates}, got {self.every}")
+        self.steps = max(1, config.steps // phases)
+        settings = replace(config, steps=self.steps * phases)
         generator = torch.Generator().manual_seed(config.seed + 1)  # other noise than the updates'
-        self.explorer = ExploringPolicy(actor, generator)
+        self.explorer = ExploringPolicy(actor, generator, actions)
         self.tuner = FineTuner(
             backbone, images.dataset, settings, self.explorer, generator, images.game.sites, images.device,
             images.processes, images,
         )  # fmt: skip
 
     def after(self, update: int) -> dict[str, float]:
-        """Fine-tune if it is time to.
+        """Fine-tune if a phase is due.
 
         Args:
             update: how many are done.
 
         Returns:
-            Mean metrics of the phase by name, nothing if there was none.
+            Mean metrics of the phase by name; empty if there was none.
         """
         if update % self.every:
             return {}
@@ -62,22 +76,9 @@ class Alternation:
         return {f"finetune/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold; the place in the data is the run's."""
+        """All that the coming phases depend on, but for the place in the data, which the run saves."""
         return {name: value for name, value in self.tuner.state().items() if name != "images"}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from the result of `state`."""
         self.tuner.restore({**state, "images": self.tuner.images.state()})
-
-
-def finetune_settings(config: TrainConfig, steps: int) -> FinetuneConfig:
-    """Fine-tuning as a run asks for it."""
-    return FinetuneConfig(
-        steps=steps,
-        batch_size=config.finetune_batch,
-        lr=config.finetune_lr,
-        distill=config.distill,
-        cache_images=config.cache_images,
-        amp=config.amp,
-        seed=config.seed,
-    )

@@ -1,7 +1,8 @@
-"""Fine-tune a network on what its policy leaves of the images: the second half of Algorithm 1 (paper 000).
+"""Fine-tune a network on what its policy leaves of the images: the second half of Algorithm 1 (RL4EViT).
 
-The policy is frozen, the pruned forward runs packed and is differentiable, so no masks are needed. Any policy can be
-fine-tuned with, learnt or heuristic; those with a keep rate may anneal it, as EViT and paper 001 do.
+The policy is frozen. The pruned forward pass runs packed and is differentiable, so that no masks are needed. Any policy
+will do, learnt or heuristic; the keep rate of those that have one may fall during training, as in EViT and in Long et
+al. (2023).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ...errors import CheckpointError
 from ...files import PathLike, load_state, prepare_folder, replace_file, save_state
 from ...policy import Policy, check_keep_rate
 from ...types import Site
-from ..runs.processes import Processes
-from ..runs.signals import StopSignals, TrainingStopped
-from ..runs.training_images import BatchedDataset
-from ..runs.writers import HistoryFile
+from ..shared.processes import Processes
+from ..shared.signals import StopSignals, TrainingStopped
+from ..shared.training_images import BatchedDataset
+from ..shared.writers import HistoryFile
 from .settings import CosineKeepRate, FinetuneConfig
 from .step import FineTuner
 
@@ -75,7 +76,7 @@ def finetune(
         device: where to train.
         progress: whether to show a progress bar.
         resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh. Otherwise
-            what is there is forgotten.
+            an old checkpoint is removed.
         processes: those that train together; each gets the same arguments and the same result.
 
     Returns:
@@ -126,7 +127,7 @@ def finetune(
     if folder is not None and processes.is_main:
         save_weights(student, folder / WEIGHTS_FILE)
     for mine, given in zip(student.parameters(), backbone.parameters(), strict=True):
-        mine.requires_grad_(given.requires_grad)  # nothing that was held fast here stays so
+        mine.requires_grad_(given.requires_grad)  # as it was before fine-tuning froze some of them
     return FinetuneResult(student.eval(), tuple(history))
 
 
@@ -141,7 +142,7 @@ def save_weights(backbone: Backbone, path: Path) -> Path:
 
 
 def _prepared(folder: Path, resume: bool, processes: Processes) -> Path:
-    """See that the folder can be written; the checkpoint's name there, where an old one is forgotten unless wanted."""
+    """Check that the folder can be written; the checkpoint's path, where an old one is removed unless resumed."""
     path = folder / STATE_FILE
     if processes.is_main:
         prepare_folder(folder)

@@ -1,17 +1,18 @@
-"""Settings of fine-tuning, and the keep rate that falls while the network gets used to it."""
+"""Settings of fine-tuning, and a keep rate that falls while the network adapts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...policy import check_keep_rate
+from ..shared.settings import check
 
 
 @dataclass(frozen=True)
 class CosineKeepRate:
-    """Keep rate that falls from 1 to the target along a half cosine, then stays (EViT, section 3; paper 001).
+    """Keep rate that falls from 1 to the target along a half cosine, then stays (EViT, section 3; Long et al., 2023).
 
     Args:
         target: the keep rate in the end, above 0 and at most 1.
@@ -37,8 +38,12 @@ class CosineKeepRate:
 class FinetuneConfig:
     """Settings of fine-tuning; the defaults suit a converged network and a few hundred steps."""
 
+    when: Literal["after", "alternate"] = "after"
+    """In `train`: whether the network learns once the policy is trained, or in turn with it (RL4EViT, Algorithm 1)."""
+    every: int = 10
+    """In `train`, with `alternate`: updates of the policy between two phases."""
     steps: int = 300
-    """Gradient steps."""
+    """Gradient steps in all."""
     batch_size: int = 64
     """Images per gradient step."""
     trainable: Literal["after_first_site", "all"] = "after_first_site"
@@ -65,7 +70,8 @@ class FinetuneConfig:
     temperature: float = 1.0
     """Softens both sides of the distillation."""
     cache_images: int = 2048
-    """Training images whose tokens up to the first site are kept; 0: none. Not used when all blocks learn."""
+    """Training images whose tokens up to the first site are kept; 0: none. Not used when all blocks learn, nor with
+    `alternate`, where the images are those that the policy plays."""
     amp: bool = False
     """Whether the network runs in bfloat16 where that is safe (autocast); weights and losses stay in full precision."""
     checkpoint_every: int = 100
@@ -73,18 +79,17 @@ class FinetuneConfig:
     seed: int = 0
     """Of the order of images and of stochastic depth."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+    """Settings that a resumed run may change."""
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        check(self, "when", self.when in ("after", "alternate"), "'after' or 'alternate'")
+        for name in ("steps", "batch_size", "checkpoint_every", "every"):
+            check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "cache_images", "weight_decay", "min_lr"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
+            check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("lr", "temperature"):
-            _check(self, name, getattr(self, name) > 0, "above 0")
+            check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("label_smoothing", "distill"):
-            _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        _check(self, "trainable", self.trainable in ("after_first_site", "all"), "'after_first_site' or 'all'")
-
-
-def _check(config: FinetuneConfig, name: str, fine: bool, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+            check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        check(self, "trainable", self.trainable in ("after_first_site", "all"), "'after_first_site' or 'all'")

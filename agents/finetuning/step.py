@@ -1,4 +1,4 @@
-"""Gradient steps of a network on what a policy leaves of its images, in one process or several."""
+"""Gradient steps of a network on the tokens that a policy keeps, in one process or several."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ...game.rollout import play
 from ...game.token_game import TokenGame
 from ...policy import Policy
 from ...types import Site
-from ..runs.processes import Processes
-from ..runs.training_images import BatchedDataset, TrainingImages
+from ..shared.processes import Processes
+from ..shared.training_images import BatchedDataset, TrainingImages
 from .settings import FinetuneConfig
 
 
@@ -33,12 +33,12 @@ class FineTuner:
         dataset: training images with labels.
         config: settings.
         sites: where the policy prunes; None: where it wants to.
-        wishes: the policy, or one like it, whose evidence and attention bias the game must serve.
+        wishes: the policy, or one with the same evidence and attention bias; the game provides both.
         generator: a CPU generator, chooses images.
         device: where to train.
-        processes: with whom the images of a step are shared.
-        images: where batches come from, if something else plays them, too, up to the same first site; None: made anew
-            from the dataset.
+        processes: the processes that share the images of a step.
+        images: where batches come from, if they are already prepared for the same first site; None: made from the
+            dataset.
 
     Raises:
         ValueError: for fewer images per step than processes.
@@ -137,7 +137,7 @@ class FineTuner:
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """All that the coming steps depend on, but for the generator."""
+        """All that the coming steps depend on, except the generator."""
         return {
             "model": self.backbone.model.state_dict(),
             "teacher": {} if self.teacher is None else self.teacher.model.state_dict(),
@@ -147,7 +147,7 @@ class FineTuner:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from the result of `state`."""
         self.backbone.model.load_state_dict(state["model"])
         if self.teacher is not None:
             self.teacher.model.load_state_dict(state["teacher"])
@@ -163,7 +163,7 @@ class FineTuner:
 
     @property
     def _own_gpu(self) -> list[torch.device]:
-        """The GPU of this process, if it has one; those of the others are none of its business."""
+        """The GPU of this process, if it has one."""
         return [self.images.device] if self.images.device.type == "cuda" else []
 
     def _learning(self) -> list[tuple[str, torch.nn.Parameter]]:

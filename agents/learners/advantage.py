@@ -13,26 +13,29 @@ def generalized_advantage(
 
     An agent's episode ends at the step where it is pruned, or at the last one: nothing is bootstrapped across that
     step. With delta_t = r_t + discount * V_{t+1} - V_t, A_t = delta_t + discount * trace * A_{t+1}. Returns for the
-    critic are `advantage + value`.
+    critic are `advantage + value`. Between two decisions an agent may wait for some steps; its rewards of these steps
+    are then added to that of the decision before, and t + 1 stands for its next decision.
 
     Args:
         reward: `[T, B, N]`.
-        value: `[T, B, N]`, whatever at agent-steps that are not alive.
+        value: `[T, B, N]`; ignored at agent-steps that are not alive.
         alive: `[T, B, N]` bool, agents that acted.
         terminated: `[T, B, N]` bool, agents whose episode ended with that action.
         discount: gamma, 0 to 1.
         trace: lambda, 0 (one step) to 1 (Monte Carlo).
 
     Returns:
-        `[T, B, N]`, zero where nobody acted.
+        `[T, B, N]`, zero where no agent acted.
     """
     advantage = torch.zeros_like(value)
-    following = torch.zeros_like(value[0])
-    next_value = torch.zeros_like(value[0])
+    following, next_value, waiting = (torch.zeros_like(value[0]) for _ in range(3))
     for step in reversed(range(len(reward))):
-        goes_on = alive[step] & ~terminated[step]
-        delta = reward[step] + discount * next_value * goes_on - value[step]
-        following = torch.where(alive[step], delta + discount * trace * following * goes_on, 0.0)
-        advantage[step] = following
-        next_value = torch.where(alive[step], value[step], 0.0)
+        acted = alive[step]
+        goes_on = acted & ~terminated[step]
+        paid = reward[step] + waiting * goes_on
+        delta = paid + discount * next_value * goes_on - value[step]
+        following = torch.where(acted, delta + discount * trace * following * goes_on, following)
+        advantage[step] = torch.where(acted, following, 0.0)
+        next_value = torch.where(acted, value[step], next_value)
+        waiting = torch.where(acted, 0.0, waiting + reward[step])
     return advantage

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import NumericalError
 from ...types import Episode
+from .advantage import generalized_advantage
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,27 @@ class Trajectory:
     converted by `flat` and `dense`.
     """
 
-    tokens: Tensor  # [M, D] what each agent saw of itself
+    tokens: Tensor  # [M, D] each agent's own token
     cls: Tensor  # [T * B, D] the class token of each image at each step
     image: Tensor  # [M] int64, row of `cls` that belongs to each agent-step
-    keep: Tensor  # [M] bool, the action drawn
+    action: Tensor  # [M] int64, the action drawn
     log_prob: Tensor  # [M] its log-probability when it was drawn
     reward: Tensor  # [T, B, N]
-    alive: Tensor  # [T, B, N] bool, agents that acted
+    alive: Tensor  # [T, B, N] bool, agents that acted; those that wait do not
     terminated: Tensor  # [T, B, N] bool, agents whose game ended with that action
+    mask: Tensor | None = None  # [M, A] bool, actions that made sense; None: all of them
 
     @classmethod
-    def of(cls, episode: Episode, actions: Sequence[Tensor], log_probs: Sequence[Tensor]) -> Trajectory:
-        """Collect what an exploring policy saw and did.
+    def of(
+        cls, episode: Episode, actions: Sequence[Tensor], log_probs: Sequence[Tensor], masks: Sequence[Tensor] = ()
+    ) -> Trajectory:
+        """Collect the observations and actions of an exploring policy.
 
         Args:
             episode: a recorded episode with rewards.
-            actions: per step `[sum n_i]` bool.
+            actions: per step `[sum n_i]` int64.
             log_probs: per step `[sum n_i]`.
+            masks: per step `[sum n_i, A]` bool, actions that made sense; empty: all of them.
 
         Raises:
             ValueError: if the episode was played without labels or without recording.
@@ -50,34 +55,52 @@ class Trajectory:
             raise ValueError("episode: expected one played with labels and record=True")
         if not torch.isfinite(episode.reward).all():
             raise NumericalError("reward: expected finite numbers, got NaN or infinity")
-        alive = episode.alive
+        alive = torch.stack([obs.alive for obs in episode.observations])
         steps, batch, _ = alive.shape
         rows = _agent_major_rows(alive)
         total = int(alive.sum())
         first = episode.observations[0].tokens
         tokens = first.new_empty(total, first.shape[1])
         image = torch.empty(total, dtype=torch.int64, device=first.device)
-        keep = torch.empty(total, dtype=torch.bool, device=first.device)
+        action = torch.empty(total, dtype=torch.int64, device=first.device)
         log_prob = first.new_empty(total)
+        mask = masks[0].new_empty(total, masks[0].shape[1]) if masks else None
         for step, obs in enumerate(episode.observations):
             row = rows[step, obs.image, obs.token]
             tokens[row] = obs.tokens
             image[row] = obs.image + step * batch
-            keep[row] = actions[step]
+            action[row] = actions[step]
             log_prob[row] = log_probs[step]
+            if mask is not None:
+                mask[row] = masks[step]
         classes = torch.cat([obs.cls for obs in episode.observations])
         assert len(classes) == steps * batch
-        return cls(tokens, classes, image, keep, log_prob, episode.reward, alive, episode.terminated)
+        terminated = alive & episode.terminated
+        return cls(tokens, classes, image, action, log_prob, episode.reward, alive, terminated, mask)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def advantage(self, value: Tensor, discount: float, trace: float) -> Tensor:
+        """Generalised advantage estimates, see `generalized_advantage`.
+
+        Args:
+            value: `[M]`, of each agent-step.
+            discount: gamma, 0 to 1.
+            trace: lambda, 0 to 1.
+
+        Returns:
+            `[M]`; advantage + value are the TD(lambda) returns.
+        """
+        table = self.dense(value)
+        return self.flat(generalized_advantage(self.reward, table, self.alive, self.terminated, discount, trace))
 
     def flat(self, table: Tensor) -> Tensor:
         """The live entries of `[T, B, N]` as `[M]`, agent by agent."""
         return table.permute(1, 2, 0)[self.alive.permute(1, 2, 0)]
 
     def dense(self, values: Tensor) -> Tensor:
-        """`[M]` spread over `[T, B, N]`, zero where nobody acted."""
+        """`[M]` spread over `[T, B, N]`, zero where no agent acted."""
         steps, batch, agents = self.alive.shape
         table = values.new_zeros(batch, agents, steps)
         table[self.alive.permute(1, 2, 0)] = values
@@ -86,19 +109,21 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Lanes:
-    """What an update looks at: the M live agent-steps of a `Trajectory`, prepared for both networks."""
+    """The M live agent-steps of a `Trajectory`, prepared for the update of both networks."""
 
     tokens: Tensor  # [M, D] standardised
     image: Tensor  # [M] int64, row of the trajectory's `cls`
-    keep: Tensor  # [M] bool, the action drawn
+    action: Tensor  # [M] int64, the action drawn
     log_prob: Tensor  # [M] its log-probability when it was drawn
     advantage: Tensor  # [M]
     value: Tensor  # [M] the critic's before the update
     target: Tensor  # [M] returns, in the critic's units
+    mask: Tensor | None = None  # [M, A] bool, actions that made sense; None: all of them
 
     def take(self, rows: Tensor) -> Lanes:
         """Some of them, `[rows]` int64."""
-        return Lanes(**{name: column.index_select(0, rows) for name, column in vars(self).items()})
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return Lanes(**{name: column.index_select(0, rows) for name, column in columns.items()})
 
 
 def _agent_major_rows(alive: Tensor) -> Tensor:
@@ -115,15 +140,15 @@ class GameBuffer(ReplayBuffer):
         self._trajectory: Trajectory | None = None
 
     def store(self, trajectory: Trajectory) -> None:
-        """Replace what is held."""
+        """Replace the stored games."""
         self._trajectory = trajectory
 
     @property
     def trajectory(self) -> Trajectory:
-        """What is held.
+        """The stored games.
 
         Raises:
-            RuntimeError: if that is nothing.
+            RuntimeError: if there are none.
         """
         if self._trajectory is None:
             raise RuntimeError("buffer: nothing was collected since the last update")
@@ -133,12 +158,12 @@ class GameBuffer(ReplayBuffer):
         return 0 if self._trajectory is None else len(self._trajectory)
 
     def reset(self, keep_statistics: bool = False) -> None:
-        """Forget the games."""
+        """Remove the stored games."""
         super().reset(keep_statistics)
         self._trajectory = None
 
     def hasnull(self) -> bool:
-        """False: `Trajectory.of` has refused what is not finite."""
+        """False: `Trajectory.of` refuses rewards that are not finite."""
         return False
 
     def unfinished_index(self) -> np.ndarray:
@@ -157,7 +182,7 @@ class GameBuffer(ReplayBuffer):
         terminated = trajectory.flat(trajectory.terminated).cpu().numpy()
         batch = Batch(
             obs=Batch(token=trajectory.tokens, image=trajectory.image),
-            act=trajectory.keep.long(),
+            act=trajectory.action,
             rew=trajectory.flat(trajectory.reward).cpu().numpy(),
             terminated=terminated,
             truncated=np.zeros_like(terminated),

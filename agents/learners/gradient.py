@@ -6,21 +6,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 from tianshou.algorithm import Algorithm
-from tianshou.algorithm.optim import LRSchedulerFactory
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from ..runs.processes import Processes
+from ..shared.processes import Processes
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}  # of activations kept for the backward pass
 LEAST_ROWS = 256  # below, matrix products become inefficient
 
 
 def chunk_rows(widths: Sequence[int], device_type: str) -> int:
-    """How many agent-steps to backpropagate at once, unless told.
+    """How many agent-steps to backpropagate at once by default.
 
-    As many as have 32 MiB of activations on a CPU: 1872 rows with the paper's widths on DeiT-S. Fewer than 1024 rows
+    As many as have 32 MiB of activations on a CPU: 1872 rows with the widths of RL4EViT on DeiT-S. Fewer than 1024 rows
     made its matrix products slower; more cost memory and gained no time. Elsewhere 1 GiB, because memory alone is the
     limit of a GPU; not measured.
 
@@ -33,7 +30,7 @@ def chunk_rows(widths: Sequence[int], device_type: str) -> int:
 
 
 class Shared:
-    """What all chunks of a minibatch use alike, computed once; their gradients are passed on together at the end.
+    """Tensors that all chunks of a minibatch use, computed once; their gradients are backpropagated once at the end.
 
     Args:
         tensors: results of differentiable computations.
@@ -47,7 +44,7 @@ class Shared:
         self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
 
     def backward(self) -> None:
-        """Send on what has been collected in the leaves."""
+        """Backpropagate the gradients that have accumulated in `leaves` through the original tensors."""
         torch.autograd.backward(self.tensors, [leaf.grad for leaf in self.leaves])
 
 
@@ -58,11 +55,11 @@ class GradientStep(Algorithm.Optimizer):
         """One optimiser step.
 
         Args:
-            accumulate: leaves the gradient in the parameters, which hold none before; returns what to report.
-            processes: whose gradients are summed.
+            accumulate: adds the gradient to the parameters, which have none before; returns numbers to report.
+            processes: their gradients are summed.
 
         Returns:
-            What `accumulate` returned, and the norm of the gradient before clipping.
+            The numbers that `accumulate` returned, and the norm of the gradient before clipping.
         """
         self._optim.zero_grad()
         report = accumulate()
@@ -73,20 +70,3 @@ class GradientStep(Algorithm.Optimizer):
             nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
         self._optim.step()
         return report, norm
-
-
-class LinearDecay(LRSchedulerFactory):
-    """Learning rate falling linearly from its initial value to a fraction of it; never below.
-
-    Args:
-        updates: over how many updates.
-        final: the fraction at the end.
-    """
-
-    def __init__(self, updates: int, final: float) -> None:
-        self.updates = updates
-        self.final = final
-
-    def create_scheduler(self, optim: Optimizer) -> LambdaLR:
-        """One step per update."""
-        return LambdaLR(optim, lambda done: 1 - (1 - self.final) * min(1.0, done / max(1, self.updates - 1)))

@@ -1,4 +1,4 @@
-"""The two losses of PPO (paper 000, Eq. 3 and 4)."""
+"""The two losses of PPO (RL4EViT, Eq. 3 and 4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def policy_loss(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
-    """Clipped policy objective of paper 000, Eq. 3, as a loss: its negative mean over agent-steps.
+    """Clipped policy objective of RL4EViT, Eq. 3, as a loss: its negative mean over agent-steps.
 
     Args:
         ratio: `[rows]`, probability of each action now over what it was when drawn.
@@ -25,7 +25,7 @@ def policy_loss(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float 
 def value_loss(
     value: Tensor, old: Tensor, target: Tensor, clip: float | None, huber_delta: float | None = None
 ) -> Tensor:
-    """Clipped value loss of paper 000, Eq. 4, mean over agent-steps.
+    """Clipped value loss of RL4EViT, Eq. 4, mean over agent-steps.
 
     Clipped is the new value, to within `clip` of the old one; as printed, Eq. 4 clips the old value around itself,
     which would do nothing.

@@ -1,7 +1,7 @@
 """MAPPO: tianshou's PPO on the live agent-steps of the token game, with a critic that also sees the class token.
 
-Paper 000, Eq. 3 and 4 (after Yu et al., 2022). With value normalisation, Huber loss and the like switched off, an
-update equals tianshou's stock PPO on the same flat agent-steps.
+RL4EViT, Eq. 3 and 4 (after Yu et al., 2022). Without value normalisation and Huber loss an update equals tianshou's
+stock PPO on the same flat agent-steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.a2c import A2CTrainingStats
 from tianshou.algorithm.optim import AdamOptimizerFactory, OptimizerFactory
@@ -21,17 +20,15 @@ from tianshou.data import ReplayBuffer, SequenceSummaryStats
 from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, RolloutBatchProtocol
 from torch import Tensor
 
-from ...errors import NumericalError
-from ..networks import TokenActor, TokenCritic, keep_entropy, keep_log_prob, standardize
-from ..runs.processes import Processes
-from .advantage import generalized_advantage
+from ...envs.actions import ActionKind, KeepActions
+from ...envs.distributions import ActionDistribution
+from ..networks import TokenActor, TokenCritic, standardize
+from ..shared.processes import Processes
+from ..shared.settings import check
 from .buffer import GameBuffer, Lanes, Trajectory
 from .gradient import GradientStep, Shared, chunk_rows
-from .gradient import LinearDecay as LinearDecay
-from .losses import normalized
-from .losses import policy_loss as policy_loss
-from .losses import value_loss as value_loss
-from .tianshou_policy import ActorOnRows, TokenwisePolicy
+from .learner import LearnerConfig, Parts, finite_table, minibatches, tokenwise_policy
+from .losses import normalized, policy_loss, value_loss
 from .value_norm import ValueNorm
 
 Precision = Literal["fp32", "bf16"]
@@ -45,6 +42,71 @@ class MAPPOStats(A2CTrainingStats):
     clip_frac: float  # share of agent-steps whose ratio lay outside the clipping range
     explained_variance: float  # of the returns, by the critic before the update
     grad_norm: float  # of the joint gradient before clipping, mean over gradient steps
+
+
+@dataclass(frozen=True)
+class MAPPOConfig(LearnerConfig):
+    """Multi-agent PPO: every token is an agent, all share actor and critic; the defaults learn best in minutes."""
+
+    clip: float = 0.2
+    """Range of the probability ratio (RL4EViT, Eq. 3)."""
+    value_clip: float | None = 0.2
+    """Range of the new value around the old one (Eq. 4); None: no clipping."""
+    discount: float = 1.0
+    """gamma; a game has as many steps as there are sites."""
+    trace: float = 0.95
+    """lambda of the advantage estimate."""
+    entropy: float = 0.01
+    """Weight of the entropy bonus."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    normalize_advantages: bool = True
+    """Whether advantages are standardised in every minibatch."""
+    value_norm: bool = False
+    """Whether the critic learns normalised returns."""
+    huber_delta: float | None = None
+    """Error above which the value loss grows linearly; None: squared error."""
+    update_chunk: int | None = None
+    """Agent-steps whose gradient is computed at once and summed over a minibatch: less memory, the same gradient. None:
+    as many as fit the cache."""
+    precision: Precision = "fp32"
+    """Of the matrix products of an update: bf16 is faster where the processor has it, gradients then differ by per
+    cents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "update_chunk", self.update_chunk is None or self.update_chunk >= 1, "at least 1 or None")
+        check(self, "precision", self.precision in get_args(Precision), "'fp32' or 'bf16'")
+        for name in ("value_clip", "huber_delta"):
+            check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0 or None")
+        check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
+        for name in ("discount", "trace"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+
+    def algorithm(self, parts: Parts) -> MAPPO:
+        """MAPPO with these settings."""
+        return MAPPO(critic=cast(TokenCritic, parts.critic), **self.arguments(parts))
+
+    def arguments(self, parts: Parts) -> dict[str, Any]:
+        """The arguments of `MAPPO`, but for the critic."""
+        return {
+            "actor": parts.actor,
+            "optim": parts.optim,
+            "actions": parts.actions,
+            "generator": parts.generator,
+            "clip": self.clip,
+            "value_clip": self.value_clip,
+            "huber_delta": self.huber_delta,
+            "value_norm": self.value_norm,
+            "advantage_normalization": self.normalize_advantages,
+            "vf_coef": self.value_coef,
+            "ent_coef": self.entropy,
+            "max_grad_norm": self.max_grad_norm,
+            "gae_lambda": self.trace,
+            "gamma": self.discount,
+            "update_chunk": self.update_chunk,
+            "precision": self.precision,
+        }
 
 
 class MAPPO(PPO):
@@ -71,8 +133,9 @@ class MAPPO(PPO):
             same gradient. None: as many as `chunk_rows` says.
         precision: of the matrix products of an update; `bf16` runs them under `torch.autocast`, parameters, losses
             and sums over chunks stay in fp32. Play is not affected.
-        return_scaling: not supported, `value_norm` is what it is for.
+        return_scaling: not supported; `value_norm` serves the same purpose.
         generator: of the minibatches; a CPU generator. None: seeded with 0.
+        actions: what the actor's actions mean; None: prune or keep.
 
     Raises:
         ValueError: for `return_scaling=True`, a `dual_clip` of 1 or less, an `update_chunk` below 1, or an unknown
@@ -80,7 +143,7 @@ class MAPPO(PPO):
     """
 
     Optimizer = GradientStep
-    processes = Processes()  # who trains together; the trainer sets it
+    processes = Processes()  # the processes that train together; `train` sets it
 
     def __init__(
         self,
@@ -105,6 +168,7 @@ class MAPPO(PPO):
         precision: Precision = "fp32",
         return_scaling: bool = False,
         generator: torch.Generator | None = None,
+        actions: ActionKind | None = None,
     ) -> None:
         if return_scaling:
             raise ValueError("return_scaling: expected False, got True; use value_norm=True to normalise returns")
@@ -115,7 +179,7 @@ class MAPPO(PPO):
         if precision not in get_args(Precision):
             raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
         super().__init__(
-            policy=TokenwisePolicy(actor=cast(Any, ActorOnRows(actor)), action_space=Discrete(2)),
+            policy=tokenwise_policy(actor),
             critic=critic,
             optim=AdamOptimizerFactory(lr=1e-3, eps=1e-5) if optim is None else optim,
             eps_clip=clip,
@@ -131,6 +195,7 @@ class MAPPO(PPO):
             gamma=gamma,
         )
         self.actor = actor
+        self.actions: ActionKind = KeepActions() if actions is None else actions
         self.update_chunk = update_chunk
         self.precision = precision
         self.value_eps = value_clip
@@ -140,7 +205,7 @@ class MAPPO(PPO):
 
     @property
     def token_critic(self) -> TokenCritic:
-        """The critic, by its own type."""
+        """The critic as a `TokenCritic`."""
         return cast(TokenCritic, self.critic)
 
     def _preprocess_batch(
@@ -163,10 +228,7 @@ class MAPPO(PPO):
         out = cast(Any, batch)
         out.v_s = self._values(games)
         value = out.v_s if self.value_norm is None else self.value_norm.denormalize(out.v_s)
-        table = generalized_advantage(
-            games.reward, games.dense(value), games.alive, games.terminated, self.gamma, self.gae_lambda
-        )
-        out.adv = games.flat(table)
+        out.adv = games.advantage(value, self.gamma, self.gae_lambda)
         out.returns = self._targets(out.adv + value, value)
         return cast(BatchWithAdvantagesProtocol, batch)
 
@@ -191,8 +253,8 @@ class MAPPO(PPO):
     def _update_with_batch(self, batch: LogpOldProtocol, batch_size: int | None, repeat: int) -> MAPPOStats:
         """`repeat` epochs of minibatches of `batch_size` agent-steps.
 
-        The loop is tianshou's; it is written anew because splitting a `Batch` copies every field, and stock PPO draws
-        an action in every forward pass and synchronises four times per minibatch.
+        The loop is tianshou's. It is written anew here because splitting a `Batch` copies every field, and because
+        stock PPO draws an action in every forward pass and synchronises four times per minibatch.
 
         Raises:
             NumericalError: if a loss is not finite.
@@ -215,15 +277,7 @@ class MAPPO(PPO):
                 part = rows[own] - first, some[own], len(rows)
                 log, norm = step(partial(self._gradient, lanes, games.cls, *part), self.processes)
                 logs.append(torch.cat([log, norm[None]]))
-        table = torch.stack(logs)
-        table[:, :6] = self.processes.sum(table[:, :6])
-        table = table.cpu()
-        if not torch.isfinite(table).all():
-            bad = int((~torch.isfinite(table)).any(dim=1).sum())
-            raise NumericalError(
-                f"loss: expected finite numbers, got NaN or infinity in {bad} of {len(table)} minibatches; "
-                "training stops and the last checkpoint is kept (a smaller learning rate may help)"
-            )
+        table = finite_table(logs, 6, self.processes)
         loss, actor_loss, vf_loss, ent_loss = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T[:4])
         approx_kl, clip_frac = table[last_epoch:, 4:6].mean(0).tolist()
         return MAPPOStats(
@@ -239,19 +293,13 @@ class MAPPO(PPO):
         )
 
     def _minibatches(self, length: int, size: int | None) -> Iterator[Tensor]:
-        """Random rows in groups of `size`; a remainder joins the last group, as `Batch.split(merge_last=True)` does.
-
-        Within a group they are in order, so that chunks of it read memory front to back.
-        """
-        order = torch.randperm(length, generator=self.generator)
-        count = 1 if size is None else max(1, length // size)
-        starts = [index * (size or 0) for index in range(count)]
-        for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            yield order[start:stop].sort().values
+        """Random rows in groups of `size`, see `minibatches`."""
+        return minibatches(length, size, self.generator)
 
     def _lanes(self, games: Trajectory, batch: LogpOldProtocol) -> Lanes:
         fields = cast(Any, batch)
-        return Lanes(self._seen, games.image, games.keep, games.log_prob, fields.adv, fields.v_s, fields.returns)
+        columns = games.action, games.log_prob, fields.adv, fields.v_s, fields.returns, games.mask
+        return Lanes(self._seen, games.image, *columns)
 
     def _gradient(self, lanes: Lanes, cls: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
         """Add the gradient of the loss to the parameters; see `_loss` for what is returned.
@@ -266,9 +314,9 @@ class MAPPO(PPO):
         for chunk, of_chunk in zip(rows.split(size), advantage.split(size), strict=True):
             some = replace(lanes.take(chunk), advantage=of_chunk)
             with self._autocast():
-                logit = self.actor.keep_logit_folded(some.tokens, *actor.leaves).float()
+                logits = self.actor.logits_folded(some.tokens, *actor.leaves)
                 value = self.token_critic.value_folded(some.tokens, some.image, *critic.leaves).float()
-            loss, part = self._loss(some, logit, value)
+            loss, part = self._loss(some, self.actions.distribution(in_fp32(logits), some.mask), value)
             share = len(chunk) / everyones
             (share * loss).backward()
             log += share * part
@@ -276,13 +324,13 @@ class MAPPO(PPO):
         critic.backward()
         return log
 
-    def _loss(self, lanes: Lanes, logit: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, lanes: Lanes, chance: ActionDistribution, value: Tensor) -> tuple[Tensor, Tensor]:
         """Total loss on some rows, and detached `[6]`: total, policy, value, entropy, approximate KL, clipped share."""
-        log_ratio = keep_log_prob(logit, lanes.keep) - lanes.log_prob
+        log_ratio = chance.log_prob(lanes.action) - lanes.log_prob
         ratio = log_ratio.exp()
         actor_loss = policy_loss(ratio, lanes.advantage, self.eps_clip, self.dual_clip)
         vf_loss = value_loss(value, lanes.value, lanes.target, self.value_eps, self.huber_delta)
-        entropy = keep_entropy(logit).mean()
+        entropy = chance.entropy().mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():
             approx_kl, clip_frac = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > self.eps_clip).float().mean()
@@ -297,3 +345,11 @@ class MAPPO(PPO):
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._seen.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def in_fp32(logits: Tensor) -> Tensor:
+    """Logits `[rows, A]` of any precision as fp32. Of half-precision ones only the differences to the first are kept.
+
+    The differences are what probabilities depend on; they are rounded once, as half-precision numbers.
+    """
+    return logits if logits.dtype == torch.float32 else (logits - logits[:, :1]).float()

@@ -1,4 +1,4 @@
-"""Single-agent PPO: one agent decides for all tokens of an image at once, the ablation of paper 000, Table II.
+"""Single-agent PPO: one agent decides for all tokens of an image at once, the ablation of RL4EViT, Table II.
 
 The actor is MAPPO's, token by token, so that a joint action is a product of independent choices. What differs is the
 credit: one reward, one value, one advantage and one probability ratio, that of the joint action, per image and step.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from tianshou.data import ReplayBuffer
@@ -16,17 +16,20 @@ from tianshou.data.types import BatchWithAdvantagesProtocol, LogpOldProtocol, Ro
 from torch import Tensor, nn
 
 from ...engine.tokens import segment_mean
-from ..networks import TokenCritic, keep_entropy, keep_log_prob
+from ...game.rewards import START_PRICE, RewardFn, TeamOutcome
+from ..networks import TokenCritic
 from .advantage import generalized_advantage
 from .buffer import GameBuffer, Trajectory
+from .learner import Parts
 from .losses import policy_loss, value_loss
-from .mappo import MAPPO
+from .mappo import MAPPO, MAPPOConfig, in_fp32
 
 
 class ImageCritic(nn.Module):
     """An image's tokens to one value: MAPPO's critic on their mean, plus a term linear in how many are left.
 
-    The mean does not say how many tokens there are, and what is yet to pay is nearly proportional to that.
+    The mean does not depend on how many tokens there are, but the price that is still to be paid is nearly proportional
+    to that number.
 
     Args:
         embed_dim: D.
@@ -70,7 +73,7 @@ class ImageSteps:
 
     @classmethod
     def of(cls, games: Trajectory) -> ImageSteps:
-        """Put together what the tokens of an image saw and were paid."""
+        """Means of the tokens and sums of the rewards of every image and step."""
         steps, images, _ = games.alive.shape
         row = games.image % images * steps + games.image // images
         return cls(
@@ -84,7 +87,7 @@ class ImageSteps:
 
 @dataclass(frozen=True)
 class JointLanes:
-    """What an update looks at, beside the agent-steps themselves."""
+    """What an update needs beside the agent-steps themselves."""
 
     seen: ImageSteps
     advantage: Tensor  # [S]
@@ -104,6 +107,37 @@ def joint_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
         `[S]`, zero where no token acted.
     """
     return values.new_zeros(rows).index_add(0, row, values)
+
+
+@dataclass(frozen=True)
+class PPOSingleConfig(MAPPOConfig):
+    """Single-agent PPO: one agent decides for all tokens of an image; settings as in `MAPPOConfig`."""
+
+    joint: ClassVar[bool] = True
+
+    def default_reward(self) -> RewardFn:
+        """The reward of `train` if none is given."""
+        return TeamOutcome(price=START_PRICE)
+
+    def check_reward(self, reward: RewardFn) -> None:
+        """Refuse a reward that is meant for single tokens.
+
+        Raises:
+            ValueError: unless the reward has an attribute `for_team` that is true.
+        """
+        if not getattr(reward, "for_team", False):
+            raise ValueError(
+                f"reward: expected one for a team, such as TeamOutcome, with single-agent PPO (others pay token by "
+                f"token), got {type(reward).__name__}"
+            )
+
+    def critic(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> nn.Module:
+        """The network that values images."""
+        return ImageCritic(embed_dim, self.networks.critic_widths(embed_dim), generator)
+
+    def algorithm(self, parts: Parts) -> PPOSingle:
+        """Single-agent PPO with these settings."""
+        return PPOSingle(critic=cast(Any, parts.critic), **self.arguments(parts))
 
 
 class PPOSingle(MAPPO):
@@ -174,13 +208,14 @@ class PPOSingle(MAPPO):
         mine = (place[seen.row] >= 0).nonzero().squeeze(1)
         row = place[seen.row[mine]]
         with self._autocast():
-            logit = self.actor.keep_logit(games.tokens[mine]).float()
+            logits = in_fp32(self.actor(games.tokens[mine]))
             value = self.critic(seen.mean[rows], seen.cls[rows], seen.left[rows]).float()
-        log_ratio = joint_sum(keep_log_prob(logit, games.keep[mine]) - games.log_prob[mine], row, len(rows))
+        chance = self.actions.distribution(logits, None if games.mask is None else games.mask[mine])
+        log_ratio = joint_sum(chance.log_prob(games.action[mine]) - games.log_prob[mine], row, len(rows))
         ratio = log_ratio.exp()
         actor_loss = policy_loss(ratio, advantage, self.eps_clip, self.dual_clip)
         vf_loss = value_loss(value, lanes.value[rows], lanes.target[rows], self.value_eps, self.huber_delta)
-        entropy = joint_sum(keep_entropy(logit), row, len(rows)).mean()
+        entropy = joint_sum(chance.entropy(), row, len(rows)).mean()
         loss = actor_loss + self.vf_coef * vf_loss - self.ent_coef * entropy
         with torch.no_grad():
             approx_kl = (ratio - 1 - log_ratio).mean()

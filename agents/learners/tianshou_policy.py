@@ -18,12 +18,12 @@ class ActorOnRows(nn.Module):
         self.actor = actor
 
     def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
-        """Logits `[rows, 2]`."""
+        """Logits `[rows, A]`."""
         return self.actor(obs.token), state
 
 
 class TokenwisePolicy(DiscreteActorPolicy):
-    """tianshou's policy without its start-up: seconds of compiling numba kernels that dense games do not use."""
+    """tianshou's policy without the compilation of numba kernels, which takes seconds and is not needed here."""
 
     @staticmethod
     def _compile() -> None:

@@ -11,8 +11,8 @@ MIN_VARIANCE = 1e-6
 class ValueNorm(nn.Module):
     """Exponential mean and variance of the returns, with the start-up bias removed.
 
-    The reference implementation clamps the variance at 1e-2, which leaves rewards as small as the paper's bonus / n
-    all but unnormalised; here the floor is 1e-6.
+    The reference implementation clamps the variance at 1e-2, which leaves rewards as small as the bonus / n of RL4EViT
+    almost unnormalised; here the floor is 1e-6.
 
     Args:
         decay: weight of the past at each update.

@@ -20,8 +20,8 @@ from ...game.rollout import play
 from ...game.token_game import TokenGame
 from ...types import Episode
 from ..learners.buffer import GameBuffer, Trajectory
-from ..policies import ExploringPolicy
-from .processes import Processes
+from ..learners.exploration import ExploringPolicy
+from ..shared.processes import Processes
 
 DrawImages = Callable[[int], tuple[Tensor | TokenState, Tensor]]
 
@@ -40,20 +40,30 @@ class GameStats(CollectStats):
     """Share of all tokens alive after each site."""
 
 
+@dataclass(frozen=True)
+class GameResults:
+    """How a batch of games ended."""
+
+    n_kept: Tensor  # [B, T] int64, tokens that go on after each site
+    macs: Tensor  # [B] float64, MACs of each image, policy included
+    correct: Tensor  # [B] bool
+
+
 class GameCollector(BaseCollector[GameStats]):
     """Plays a batch of games with an exploring policy and stores its live agent-steps.
 
     Args:
-        algorithm: whose policy tianshou switches between training and evaluation mode.
-        explorer: who plays.
+        algorithm: its policy is switched between training and evaluation mode by tianshou.
+        explorer: the policy that plays.
         game: what is played; its `reward` may be replaced between calls.
         draw: how to get this process's share of a number of images (or prepared states), with labels.
         buffer: where the agent-steps go.
-        processes: who plays the other shares; statistics are over all of them.
+        processes: the processes that train together; statistics are over the games of all of them.
         amp: whether the backbone runs in bfloat16 where that is safe (`torch.autocast`); the actor never does.
 
     Attributes:
         played: games played in this run, by all processes.
+        last: results of the last batch of games, of all processes.
     """
 
     def __init__(
@@ -69,7 +79,7 @@ class GameCollector(BaseCollector[GameStats]):
         self.processes = Processes() if processes is None else processes
         self.amp = amp
         self.played = 0
-        self.macs = torch.empty(0, dtype=torch.float64)
+        self.last: GameResults | None = None
         self.explorer = explorer
         self.game = game
         self.draw = draw
@@ -114,7 +124,7 @@ class GameCollector(BaseCollector[GameStats]):
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
             episode = play(self.game, self.explorer, images, labels, record=True)
         seen = replace(episode, observations=tuple(map(self.explorer.view, episode.observations)))
-        self.games.store(Trajectory.of(seen, self.explorer.actions, self.explorer.log_probs))
+        self.games.store(Trajectory.of(seen, self.explorer.actions, self.explorer.log_probs, self.explorer.masks))
         self.collect_step += n_episode * self.game.num_steps
         self.collect_episode += n_episode
         return self._stats(episode)
@@ -125,7 +135,7 @@ class GameCollector(BaseCollector[GameStats]):
         assert episode.reward is not None
         assert outcome.correct is not None
         n_kept = everyone(outcome.n_kept)
-        self.macs = everyone(outcome.macs)
+        self.last = results = GameResults(n_kept, everyone(outcome.macs), everyone(outcome.correct))
         batch, steps = n_kept.shape
         rates = (n_kept.double().mean(dim=0) / self.game.num_agents).tolist()
         return GameStats(
@@ -133,15 +143,15 @@ class GameCollector(BaseCollector[GameStats]):
             n_collected_steps=batch * steps,
             returns=everyone(episode.reward.sum(dim=0).mean(dim=1).double()).cpu().numpy(),
             lens=np.full(batch, steps),
-            accuracy=float(everyone(outcome.correct).double().mean()),
-            macs=float(self.macs.mean()),
+            accuracy=float(results.correct.double().mean()),
+            macs=float(results.macs.mean()),
             policy_macs=float(everyone(outcome.policy_macs).mean()),
             keep={site.label: rate for site, rate in zip(self.game.sites, rates, strict=True)},
         )
 
 
 class _Board:
-    """The little that `BaseCollector` wants to know of an environment; the game itself is played by `play`."""
+    """What `BaseCollector` reads of an environment; the game itself is played by `play`."""
 
     action_space = Discrete(2)
 

@@ -1,4 +1,4 @@
-"""Is a run still worth going on with? Parameters and losses that have run away are noticed before they are saved."""
+"""Detection of divergence: NaN in parameters and exploding losses end a run before they are saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOOR = 1e-3  # losses below it are all alike
 
 
 def check_health(row: Mapping[str, float], history: Sequence[Mapping[str, float]], module: nn.Module) -> None:
-    """Refuse to go on from an update that has ruined the networks.
+    """Stop after an update that has ruined the networks.
 
     Args:
         row: metrics of the update.

@@ -18,7 +18,7 @@ def tokens_picture(game: TokenGame, policy: Policy, images: Tensor) -> np.ndarra
 
     Args:
         game: what is played.
-        policy: who prunes.
+        policy: decides what is pruned.
         images: `[B, C, H, W]`, stretched from their minimum to their maximum for display.
 
     Returns:

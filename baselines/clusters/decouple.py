@@ -1,4 +1,8 @@
-"""The frame of decouple and merge (Long et al., 2023): attentive and inattentive tokens, each merged in a way."""
+"""Decouple and merge (Long et al., 2023): attentive and inattentive tokens are separated and merged differently.
+
+The part that all mergers of the paper's Table 4 share; `DPCMerge`, `PoolMerge`, `KMeansMerge` and `SubSampleMerge` add
+how the inattentive tokens are merged.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...policy import BasePolicy, check_keep_rate, keep_top
-from ...types import Decision, Observation, Site
+from ...policy import BasePolicy, check_keep_rate, keep_top, mean_weights
+from ...types import Decision, Observation, Site, quarter_sites
 from ..argument_checks import per_site, whole_numbers
-from ..topk import attention_sites
-from .pairs import match_pairs
-from .token_lists import TokenLists, mean_weights
+from .pair_matching import merge_pairs
+from .token_lists import TokenLists
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What became of the inattentive tokens, M of them at most, as they are listed."""
+    """How the listed inattentive tokens are merged, at most M per image."""
 
-    target: Tensor  # [B, M] int64, place in the list of the token that each one merges into
+    target: Tensor  # [B, M] int64, place in the list of the token that each token merges into
     importance: Tensor | None = None  # [B, M], weights of the mean before they are normalised; None: class attention
-    features: Tensor | None = None  # [B, M, D], what the tokens are before they merge; None: as they are
-    macs: Tensor | float = 0.0  # [B] float64, what it cost
+    features: Tensor | None = None  # [B, M, D], replace the tokens' own features before they merge; None: no change
+    macs: Tensor | float = 0.0  # [B] float64, MACs of the merger
 
 
 class Plan(NamedTuple):
-    """What is to become of an image's tokens."""
+    """How many tokens of an image are merged, and into how many."""
 
     attentive: int
     inattentive: int
-    clusters: int  # tokens that the inattentive ones become; 0: they are dropped
-    pairs: int  # pairs of attentive tokens that become one token each
+    clusters: int  # tokens that the inattentive ones are merged into; 0: they are dropped
+    pairs: int  # pairs of attentive tokens that are merged into one token each
 
     @property
     def clustered(self) -> int:
@@ -43,7 +46,7 @@ class Plan(NamedTuple):
 
     @property
     def compared(self) -> int:
-        """Tokens among which pairs are looked for."""
+        """Tokens that are matched in pairs."""
         return self.attentive if self.pairs else 0
 
     @property
@@ -52,23 +55,27 @@ class Plan(NamedTuple):
         return self.attentive + self.clusters - self.pairs
 
 
-@dataclass(eq=False)  # mergers with weights are modules, which are hashed and equal to themselves only
+@dataclass(eq=False)  # mergers with weights are modules, which compare by identity
 class DecoupleAndMerge(BasePolicy):
-    """The frame that the method shares with the other mergers of its Table 4; a subclass says how to `merge`.
+    """What the mergers of the paper's Table 4 share; a subclass adds `merge` for the inattentive tokens.
 
     Of n tokens the `ceil(keep_rate * n)` with the largest class attention (mean over heads, Eq. 5) are attentive. The
-    others become a few tokens, and as many pairs of attentive tokens that resemble each other (cosine similarity)
-    become one token each, in the place of the more attentive one, so that `ceil(keep_rate * n)` tokens remain.
+    others, the inattentive tokens, are merged into a few tokens. As many pairs of similar attentive tokens (cosine
+    similarity) are merged into one token each, at the place of the more attentive one, so that `ceil(keep_rate * n)`
+    tokens remain.
 
-    Where the paper leaves it open: by default the inattentive tokens become a quarter as many, at least one, and not
-    more than there can be pairs; pairs are as many, taken greedily, the most similar first, no token in two of them;
-    similarity is that of the features after the attention residual. Eq. 8 sums with the raw attention s, which would
-    shrink a merged token to a few per cent of its norm; here the weights are s over their sum in the group.
+    Choices where the paper leaves it open: by default the inattentive tokens are merged into a quarter as many, at
+    least one, and at most as many as there can be pairs. There are as many pairs, taken greedily from the most similar
+    one on, no token in two of them. Similarity is that of the features after the attention residual. Eq. 8 sums with
+    the raw attention s, which would shrink a merged token to a few per cent of its norm; here the weights are s divided
+    by their sum over the group.
 
     Args:
         keep_rate: fraction that is attentive at every site, above 0 and at most 1.
-        clusters: tokens that the inattentive ones become, one number or one per site; never more than there are.
-        pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`; never more than there can be.
+        clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter; at most
+            the number of inattentive tokens is used.
+        pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`; at most half of the attentive
+            tokens is used.
     """
 
     keep_rate: float
@@ -83,10 +90,10 @@ class DecoupleAndMerge(BasePolicy):
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
-        return attention_sites(depth)
+        return quarter_sites(depth, later=1, inside=True)
 
     def plan(self, tokens: int, obs: Observation) -> Plan:
-        """What is to become of an image with so many tokens at this site."""
+        """The numbers for an image with `tokens` tokens at this site."""
         attentive = ceil(self.keep_rate * tokens)
         inattentive = tokens - attentive
         clusters = per_site("clusters", self.clusters, obs)
@@ -97,11 +104,11 @@ class DecoupleAndMerge(BasePolicy):
         return Plan(attentive, inattentive, clusters, min(clusters if pairs is None else pairs, attentive // 2))
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
-        """Merge the listed inattentive tokens of each image into `count` `[B]` groups; an empty list wants none."""
-        raise TypeError(f"{type(self).__name__} does not say how to merge")
+        """Merge the listed inattentive tokens of each image into `count` `[B]` groups, 0 for an empty list."""
+        raise TypeError(f"{type(self).__name__} does not define merge")
 
     def decide(self, obs: Observation) -> Decision:
-        """Decouple by class attention, then merge either part in its own way."""
+        """Separate the tokens by class attention, then merge each part."""
         plan = None if obs.count is None else self.plan(obs.count, obs)
         attentives, _, clusters, pairs = self._plans(obs, plan)
         attention = obs.scatter(obs.evidence["cls_attention"])
@@ -124,7 +131,7 @@ class DecoupleAndMerge(BasePolicy):
         lists = TokenLists.of(obs, attentive & (pairs > 0)[:, None], plan.compared if plan else None)
         if lists.width:
             most = plan.pairs if plan else int(pairs.max())
-            target = match(lists, lists.gather(attention), pairs, most)
+            target = merge_pairs(lists, lists.gather(attention), pairs, most)
             merge_into = lists.scatter(lists.token.gather(1, target), merge_into)
             macs = macs + lists.inner_product_macs()
         return Decision(
@@ -141,22 +148,3 @@ class DecoupleAndMerge(BasePolicy):
         table = [plan] if plan else [self.plan(tokens, obs) for tokens in range(obs.num_agents + 1)]
         row = torch.zeros_like(obs.num_alive) if plan else obs.num_alive
         return torch.tensor(table, device=row.device)[row].unbind(1)
-
-
-def match(lists: TokenLists, attention: Tensor, pairs: Tensor, most: int) -> Tensor:
-    """Where the listed attentive tokens go: the less attentive one of a pair to its partner.
-
-    Args:
-        lists: the tokens.
-        attention: `[B, M]`, their class attention.
-        pairs: `[B]`, pairs wanted.
-        most: the largest of `pairs`.
-
-    Returns:
-        `[B, M]` int64, places in the list.
-    """
-    partner = match_pairs(lists.cosines(), lists.valid, pairs, most)
-    itself = torch.arange(lists.width, device=partner.device).expand(partner.shape)
-    of_partner = attention.gather(1, partner)
-    goes = (of_partner > attention) | ((of_partner == attention) & (partner < itself))
-    return torch.where(goes, partner, itself)

@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def peak_scores(distances: Tensor, channels: int, neighbours: int) -> Tensor:
-    """How well every point would do as a cluster centre: log(density * distance to the next denser point).
+    """Score of every point as a cluster centre: log(density * distance to the nearest point of higher density).
 
-    Density is `exp(-mean of d^2 / C over the nearest points, itself among them)`, as in DPC-KNN (Du et al., 2016). In
-    logarithms, so that features of any scale keep their ranking.
+    The density is `exp(-mean of d^2 / C over the nearest points, the point itself included)`, as in DPC-KNN (Du et al.,
+    2016). Logarithms avoid underflow, so that features of any scale keep their ranking.
 
     Args:
-        distances: `[B, M, M]` squared Euclidean distances, infinite to and from points that are not there.
+        distances: `[B, M, M]` squared Euclidean distances, infinite to and from padding.
         channels: C, the width of the features.
-        neighbours: how many nearest points the density looks at; all where there are fewer.
+        neighbours: nearest points that the density is computed from; all where there are fewer.
 
     Returns:
-        `[B, M]`; minus infinity for points that are not there, and nowhere else.
+        `[B, M]`; minus infinity for padding, and only there.
     """
     valid = distances.diagonal(dim1=1, dim2=2).isfinite()
     nearest = distances.topk(min(neighbours, distances.shape[2]), dim=2, largest=False).values
@@ -30,22 +30,22 @@ def peak_scores(distances: Tensor, channels: int, neighbours: int) -> Tensor:
     farthest = distances.masked_fill(~valid[:, None, :], 0).amax(dim=2)
     separation = torch.where(to_denser.isfinite(), to_denser, farthest)
     scores = density + separation.log() / 2
-    # A point that coincides with a denser one has a score of -inf, and must still come before who is not there.
+    # A point that coincides with a denser one has a score of -inf, and must still rank before padding.
     return scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~valid, float("-inf"))
 
 
 def density_peaks(distances: Tensor, count: Tensor, channels: int, neighbours: int = 5) -> tuple[Tensor, Tensor]:
-    """Choose centres and give every other point to the nearest one.
+    """Choose the points with the best scores as centres and assign every other point to the nearest centre.
 
     Args:
-        distances: `[B, M, M]` squared Euclidean distances, infinite to and from points that are not there.
-        count: `[B]` clusters wanted, at least 1 and at most the points that are there, in images that have any.
+        distances: `[B, M, M]` squared Euclidean distances, infinite to and from padding.
+        count: `[B]` clusters wanted; in images with points at least 1 and at most their number.
         channels: C, the width of the features.
-        neighbours: how many nearest points the density looks at.
+        neighbours: nearest points that the density is computed from.
 
     Returns:
-        `[B, M]` bool, the centres, and `[B, M]` int64, the centre of every point (itself for a centre); of no meaning
-        for points that are not there.
+        `[B, M]` bool, the centres, and `[B, M]` int64, the centre of every point (itself for a centre); undefined for
+        padding.
     """
     scores = peak_scores(distances, channels, neighbours)
     ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -54,7 +54,7 @@ def density_peaks(distances: Tensor, count: Tensor, channels: int, neighbours: i
 
 
 def nearest_of(distances: Tensor, centres: Tensor) -> Tensor:
-    """The nearest centre of every point, `[B, M]` int64; a centre is its own, also where two coincide.
+    """The nearest centre of every point, `[B, M]` int64; that of a centre is itself, also where two coincide.
 
     Args:
         distances: `[B, M, M]`.

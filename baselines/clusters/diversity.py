@@ -1,4 +1,4 @@
-"""How diverse the tokens of an image are: the score r(Z) of decouple and merge (Long et al., 2023, Eq. 4)."""
+"""Diversity of the tokens of an image: the score r(Z) of decouple and merge (Long et al., 2023, Eq. 4)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Packed(Protocol):
 
 
 def diversity_score(packed: Packed) -> Tensor:
-    """`r(Z) = ||Z - 1 z^T||` of each image, z minimising it, in the l1 norm of all entries (Eq. 4).
+    """`r(Z) = min_z ||Z - 1 z^T||` of each image, in the l1 norm of all entries (Eq. 4).
 
-    The paper calls z "one of the tokens", and writes an argmin over all z'; this is the argmin as printed, without that
-    restriction: the median of every channel. The paper shows the score "at the final pruning layer": play a game, and
-    give its `state` afterwards. The sum is not divided by anything, so that it compares tokens of equal number.
+    The minimiser z is the median of every channel. The paper calls z "one of the tokens" but writes an argmin over all
+    z'; this is the argmin as printed. The paper shows the score "at the final pruning layer": play a game and pass its
+    `state` afterwards. The sum is not normalised, so compare only equal numbers of tokens.
 
     Args:
-        packed: the tokens; prefix tokens are not among them.
+        packed: the patch tokens.
 
     Returns:
         `[B]`, 0 for an image with one token or none.

@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 import torch
 
-from ...policy import BasePolicy, check_keep_rate
+from ...policy import BasePolicy, check_keep_rate, mean_weights
 from ...types import Decision, Observation
 from ..argument_checks import whole_number
 from .density_peaks import density_peaks
-from .token_lists import TokenLists, mean_weights
+from .token_lists import TokenLists
 
 
 @dataclass
 class DPCKNN(BasePolicy):
     """Cluster all alive tokens by density peaks and keep one token per cluster, the plain mean of its members.
 
-    At site s, `int(keep_rate ** s * N)` clusters of the original number N of tokens (at least 1, at most the tokens
-    that are there). Density looks at the 5 nearest tokens, the token itself included; the merged token sits where the
-    centre was. The public code breaks ties of density with random noise of 1e-6; here they stay ties.
+    At site s there are `int(keep_rate ** s * N)` clusters, N being the original number of tokens; at least 1 and at
+    most the current number of tokens. The density is computed from the 5 nearest tokens, the token itself included. The
+    merged token takes the place of the centre. The public code breaks ties of density with random noise of 1e-6; here
+    tied tokens have equal density.
 
-    Acts on whole blocks' output, by default at the backbone's own sites (3, 6, 9 of 12).
+    Acts after whole blocks, by default at the backbone's own sites (3, 6, 9 of 12).
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
-        neighbours: how many nearest tokens the density looks at, at least 1.
+        neighbours: nearest tokens that the density is computed from, at least 1.
     """
 
     keep_rate: float
@@ -39,7 +40,7 @@ class DPCKNN(BasePolicy):
         """Cluster all alive tokens."""
         wanted = max(1, int(self.keep_rate ** (obs.step + 1) * obs.num_agents))
         count = None if obs.count is None else min(wanted, obs.count)
-        crowded = obs.alive & (obs.num_alive > wanted)[:, None]  # who has no more tokens than that keeps them
+        crowded = obs.alive & (obs.num_alive > wanted)[:, None]  # images with no more tokens than that keep them all
         lists = TokenLists.of(obs, crowded, None if obs.count is None else obs.count * (obs.count > wanted))
         if not lists.width:
             return Decision(keep=obs.alive, count=count)

@@ -1,4 +1,4 @@
-"""Decouple and merge (Long et al., 2023, "Beyond Attentive Tokens"): keep what matters, and keep the rest diverse."""
+"""The method of Long et al., 2023 ("Beyond Attentive Tokens"): decouple and merge with density peak clustering."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ STRATEGIES = ("preserve", "pack", "cluster", "match")
 
 @dataclass
 class DPCMerge(DecoupleAndMerge):
-    """Cluster the inattentive tokens by density peaks, match the attentive ones in pairs, merge either by attention.
+    """Cluster the inattentive tokens by density peaks, match the attentive ones in pairs, merge both by attention.
 
-    What all mergers of the paper share is said in `DecoupleAndMerge`. Here the inattentive tokens are clustered (Eq. 6
-    and 7): each goes to the nearest centre. Eq. 6 as printed, `exp(+sum d^2)`, would call outliers dense, and its sum
-    over all tokens overflows; the density is `exp(-mean d^2 / C)` over the 5 nearest tokens, the token itself included.
+    See `DecoupleAndMerge` for what all mergers of the paper share. Here the inattentive tokens are clustered (Eqs. 6
+    and 7), each assigned to the nearest centre. Eq. 6 as printed, `exp(+sum d^2)`, would give outliers a high density,
+    and its sum over all tokens overflows; here the density is `exp(-mean d^2 / C)` over the 5 nearest tokens, the token
+    itself included.
 
     Args:
         keep_rate: fraction that is attentive at every site, above 0 and at most 1.
-        clusters: tokens that the inattentive ones become, one number or one per site; None: a quarter of them.
+        clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter of them.
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
-        strategy: how far down the ablation of the paper's Table 3 to go: `"preserve"` the attentive tokens and drop
-            the others, `"pack"` the others into one token, `"cluster"` them, and also `"match"` attentive tokens. The
-            first leaves `ceil(keep_rate * n)` tokens as the last does, the others in between 1 and `clusters` more.
-        neighbours: how many nearest tokens the density looks at, at least 1.
+        strategy: row of the ablation in the paper's Table 3. `"preserve"` keeps the attentive tokens and drops the
+            others, `"pack"` merges the others into one token, `"cluster"` clusters them, `"match"` (the full method)
+            also merges attentive tokens in pairs. `ceil(keep_rate * n)` tokens are left by `"preserve"` and `"match"`,
+            1 more by `"pack"` and `clusters` more by `"cluster"`.
+        neighbours: nearest tokens that the density is computed from, at least 1.
     """
 
     strategy: Literal["preserve", "pack", "cluster", "match"] = "match"
@@ -44,7 +46,7 @@ class DPCMerge(DecoupleAndMerge):
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
 
     def plan(self, tokens: int, obs: Observation) -> Plan:
-        """What is to become of an image with so many tokens at this site."""
+        """The numbers for an image with `tokens` tokens at this site."""
         plan = super().plan(tokens, obs)
         if self.strategy == "match":
             return plan

@@ -1,9 +1,8 @@
-"""The other mergers of decouple and merge (Long et al., 2023, Table 4) that have nothing to train.
+"""Pooling and k-means, the untrained alternatives to density peaks in Long et al., 2023, Table 4.
 
-The paper names them without a word on how they are built. Our reading: each takes the place of the clustering of the
-inattentive tokens, and all else stays, so that they cost the same and differ in nothing else. Pooling runs over the
-inattentive tokens in the order of their patches, row by row, and makes plain means, or maxima; clusters by k-means are
-merged by attention as those of `DPCMerge` are.
+The paper names them but does not describe them. Our reading: each replaces the clustering of the inattentive tokens.
+Everything else stays as in `DPCMerge`, so that they leave equally many tokens. Pooling groups the inattentive tokens in
+patch order, row by row, and takes plain means or maxima. Clusters by k-means are merged by attention, as in `DPCMerge`.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ POOLINGS = ("average", "max", "spatial")
 class PoolMerge(DecoupleAndMerge):
     """Pool the inattentive tokens: the pooling strategies of the paper's Table 4.
 
-    What all mergers share is said in `DecoupleAndMerge`.
+    See `DecoupleAndMerge` for what all mergers share.
 
     Args:
         keep_rate: fraction that is attentive at every site, above 0 and at most 1.
-        clusters: tokens that the inattentive ones become, one number or one per site; None: a quarter of them.
+        clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter of them.
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
-        pooling: `"average"` and `"max"` (of every channel) pool runs of consecutive tokens, equally long but for one;
-            `"spatial"` averages windows of the image, bands of rows cut into columns, with equally many tokens each.
+        pooling: `"average"` and `"max"` (of every channel) pool runs of consecutive tokens whose lengths differ by one
+            at most; `"spatial"` averages windows of the image, bands of rows cut into columns, with equally many tokens
+            each.
     """
 
     pooling: Literal["average", "max", "spatial"] = "average"
@@ -45,7 +45,7 @@ class PoolMerge(DecoupleAndMerge):
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
-        """Pool runs, or windows."""
+        """Pool runs or windows."""
         if self.pooling == "max":
             return maxima(lists, runs(lists, count))
         target = windows(lists, count, obs.position) if self.pooling == "spatial" else runs(lists, count)
@@ -56,12 +56,12 @@ class PoolMerge(DecoupleAndMerge):
 class KMeansMerge(DecoupleAndMerge):
     """Cluster the inattentive tokens by k-means: the cluster strategy of the paper's Table 4.
 
-    Begins with tokens spread evenly over the patches. An iteration gives every token to the nearest mean, except that
-    the token nearest to a mean stays with it, so that no cluster is ever empty.
+    The initial means are tokens spread evenly over the patch order. An iteration assigns every token to the nearest
+    mean, except that the token nearest to a mean stays in its cluster, so that no cluster becomes empty.
 
     Args:
         keep_rate: fraction that is attentive at every site, above 0 and at most 1.
-        clusters: tokens that the inattentive ones become, one number or one per site; None: a quarter of them.
+        clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter of them.
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
         iterations: at least 1; the paper shows 1 and 3.
     """
@@ -73,24 +73,24 @@ class KMeansMerge(DecoupleAndMerge):
         self.iterations = whole_number("iterations", self.iterations, least=1)
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
-        """Cluster; distances to means follow from those between tokens, which are computed once."""
+        """Cluster; distances to means are derived from those between tokens, which are computed once."""
         return Merged(
             k_means(lists.squared_distances(), runs(lists, count), self.iterations), macs=lists.inner_product_macs()
         )
 
 
 def runs(lists: TokenLists, count: Tensor) -> Tensor:
-    """Cut every list into `count` `[B]` runs, equally long or one token longer.
+    """Cut every list into `count` `[B]` runs whose lengths differ by one token at most.
 
     Returns:
-        `[B, M]` int64, the place of the first token of each token's run; of no meaning where a list is shorter.
+        `[B, M]` int64, the place of the first token of each token's run; undefined where a list is shorter.
     """
     place = torch.arange(lists.width, device=count.device)
     return first_of_run(place.expand(lists.valid.shape), lists.length, count)
 
 
 def first_of_run(place: Tensor, length: Tensor, count: Tensor) -> Tensor:
-    """Where the run of a place `[B, M]` begins, if `length` `[B]` places are cut into `count` `[B]` runs."""
+    """First place of the run of each place `[B, M]`, if `length` `[B]` places are cut into `count` `[B]` runs."""
     length, count = length.clamp(min=1)[:, None], count.clamp(min=1)[:, None]
     run = place * count // length
     return ((run * length + count - 1) // count).clamp(max=place.shape[1] - 1)
@@ -105,7 +105,7 @@ def windows(lists: TokenLists, count: Tensor, position: Tensor) -> Tensor:
         position: `[N, 2]`, row and column of each patch, 0 to 1.
 
     Returns:
-        `[B, M]` int64, the place of one token of each token's window; of no meaning where a list is shorter.
+        `[B, M]` int64, the place of one token of each token's window; undefined where a list is shorter.
     """
     wanted, length = count.clamp(min=1)[:, None], lists.length.clamp(min=1)[:, None]
     place = torch.arange(lists.width, device=count.device).expand(lists.valid.shape)
@@ -118,7 +118,7 @@ def windows(lists: TokenLists, count: Tensor, position: Tensor) -> Tensor:
 
 
 def maxima(lists: TokenLists, target: Tensor) -> Merged:
-    """The largest value of every channel in each group, in place of the group's target `[B, M]`."""
+    """Merge each group into the largest value of every channel, at the place of its target `[B, M]`."""
     features = lists.features.masked_fill(~lists.valid[..., None], float("-inf"))
     index = target[..., None].expand_as(features)
     largest = features.scatter_reduce(1, index, features, "amax", include_self=True)
@@ -127,18 +127,18 @@ def maxima(lists: TokenLists, target: Tensor) -> Merged:
 
 
 def k_means(distances: Tensor, target: Tensor, iterations: int) -> Tensor:
-    """Lloyd's iterations on distances alone.
+    """K-means by Lloyd's iterations, computed from pairwise distances alone.
 
-    The squared distance of a point to a mean is the mean squared distance to the group's points, less half the mean
-    squared distance between them.
+    The squared distance of a point to the mean of a group is the mean squared distance to the points of the group,
+    minus half the mean squared distance between them.
 
     Args:
-        distances: `[B, M, M]` squared Euclidean distances, infinite to and from points that are not there.
-        target: `[B, M]` int64, a point of each group that its other points name, and so do points that are not there.
-        iterations: the first gives every point to the nearest of those points.
+        distances: `[B, M, M]` squared Euclidean distances, infinite to and from padding.
+        target: `[B, M]` int64, for every point the point that stands for its initial group.
+        iterations: the first one assigns every point to the nearest of the points that stand for groups.
 
     Returns:
-        `[B, M]` int64, the same for the final groups; of no meaning for points that are not there.
+        `[B, M]` int64, for every point the point that stands for its final group; undefined for padding.
     """
     itself = torch.arange(target.shape[1], device=target.device)
     valid = distances.diagonal(dim1=1, dim2=2).isfinite()

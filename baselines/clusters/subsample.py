@@ -1,4 +1,4 @@
-"""The mergers with weights of decouple and merge (Long et al., 2023, Table 4): convolution and MLP."""
+"""Convolution and MLP, the trained alternatives to density peaks in Long et al., 2023, Table 4."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KERNELS = {"convolution": 3, "mlp": 1}
 
 
 class SubSample(nn.Module):
-    """Two layers over lists of tokens, the first with a window: a token plus what they make of its neighbourhood.
+    """Two layers with a residual over lists of tokens, the first of them a convolution.
 
     Args:
         width: D.
         hidden: width between the layers.
-        kernel: tokens in the window, odd; 1 looks at no neighbour.
+        kernel: tokens in the window of the convolution, odd; 1 makes it a linear layer.
     """
 
     def __init__(self, width: int, hidden: int, kernel: int) -> None:
@@ -33,7 +33,7 @@ class SubSample(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.window = nn.Linear(kernel * width, hidden)
         self.out = nn.Linear(hidden, width)
-        nn.init.zeros_(self.out.weight)  # untrained it changes nothing
+        nn.init.zeros_(self.out.weight)  # untrained layers change nothing
         nn.init.zeros_(self.out.bias)
 
     def forward(self, lists: TokenLists) -> Tensor:
@@ -41,7 +41,7 @@ class SubSample(nn.Module):
         normed = self.norm(lists.features).masked_fill(~lists.valid[..., None], 0)
         padded = F.pad(normed, (0, 0, self.kernel // 2, self.kernel // 2))
         window = padded.unfold(1, self.kernel, 1).flatten(2)  # [B, M, D * kernel]
-        # No product is spent on padding.
+        # Padding rows are left out, so that they cost no MACs.
         rows = window.flatten(0, 1) if lists.is_uniform else window[lists.valid]
         change = self.out(F.gelu(self.window(rows)))
         if lists.is_uniform:
@@ -55,20 +55,20 @@ class SubSample(nn.Module):
 
 
 class SubSampleMerge(nn.Module, DecoupleAndMerge):
-    """Layers on the inattentive tokens before they are averaged: the sub-sampling strategies of the paper's Table 4.
+    """Trained layers on the inattentive tokens before they are averaged: the sub-sampling strategies of Table 4.
 
-    What all mergers share is said in `DecoupleAndMerge`. The paper says no more than that convolutions between
-    attention and MLP reduce the tokens. Here two layers with a residual run over the inattentive tokens in patch order:
-    `"convolution"` with a kernel of 3 and then of 1, `"mlp"` with 1 twice; what strides would do, the mean of
-    consecutive runs does, for any number of tokens. Each site has its own weights. Fresh ones change nothing, which is
-    `PoolMerge`; `fit_merger` trains them.
+    See `DecoupleAndMerge` for what all mergers share. The paper only says that convolutions between attention and MLP
+    reduce the tokens. Our reading: two layers with a residual run over the inattentive tokens in patch order, with
+    kernels of 3 and 1 for `"convolution"` and of 1 and 1 for `"mlp"`. Then runs of consecutive tokens are averaged,
+    which replaces strides and works for any number of tokens. Each site has its own weights. Untrained layers change
+    nothing, which makes the policy equal to `PoolMerge`; `fit_merger` trains them.
 
     Args:
         keep_rate: fraction that is attentive at every site, above 0 and at most 1.
         embed_dim: D of the network.
         num_sites: sites of the game.
         kind: `"convolution"` or `"mlp"`.
-        clusters: tokens that the inattentive ones become, one number or one per site; None: a quarter of them.
+        clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter of them.
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
         seed: of the initial weights.
     """
@@ -96,18 +96,18 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         self.layers = nn.ModuleList(layers)
 
     def config(self) -> dict[str, Any]:
-        """What the constructor needs to make it again."""
+        """Arguments of the constructor, as JSON values."""
         names = ("keep_rate", "embed_dim", "num_sites", "kind", "clusters", "pairs", "seed")
         return {name: getattr(self, name) for name in names}
 
     def at(self, value: float) -> Self:
-        """The same weights, shared, with another keep rate."""
+        """The same policy at another keep rate; the weights are shared."""
         other = type(self)(**{**self.config(), "keep_rate": value})
         other.layers = self.layers
         return other
 
     def merge(self, lists: TokenLists, count: Tensor, obs: Observation) -> Merged:
-        """Transform, then average runs."""
+        """Apply the layers of this site, then average runs."""
         if obs.num_steps != self.num_sites or obs.tokens.shape[1] != self.embed_dim:
             raise ValueError(
                 f"num_sites, embed_dim: this {self.kind} was made for {self.num_sites} sites of width {self.embed_dim},"

@@ -1,4 +1,4 @@
-"""Some of each image's tokens as padded lists, and how alike they are: what clustering and matching work on."""
+"""Some of each image's tokens as padded lists, with distances and similarities, for clustering and pair matching."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class TokenLists:
     valid: Tensor  # [B, M] bool, False where a list is shorter
     features: Tensor  # [B, M, D], zeros where a list is shorter
     num_tokens: int  # N
-    is_uniform: bool  # whether all lists are M long, known without asking the device
+    is_uniform: bool  # whether all lists are known to be M long, without a device synchronisation
 
     @classmethod
     def of(cls, obs: Observation, members: Tensor, count: int | None = None) -> TokenLists:
-        """List the alive tokens that `members` `[B, N]` names.
+        """List the tokens in `members`.
 
         Args:
-            obs: who is alive, and what they look like.
-            members: bool, nobody dead among them.
-            count: members of every image, where all have equally many and that is known beforehand.
+            obs: the observation that they belong to.
+            members: `[B, N]` bool, alive tokens.
+            count: members of every image, where all have equally many and the number is known beforehand.
         """
         width = int(members.sum(dim=1).max()) if count is None else count
         num_tokens = obs.num_agents
@@ -50,7 +50,7 @@ class TokenLists:
         return self.valid.sum(dim=1)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Pick the listed tokens' values `[B, M]` out of `[B, N]`; of no meaning where a list is shorter."""
+        """Pick the listed tokens' values `[B, M]` out of `[B, N]`; undefined where a list is shorter."""
         return values.gather(1, self.token.clamp(max=self.num_tokens - 1))
 
     def scatter(self, values: Tensor, into: Tensor) -> Tensor:
@@ -59,15 +59,15 @@ class TokenLists:
         return padded.scatter(1, self.token, values)[:, :-1]
 
     def rows(self, values: Tensor, obs: Observation) -> Tensor:
-        """The alive tokens as packed rows `[sum n_i, D]`, those that are listed replaced by `values` `[B, M, D]`."""
+        """The alive tokens as packed rows `[sum n_i, D]`, the listed ones replaced by `values` `[B, M, D]`."""
         dense = torch.cat([obs.dense(), values.new_zeros(obs.batch_size, 1, values.shape[2])], dim=1)
         return obs.gather(dense.scatter(1, self.token[..., None].expand_as(values), values.to(dense)))
 
     def inner_products(self, features: Tensor) -> Tensor:
-        """Products of all pairs of `features` `[B, M, D]`, `[B, M, M]`.
+        """Inner products of all pairs of `features` `[B, M, D]`, `[B, M, M]`.
 
-        Equally long lists are multiplied together and no padding is: it would cost MACs, and an image's numbers would
-        depend on its batch.
+        Equally long lists are multiplied together. Padding is left out: it would cost MACs, and the result of an image
+        would depend on its batch.
         """
         if self.is_uniform:
             return features @ features.mT
@@ -79,12 +79,12 @@ class TokenLists:
         return products
 
     def inner_product_macs(self) -> Tensor:
-        """What `inner_products` costs each image in MACs, `[B]` float64."""
+        """MACs of `inner_products` for each image, `[B]` float64."""
         return self.length.double().square() * self.features.shape[2]
 
     def squared_distances(self) -> Tensor:
         """Squared Euclidean distances of all pairs, `[B, M, M]`; infinite where a list is shorter."""
-        # Distances do not mind a shift, and the products of centred features lose fewer digits.
+        # A shift does not change distances, and products of centred features have smaller rounding errors.
         features = self.features.detach()
         mean = features.sum(dim=1, keepdim=True) / self.length.clamp(min=1)[:, None, None]
         products = self.inner_products((features - mean).masked_fill(~self.valid[..., None], 0))
@@ -93,22 +93,5 @@ class TokenLists:
         return distances.masked_fill(~(self.valid[:, :, None] & self.valid[:, None, :]), float("inf"))
 
     def cosines(self) -> Tensor:
-        """Cosine similarities of all pairs, `[B, M, M]`; of no meaning where a list is shorter."""
+        """Cosine similarities of all pairs, `[B, M, M]`; undefined where a list is shorter."""
         return self.inner_products(torch.nn.functional.normalize(self.features.detach(), dim=2))
-
-
-def mean_weights(merge_into: Tensor, importance: Tensor) -> Tensor:
-    """Weights with which every merged token becomes the weighted mean of its group.
-
-    Args:
-        merge_into: `[B, N]` int64, -1 for who goes nowhere.
-        importance: `[B, N]`, not negative; a group without any importance counts its members equally.
-
-    Returns:
-        `[B, N]`, adding up to 1 in every group; 1 for a token that stands alone.
-    """
-    joins, target = merge_into >= 0, merge_into.clamp(min=0)
-    share = importance.clamp(min=torch.finfo(importance.dtype).tiny) * joins
-    total = torch.zeros_like(share).scatter_add(1, target, share).gather(1, target)
-    # Not divided by what may be 0, not even where it is thrown away: its gradient would be NaN.
-    return torch.where(joins, share / torch.where(joins, total, 1), 1)

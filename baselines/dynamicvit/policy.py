@@ -1,4 +1,4 @@
-"""DynamicViT (Rao et al., NeurIPS 2021): a small trained predictor per site scores the tokens; the best ones stay."""
+"""DynamicViT (Rao et al., 2021): a small trained predictor per site scores the tokens, and the best ones stay."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..argument_checks import whole_number
 class ScorePredictor(nn.Module):
     """Log-probabilities of keeping (index 0) and pruning (index 1) each token.
 
-    LayerNorm, D to D, GELU; half of the channels stay the token's own, the other half become their mean over the
-    living tokens of the image; then D to D/2 to D/4 to 2 with GELU between. Parameters are named as in the authors'
-    code, whose LayerNorm has PyTorch's epsilon of 1e-5.
+    LayerNorm, a linear layer from D to D, GELU. Half of the channels are then replaced by their mean over the alive
+    tokens of the image. Linear layers from D to D/2, D/4 and 2 follow, with GELU between. Parameters are named as in
+    the authors' code, whose LayerNorm has PyTorch's epsilon of 1e-5.
 
     Args:
         embed_dim: D.
 
     Raises:
-        ValueError: for a width that does not divide by 4.
+        ValueError: for a width that is not a multiple of 4.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -50,7 +50,7 @@ class ScorePredictor(nn.Module):
 
         Args:
             tokens: `[..., D]`.
-            mean: half of the channels `[..., D/2]` to their mean over each image's living tokens, of the same shape.
+            mean: replaces half of the channels `[..., D/2]` by their mean over each image's alive tokens.
 
         Returns:
             `[..., 2]` log-probabilities.
@@ -60,18 +60,18 @@ class ScorePredictor(nn.Module):
 
 
 class DynamicViT(BasePolicy, nn.Module):
-    """Keep the `int(N * keep_rate ** s)` tokens with the best predicted score at site s, of the original number N.
+    """Keep the `int(N * keep_rate ** s)` tokens with the best predicted score at site s, N being the original number.
 
-    One predictor per site, trained by `fit_dynamicvit`. Without training it has random weights (from `seed`), which
-    take the network's width when the policy first sees it.
+    There is one predictor per site, trained by `fit_dynamicvit`. Untrained predictors have random weights (from `seed`)
+    and are made for the width of the first network that the policy acts on.
 
-    Tokens are ranked by the log-odds of being kept: the order of the published log-probability, which alone would
-    saturate in single precision.
+    Tokens are ranked by the log-odds of being kept. Their order is that of the published log-probability, which
+    saturates in single precision.
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
         seed: of the initial weights.
-        embed_dim: D; None: that of the network it first plays on.
+        embed_dim: D; None: that of the first network that it acts on.
         sites: where it acts, one predictor each; None: the backbone's own sites.
     """
 
@@ -106,7 +106,7 @@ class DynamicViT(BasePolicy, nn.Module):
             self.score_predictor = nn.ModuleList(ScorePredictor(embed_dim) for _ in range(num_sites))
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
-        """Those it was made for; without any, the backbone's own (the paper's 3, 6 and 9 of 12 blocks)."""
+        """The sites it was made for; None, the backbone's own, if it was made for none (3, 6, 9 of 12 in the paper)."""
         return self.sites
 
     def predictor(self, step: int, num_steps: int, like: Tensor) -> ScorePredictor:
@@ -115,7 +115,7 @@ class DynamicViT(BasePolicy, nn.Module):
         Args:
             step: from 0.
             num_steps: T.
-            like: tokens `[..., D]` that it will look at.
+            like: tokens `[..., D]` to score, for their width, type and device.
 
         Raises:
             SiteError: for more or fewer sites than predictors.
@@ -134,7 +134,7 @@ class DynamicViT(BasePolicy, nn.Module):
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
-        """Score the living tokens and keep the best."""
+        """Score the alive tokens and keep the best."""
         predictor = self.predictor(obs.step, obs.num_steps, obs.tokens)
 
         def mean(values: Tensor) -> Tensor:
@@ -142,28 +142,28 @@ class DynamicViT(BasePolicy, nn.Module):
 
         scores = predictor(obs.tokens, mean)
         count = self.count(obs.step, obs.num_agents)
-        # Where none is to stay, a network without prefix tokens keeps one: the number is not known.
+        # If no token is to stay, a network without prefix tokens keeps one, so that the number is unknown here.
         known = None if obs.count is None else min(count, obs.count) or None
         keep = keep_top(obs, scores[:, 0] - scores[:, 1], torch.full_like(obs.num_alive, count))
         macs = obs.num_alive.double() * predictor.macs_per_token
         return Decision(keep=keep, macs=macs, count=known)
 
     def count(self, step: int, num_agents: int) -> int:
-        """Tokens that stay at a step (from 0), of N in the beginning."""
+        """Tokens that stay at a step (from 0), of `num_agents` before the first."""
         return int(num_agents * self.keep_rate ** (step + 1))
 
     def at(self, value: float) -> Self:
-        """The same predictors at another keep rate; tensors are shared."""
+        """The same policy at another keep rate; the predictors are shared."""
         other = type(self)(value, self.seed, sites=self.sites)
         other.score_predictor = self.score_predictor
         return other.train(self.training)
 
     def load_published(self, state: Mapping[str, Any]) -> Self:
-        """Take the predictors out of a checkpoint of the authors' code.
+        """Load the predictors from a checkpoint of the authors' code.
 
         Args:
-            state: parameters by name, or the whole file, which has them under `"model"`; those of the predictors are
-                called `score_predictor.0.in_conv...`, whatever stands before that, and the rest is ignored.
+            state: parameters by name, or the whole file, which has them under `"model"`. Names that contain
+                `score_predictor.0.in_conv...` and so on are read, with any prefix; all others are ignored.
 
         Raises:
             CheckpointError: for parameters that are missing or of other shapes.
@@ -183,7 +183,7 @@ class DynamicViT(BasePolicy, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **options: Any) -> None:
-        """Where there are no predictors yet, make those that `load_state_dict` brings."""
+        """Make predictors for the weights in `state_dict` if there are none yet."""
         own = f"{prefix}score_predictor."
         first = state_dict.get(f"{own}0.in_conv.1.weight")
         if first is not None and not self.score_predictor:
@@ -191,7 +191,7 @@ class DynamicViT(BasePolicy, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def config(self) -> dict[str, Any]:
-        """All that `from_config` needs beside the predictors' weights, as JSON values."""
+        """Settings for `from_config`, as JSON values; the weights are not among them."""
         width = next((module.sizes[0] for module in self.modules() if isinstance(module, ScorePredictor)), None)
         sites = None if self.sites is None else [site.label for site in self.sites]
         return {"keep_rate": self.keep_rate, "seed": self.seed, "sites": sites,
@@ -199,7 +199,7 @@ class DynamicViT(BasePolicy, nn.Module):
 
     @classmethod
     def from_config(cls, built: Sequence[Any], **settings: Any) -> Self:
-        """The policy that gave this `config()`, with fresh weights."""
+        """Build the policy from its `config()`, with untrained weights."""
         policy = cls(**settings)
         if built[1]:
             policy.build(*built)

@@ -1,23 +1,16 @@
-"""What fits of token policies share: inputs up to the first site, how the policy does when deployed, its budget."""
+"""Training inputs of a fit: the tokens of images just before the first site, kept in memory or computed when drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...data import ImageDataset, batches_of, fetch
+from ...data import ImageDataset, fetch
 from ...engine.backbone import Backbone
 from ...engine.masked import MaskedState, run_masked, start_masked
-from ...engine.tokens import start_state
-from ...game.rollout import play
-from ...game.token_game import TokenGame
-from ...policy import Policy
-from ...types import Site
-from ..calibration import P, calibrate
-from .task import Row, frozen
+from .task import frozen
 
 CHUNK = 256  # images that are prepared together
 
@@ -25,7 +18,8 @@ CHUNK = 256  # images that are prepared together
 class PreparedTokens:
     """A data set whose inputs are the tokens after the first half-blocks, `[P + N, D]` instead of `[C, H, W]`.
 
-    What lies before the first site no fit changes (unless it trains the backbone): computed once and kept in memory.
+    A fit that does not train the network leaves the part before the first site as it is. Its output is computed once
+    and kept in memory.
 
     Args:
         backbone: the network.
@@ -70,12 +64,12 @@ class PreparedTokens:
         return self.tokens[rows], self.labels[rows]
 
     def state(self, inputs: Tensor) -> MaskedState:
-        """A batch's tokens as what `run_masked` goes on from."""
+        """The tokens of a batch as a state that `run_masked` continues from."""
         return MaskedState(inputs, self.num_prefix, self.half)
 
 
 class ImageInputs:
-    """The same for data sets that are too large or too varied to keep: images, run up to the half-block when needed.
+    """The same without memory, for data sets that are large or augmented: each batch of images is run when drawn.
 
     Args:
         backbone: the network.
@@ -103,7 +97,7 @@ class ImageInputs:
 
     @torch.no_grad()
     def state(self, inputs: Tensor) -> MaskedState:
-        """A batch's tokens as what `run_masked` goes on from."""
+        """The tokens of a batch as a state that `run_masked` continues from."""
         return run_masked(self.backbone, start_masked(self.backbone, inputs), self.half)[0]
 
 
@@ -111,36 +105,12 @@ Inputs = PreparedTokens | ImageInputs
 
 
 def inputs_of(backbone: Backbone, dataset: ImageDataset, half: int, cached: int) -> Inputs:
-    """The first `cached` images prepared up to a half-block; 0: all images, prepared anew whenever they are drawn."""
+    """The first `cached` images, prepared up to a half-block; 0: all images, each run when drawn."""
     if not cached:
         return ImageInputs(backbone, dataset, half)
     return PreparedTokens(backbone, dataset, half, cached, device_of(backbone))
 
 
 def device_of(backbone: Backbone) -> torch.device:
-    """Where a backbone is."""
+    """The device of a network."""
     return backbone.position.device
-
-
-@torch.no_grad()
-def deployed(game: TokenGame, policy: Policy, inputs: Inputs, batches: Sequence[tuple[Tensor, Tensor]]) -> Row:
-    """Mean cross-entropy and accuracy of the policy as it will be used, pruned tokens really gone."""
-    loss = correct = images = 0.0
-    for batch, labels in batches:
-        state = inputs.state(batch)
-        outcome = play(game, policy, start_state(state.x, state.num_prefix, state.half), labels).outcome
-        loss += float(F.cross_entropy(outcome.logits, labels, reduction="sum"))
-        correct += float((outcome.logits.argmax(dim=1) == labels).sum())
-        images += len(labels)
-    return {"loss": loss / images, "accuracy": correct / images}
-
-
-def at_budget(
-    make: Callable[[float], P], target_gmacs: float, backbone: Backbone, dataset: ImageDataset, sites: Sequence[Site]
-) -> P:
-    """The policy at the keep rate that costs `target_gmacs`, for methods whose costs are the same for all images.
-
-    Raises:
-        BudgetError: if no keep rate meets the budget.
-    """
-    return calibrate(make, target_gmacs, backbone, batches_of(dataset, 1, device_of(backbone), images=1), sites=sites)

@@ -1,7 +1,7 @@
 """One training loop for every baseline that has something to train.
 
-A method says what to train and what the loss of a batch is (`FitTask`); `fit` draws batches, optimises, validates on
-held-out training images, stops early, and writes checkpoints from which an interrupted fit ends with the same bits.
+`fit_task` draws batches, optimises the loss of a `FitTask`, validates on held-out training images, stops early, and
+writes checkpoints. A fit that was interrupted and resumed ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from tqdm import tqdm
 from ...data import ImageDataset, fetch
 from ...errors import CheckpointError, NumericalError
 from ...files import PathLike, load_state, save_state
-from .inputs import PreparedTokens
-from .task import FitTask, ModuleTask, Row, frozen
-
-__all__ = ["FitConfig", "FitResult", "FitTask", "ModuleTask", "PreparedTokens", "fit", "frozen"]
+from ..argument_checks import check_fields
+from .task import FitTask, Row
 
 STATE_FILE = "fit.safetensors"
 KIND = "fit"
@@ -46,17 +44,17 @@ class FitConfig:
     lr: float = 1e-3
     """Learning rate at the peak."""
     momentum: float = 0.9
-    """For optimisers that have one; 0: plain sgd."""
+    """Of the optimiser, where it has one; 0 with `"sgd"`: plain gradient descent."""
     weight_decay: float = 0.0
-    """Of all parameters that are not in a group of their own."""
+    """Of all parameters, unless their group has its own."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls to 0 over the steps."""
     warmup: float = 0.0
-    """First part of the steps, in which it rises linearly."""
+    """Share of the steps, from the first on, in which the learning rate rises linearly."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; None: no clipping."""
     validation: int = 256
-    """Training images that are held out for validation; 0: none, the last step counts."""
+    """Training images that are held out for validation; 0: none, and the parameters of the last step are kept."""
     validate_every: int = 50
     """Steps between validations; the last step always validates."""
     patience: int | None = None
@@ -64,23 +62,20 @@ class FitConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints; the last one is always written."""
     seed: int = 0
-    """Of batches, and of the task's own randomness."""
+    """Of the order of the images, and of random numbers in the loss."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every", "checkpoint_every"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "patience"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1 or None")
-        for name in ("lr", "clip_norm"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
-        for name in ("momentum", "warmup"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "0 to 1, 1 left out")
-        for name in ("weight_decay", "validation", "seed"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
-        _check(self, "schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine")
+        names = ("epochs", "batch_size", "validate_every", "checkpoint_every")
+        check_fields(self, names, lambda value: value >= 1, "at least 1")
+        check_fields(self, ("steps", "patience"), lambda value: value is None or value >= 1, "at least 1 or None")
+        check_fields(self, ("lr", "clip_norm"), lambda value: value is None or value > 0, "above 0")
+        check_fields(self, ("momentum", "warmup"), lambda value: 0 <= value < 1, "0 to 1, 1 left out")
+        check_fields(self, ("weight_decay", "validation", "seed"), lambda value: value >= 0, "at least 0")
+        schedules = ("constant", "linear", "cosine")
+        check_fields(self, ("schedule",), lambda value: value in schedules, "constant, linear or cosine")
 
     def quick(self, steps: int = 4) -> Self:
-        """The same with hardly any training, to see that everything works."""
+        """The same settings with very few steps and images, for tests of the whole fit."""
         return replace(self, steps=steps, batch_size=min(16, self.batch_size), validation=min(16, self.validation))
 
     def lr_factor(self, step: int, steps: int) -> float:
@@ -94,15 +89,15 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit leaves behind; the task itself holds the best parameters."""
+    """The course of a fit; the trained parameters are in the task."""
 
-    history: tuple[Row, ...]  # one row per step; where it was validated, with validation/... entries
-    best: Row  # the row whose parameters were kept: the smallest validation/loss, or the last step
+    history: tuple[Row, ...]  # one row per step, with validation/... entries where it was validated
+    best: Row  # the row whose parameters were kept: that of the smallest validation/loss, or of the last step
     steps: int  # optimiser steps done
     stopped_early: bool
 
 
-def fit(
+def fit_task(
     task: FitTask,
     data: ImageDataset,
     config: FitConfig | None = None,
@@ -117,13 +112,16 @@ def fit(
 
     Args:
         task: what to train; afterwards it holds the parameters of the best validation.
-        data: labelled training images, or whatever inputs the task's loss takes (see `PreparedTokens`).
-        config: how; None: the defaults.
+        data: labelled inputs of the task's loss, images or `PreparedTokens`.
+        config: settings; None: the defaults.
         output: folder for checkpoints; None: nothing is written.
-        resume: whether to go on from the checkpoint in `output`; with an empty folder training starts afresh.
+        resume: whether to continue from the checkpoint in `output`; in an empty folder training starts from step 1.
         progress: whether to show a progress bar.
-        device: where to bring the batches.
-        settings: JSON values that a checkpoint must agree in to be resumed, such as the method's own parameters.
+        device: where the batches are moved.
+        settings: JSON values that must be equal in a checkpoint to be resumed, such as the method's own parameters.
+
+    Returns:
+        What was logged and which step was best.
 
     Raises:
         ValueError: for `resume` without `output`, or too few images.
@@ -138,13 +136,8 @@ def fit(
     return run.learn(progress)
 
 
-def _check(config: FitConfig, name: str, fine: bool, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
-
-
 class _Run:
-    """One fit: everything that the coming steps depend on is saved in its checkpoints."""
+    """One fit; its checkpoints hold everything that later steps depend on."""
 
     def __init__(
         self,
@@ -158,7 +151,7 @@ class _Run:
         self.task, self.data, self.config, self.device = task, data, config, device
         self.path = None if output is None else Path(output) / STATE_FILE
         identity = {"task": type(task).__name__, "images": len(data), **asdict(config), **settings}
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back
+        self.identity = json.loads(json.dumps(identity))  # as it is read back from a file
         self.generator = torch.Generator().manual_seed(config.seed)
         chosen = torch.randperm(len(data), generator=self.generator)
         self.held_out, self.training = chosen[: config.validation], chosen[config.validation :]
@@ -183,7 +176,7 @@ class _Run:
         return self.config.patience is not None and self.waiting >= self.config.patience
 
     def learn(self, progress: bool) -> FitResult:
-        """Do the steps that remain, and put the best parameters back."""
+        """Do the remaining steps, then restore the best parameters."""
         with tqdm(total=self.steps, initial=len(self.history), desc="fit", unit="step", disable=not progress) as bar:
             while len(self.history) < self.steps and not self.stopped_early:
                 row = self.step()
@@ -201,7 +194,7 @@ class _Run:
         return FitResult(tuple(self.history), self.best or self.history[-1], len(self.history), self.stopped_early)
 
     def step(self) -> Row:
-        """One optimiser step; returns its row."""
+        """Do one optimiser step and return its row."""
         number = len(self.history)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * self.config.lr_factor(number, self.steps)
@@ -218,7 +211,7 @@ class _Run:
         return {"step": float(number + 1), "loss": float(loss.detach()), **metrics}
 
     def draw(self, number: int) -> Tensor:
-        """The images of step `number`: each once in an epoch, in an order drawn when the epoch begins."""
+        """The images of step `number`; the order of an epoch, in which each image comes once, is drawn at its start."""
         position = number % self.per_epoch
         if position == 0:
             self.order = self.training[torch.randperm(len(self.training), generator=self.generator)]
@@ -269,7 +262,7 @@ class _Run:
         save_state(state, self.path, KIND)
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the output folder, if there is one."""
+        """Continue from the checkpoint in the output folder, if there is one."""
         assert self.path is not None
         if not self.path.exists():
             return
@@ -289,7 +282,7 @@ class _Run:
 
 
 def _optimizer(task: FitTask, config: FitConfig) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; plain sgd where there is no momentum."""
+    """timm's optimiser of that name; `"sgd"` without momentum is timm's `"momentum"` at 0, without Nesterov's term."""
     name = "momentum" if config.optimizer == "sgd" and not config.momentum else config.optimizer
     parameters: Any = list(task.parameters())
     return create_optimizer_v2(

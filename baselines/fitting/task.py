@@ -1,4 +1,4 @@
-"""What a baseline brings to be fitted."""
+"""What the training loop needs of a method: parameters, a loss, validation, and a state."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ Row = dict[str, float]
 
 
 class FitTask(Protocol):
-    """What there is to train; `ModuleTask` has defaults for everything but the loss."""
+    """What is trained; `ModuleTask` has defaults for everything except the loss."""
 
     def parameters(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
-        """What to train, or parameter groups; a group's `lr` stands in place of the configuration's."""
+        """What to train, or parameter groups; the `lr` of a group replaces that of the settings."""
         ...
 
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
-        """Loss (scalar) of a batch, and what to show beside it; the only source of randomness is `generator` (CPU)."""
+        """Loss (scalar) of a batch and metrics to log; all randomness comes from `generator` (CPU)."""
         ...
 
     def after_step(self) -> None:
-        """The optimiser has stepped: clamp parameters, for example."""
+        """Called after every step of the optimiser, for example to clamp parameters."""
         ...
 
     def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Row:
-        """Metrics on held-out batches, among them `"loss"`, which early stopping wants small."""
+        """Metrics on held-out batches, among them `"loss"`, which early stopping minimises."""
         ...
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Everything that training changes beside the optimiser's state: dicts, lists, tensors and JSON values."""
+        """Everything that training changes except the optimiser's state: dicts, lists, tensors and JSON values."""
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 class ModuleTask:
-    """A task whose whole state is one module's parameters and buffers.
+    """A task whose state is the parameters and buffers of one module.
 
     Args:
         module: what to train.
@@ -51,35 +51,35 @@ class ModuleTask:
         self.module = module
 
     def parameters(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
-        """All parameters that ask for gradients."""
+        """All parameters that require gradients."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Row]:
-        """Loss of a batch, and what to show beside it."""
-        raise TypeError(f"{type(self).__name__} does not say what its loss is")
+        """Loss of a batch and metrics to log."""
+        raise TypeError(f"{type(self).__name__} does not define a loss")
 
     def after_step(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     @torch.no_grad()
     def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Row:
-        """Mean training loss, its randomness the same each time."""
+        """Mean training loss, with the same random numbers in every validation."""
         generator = torch.Generator().manual_seed(0)
         total = sum(float(self.loss(images, labels, generator)[0]) * len(labels) for images, labels in batches)
         return {"loss": total / sum(len(labels) for _, labels in batches)}
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The module's."""
+        """That of the module."""
         return self.module.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
-        """The module's."""
+        """That of the module."""
         return self.module.load_state_dict(state_dict)
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode and without gradients of their own, for as long as this lasts."""
+    """Put modules into evaluation mode without gradients, and restore both at the end."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     wanted = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
     try:

@@ -1,4 +1,7 @@
-"""Life regression (Chen et al., Life Regression based Patch Slimming for Vision Transformers): one look, all sites."""
+"""Life regression (Chen et al., Life Regression based Patch Slimming for Vision Transformers).
+
+A predictor at the first site decides once, for all sites, how long each token stays.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from ...policy import BasePolicy, check_keep_rate, keep_top
-from ...types import Decision, Observation, Site
+from ...types import Decision, Observation, Site, quarter_sites
 from ..argument_checks import whole_number
 
-INITIAL_SPREAD = 0.02  # of W; the standardisation takes its scale away, but the learning rate acts on it
+INITIAL_SPREAD = 0.02  # of W; lives do not depend on its scale, but the effect of the learning rate does
 
 
 @dataclass(frozen=True)
 class LifeTable:
-    """How many tokens live until which block: mean and spread of their lives (Eqs. 9 and 10)."""
+    """How many tokens leave at which block, and the mean and standard deviation of these lives (Eqs. 9 and 10)."""
 
-    lives: tuple[int, ...]  # last block that uses the tokens that leave at each site; then the depth, for the others
-    leaving: tuple[int, ...]  # so many tokens each
+    lives: tuple[int, ...]  # for each site the last block that uses the tokens which leave there; then the depth
+    leaving: tuple[int, ...]  # for each of them the number of tokens
 
     @classmethod
     def of(cls, counts: Sequence[int], num_tokens: int, sites: Sequence[Site], depth: int) -> LifeTable:
-        """From the tokens that stay after each site.
+        """Build the table from the number of tokens that stay.
 
         Args:
-            counts: of each site.
+            counts: tokens that stay after each site.
             num_tokens: N, before the first one.
             sites: where tokens leave.
             depth: blocks of the network.
@@ -45,25 +48,25 @@ class LifeTable:
 
     @property
     def spread(self) -> float:
-        """sigma, Eq. 10 with the square that the print lacks (without it the sum is 0)."""
+        """sigma, Eq. 10 with the square that is missing in print (without it the sum is 0)."""
         pairs = zip(self.lives, self.leaving, strict=True)
         return sqrt(sum(count * (life - self.mean) ** 2 for life, count in pairs) / sum(self.leaving))
 
 
 class LifeRegression(BasePolicy, nn.Module):
-    """Predict once, at the first site, how long each token will be needed; the longest-lived stay at every site.
+    """Predict at the first site how long each token is needed, and keep the longest-lived tokens at every site.
 
-    The importance of token i is `LN(cls)^T W LN(x_i)` (Eqs. 1 and 2), its life the importance standardised over the
-    image (Eq. 3). `round(N * keep_rate ** s)` tokens stay after site s. Inference needs the order alone.
+    The importance of token i is `LN(cls)^T W LN(x_i)` (Eqs. 1 and 2), and its life is the importance standardised over
+    the image (Eq. 3). `round(N * keep_rate ** s)` tokens stay after site s. Inference only uses their order.
 
-    Tokens leave after blocks 4, 7 and 10 of 12 (`n = N` in block 4 itself), as the printed FLOPs require; read
-    literally, the paper's interval would have them leave before. With other sites the first one predicts. Trained by
-    `fit_life_regression`; without training W is random (from `seed`).
+    Tokens leave after blocks 4, 7 and 10 of 12 (`n = N` in block 4 itself), as the printed FLOPs require; the paper's
+    interval, read literally, would have them leave before these blocks. The prediction is made at the first site,
+    wherever it is. `fit_life_regression` trains W; untrained it is random (from `seed`).
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
         seed: of the initial W.
-        embed_dim: D; None: that of the network it first plays on.
+        embed_dim: D; None: that of the first network that it acts on.
         sites: where it was trained to act; None: one block after each quarter of the network.
     """
 
@@ -88,7 +91,7 @@ class LifeRegression(BasePolicy, nn.Module):
             self.build(embed_dim)
 
     def build(self, embed_dim: int) -> None:
-        """Make a fresh W `[D, D]`, from the seed; the global random state is left alone.
+        """Make an untrained W `[D, D]` from the seed; the global random state does not change.
 
         Raises:
             ValueError: for a width below 1.
@@ -99,17 +102,15 @@ class LifeRegression(BasePolicy, nn.Module):
         self.weight = nn.Parameter(INITIAL_SPREAD * torch.randn(embed_dim, embed_dim, generator=generator))
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
-        """Where it was trained to act; else after blocks 4, 7 and 10 of 12."""
-        if self.sites is not None:
-            return self.sites
-        return sorted({min(depth, round(depth * part / 4) + 1) for part in (1, 2, 3)})
+        """Where it was trained to act; untrained after blocks 4, 7 and 10 of 12."""
+        return quarter_sites(depth, later=1) if self.sites is None else self.sites
 
     def reset(self, batch_size: int, num_agents: int) -> None:
-        """Forget the last games."""
+        """Discard the importance of the last images."""
         self._importance = None
 
     def importance(self, tokens: Tensor, cls: Tensor) -> Tensor:
-        """Eq. 2: tokens `[B, N, D]` and class tokens `[B, D]` to `[B, N]`.
+        """Importance `[B, N]` of tokens `[B, N, D]` for class tokens `[B, D]` (Eq. 2).
 
         Raises:
             ValueError: for tokens of another width.
@@ -129,7 +130,7 @@ class LifeRegression(BasePolicy, nn.Module):
         """Predict lives at the first site; keep the longest-lived at every site.
 
         Raises:
-            ValueError: if the games began without it.
+            ValueError: if the importance was not predicted at the first site of these games.
         """
         macs = None
         if obs.step == 0:
@@ -141,20 +142,20 @@ class LifeRegression(BasePolicy, nn.Module):
             raise ValueError("obs: expected games that LifeRegression saw at their first site, got others")
         count = self.count(obs.step, obs.num_agents)
         scores = obs.gather(self._importance)
-        # Where none is to stay, a network without prefix tokens keeps one: the number is not known.
+        # If no token is to stay, a network without prefix tokens keeps one, so that the number is unknown here.
         known = None if obs.count is None else min(count, obs.count) or None
         keep = keep_top(obs, scores, torch.full_like(obs.num_alive, count))
         return Decision(keep=keep, macs=macs, count=known)
 
     def count(self, step: int, num_agents: int) -> int:
-        """Tokens that stay at a step (from 0), of N in the beginning."""
+        """Tokens that stay at a step (from 0), of `num_agents` before the first."""
         return round(num_agents * self.keep_rate ** (step + 1))
 
     def lives(self, importance: Tensor, sites: Sequence[Site], depth: int) -> Tensor:
-        """Eq. 3: importances `[B, N]` to lives `[B, N]`, in blocks.
+        """Lives `[B, N]` in blocks (Eq. 3).
 
         Args:
-            importance: of all tokens.
+            importance: `[B, N]`, of all tokens.
             sites: where tokens leave.
             depth: blocks of the network.
         """
@@ -166,19 +167,19 @@ class LifeRegression(BasePolicy, nn.Module):
         return centred / spread * table.spread + table.mean
 
     def at(self, value: float) -> Self:
-        """The same predictor at another keep rate; tensors are shared."""
+        """The same policy at another keep rate; the predictor is shared."""
         other = type(self)(value, self.seed, sites=self.sites)
         other.norm, other.weight = self.norm, self.weight
         return other.train(self.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **options: Any) -> None:
-        """Where there is no W yet, make room for the one that `load_state_dict` brings."""
+        """Make W for the weights in `state_dict` if there is none yet."""
         if self.weight is None and f"{prefix}weight" in state_dict:
             self.build(len(state_dict[f"{prefix}weight"]))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def config(self) -> dict[str, Any]:
-        """All that `from_config` needs beside W, as JSON values."""
+        """Arguments of the constructor, as JSON values; W is not among them."""
         return {
             "keep_rate": self.keep_rate,
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""LTMP (Bonnaerens & Dambre, 2023): merge what is similar enough, prune what is unimportant enough."""
+"""LTMP (Bonnaerens & Dambre, 2023): merge tokens above a similarity, prune tokens below an importance."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from ...deploy.policy_files import load_policy, save_policy
 from ...errors import CheckpointError
 from ...files import PathLike
 from ...policy import BasePolicy
-from ...types import Decision, Observation, Site
+from ...types import Decision, Observation, Site, every_block
 from ..argument_checks import per_site
-from ..bipartite_matching import match, merge
-from ..tome import every_block
+from ..bipartite_matching import match_bipartite, merge_senders
 
 Thresholds = float | Sequence[float] | Tensor | None
 
@@ -27,17 +26,18 @@ class LTMP(BasePolicy):
     """Merge tokens above a similarity threshold, then prune tokens at or below an importance threshold.
 
     The inference form of the authors' code. First every sender whose similarity to its best partner (see `Matching`)
-    is strictly above the merge threshold merges into it; unlike in ToMe there is no limit. Then every token stays whose
-    importance is strictly above the prune threshold: the attention that it received in this block, mean over heads and
-    all queries, prefix tokens included; a merged token has the largest importance of its members. Prefix tokens always
-    stay. Where anything merges, later attention is proportional to size; what is pruned leaves with its whole size.
+    is strictly above the merge threshold merges into it; unlike in ToMe their number is not limited. Then the tokens
+    stay whose importance is strictly above the prune threshold. The importance of a token is the attention that it
+    received in this block, mean over heads and all queries, prefix tokens included; that of a merged token is the
+    largest of its members. Prefix tokens always stay. With merge thresholds, later attention is proportional to size.
+    A pruned token takes the patches that were merged into it along.
 
-    How many tokens go depends on the image. `fit_ltmp` learns the thresholds.
+    The number of remaining tokens depends on the image. `fit_ltmp` trains the thresholds.
 
     Args:
         merge_thresholds: cosine similarity above which tokens merge, 0 to 1, the same at every site or one per site;
             None: nothing merges.
-        prune_thresholds: share of the attention up to which tokens are pruned, likewise; None: nothing is pruned.
+        prune_thresholds: importance up to which tokens are pruned, likewise; None: nothing is pruned.
         sites: where to act; None: inside every block, between attention and MLP.
     """
 
@@ -56,22 +56,22 @@ class LTMP(BasePolicy):
         self.attention_bias: Literal["log_size"] | None = None if self.merge_thresholds is None else "log_size"
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
-        """Those it was given, or inside every block."""
+        """The given sites, or inside every block."""
         return every_block(depth) if self.sites is None else self.sites
 
     def decide(self, obs: Observation) -> Decision:
-        """Compare with the thresholds of this site."""
+        """Merge and prune by the thresholds of this site."""
         alone = torch.arange(obs.num_agents, device=obs.alive.device).expand(obs.alive.shape)
         if self.merge_thresholds is None:
             return Decision(self._important(obs, alone))
-        matching = match(obs)
+        matching = match_bipartite(obs)
         merges = matching.score > per_site("merge_thresholds", self.merge_thresholds, obs)
-        merge_into, weight, order = merge(obs, matching, merges)
+        merge_into, weight, order = merge_senders(obs, matching, merges)
         keep = self._important(obs, torch.where(merges, merge_into, alone)) & ~merges
         return Decision(keep, merge_into, weight, order, matching.macs)
 
     def _important(self, obs: Observation, into: Tensor) -> Tensor:
-        """Alive tokens whose group, those with the same entry of `into` `[B, N]`, is important enough, `[B, N]`."""
+        """Alive tokens `[B, N]` whose group is important enough; tokens with equal `into` `[B, N]` form a group."""
         if self.prune_thresholds is None:
             return obs.alive
         importance = obs.scatter(obs.evidence["mean_attention"])
@@ -79,10 +79,13 @@ class LTMP(BasePolicy):
         return (importance > per_site("prune_thresholds", self.prune_thresholds, obs)) & obs.alive
 
     def at(self, offset: float) -> Self:
-        """The same thresholds, each times as far from where it does nothing (merging 1, pruning 0): for a budget.
+        """All thresholds moved together, to meet a budget.
+
+        The distance of each threshold from the value at which it has no effect (1 for merging, 0 for pruning) is
+        multiplied by `10 ** offset`.
 
         Args:
-            offset: decimal logarithm of how many times: 0 as they are, above it fewer tokens stay, below it more.
+            offset: 0: no change; above 0 fewer tokens stay, below 0 more.
         """
         factor = 10.0**offset
         merging = _each(self.merge_thresholds, lambda threshold: max(0.0, 1 - (1 - threshold) * factor))
@@ -129,7 +132,7 @@ def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None
 
 
 def _each(thresholds: Any, change: Callable[[float], float]) -> Any:
-    """Thresholds, whichever form they have, each changed."""
+    """`change` applied to a threshold or to each of a tuple; None stays None."""
     if isinstance(thresholds, tuple):
         return tuple(map(change, thresholds))
     return None if thresholds is None else change(thresholds)

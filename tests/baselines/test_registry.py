@@ -13,8 +13,8 @@ from helpers import random_images, toy
 from places import DOCS
 from vitprune_env import Policy, TokenGame, baselines, play
 from vitprune_env.baselines import EViT, Knob, RandomDrop, TopK
-from vitprune_env.baselines.knobs import spread
-from vitprune_env.baselines.registry import METHODS, backbone_sites, every_block, knob_of
+from vitprune_env.baselines.calibration import spread
+from vitprune_env.baselines.registry import METHODS, all_blocks, backbone_sites, knob_of
 from vitprune_env.errors import ParameterError, UnknownNameError
 
 
@@ -41,7 +41,7 @@ def test_every_method_says_what_it_is_and_has_its_knob(name: str) -> None:
     assert method.knob.name in method.parameters
 
 
-@pytest.mark.parametrize("name", [method.name for method in METHODS if method.fit is None])
+@pytest.mark.parametrize("name", [method.name for method in METHODS if method.recipe is None])
 def test_both_ends_of_every_knob_make_a_policy_that_plays(name: str) -> None:
     method, backbone = baselines.describe(name), toy("deit_tiny_patch16_224")
     sites = method.sites(backbone)
@@ -125,7 +125,7 @@ def test_a_class_is_known_by_itself() -> None:
 def test_sites_of_comparisons() -> None:
     backbone = toy("deit_tiny_patch16_224")
     assert backbone_sites(backbone) == backbone.default_sites
-    assert every_block(backbone) == ["1.attn", "2.attn", "3.attn", "4.attn"]
+    assert all_blocks(backbone) == ["1.attn", "2.attn", "3.attn", "4.attn"]
 
 
 def test_random_methods_are_known_by_their_seed() -> None:

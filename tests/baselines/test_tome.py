@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_matching import naive_match, observe, random_observation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import TIMM_MODELS, golden, random_images, toy
+from helpers import TIMM_MODELS, random_images, toy
+from matching import check_against_the_original, naive_match, observe, random_observation
 from vitprune_env.baselines.tome import ToMe
 from vitprune_env.deploy.export import export_program
 from vitprune_env.deploy.pruned_vit import PrunedViT
@@ -20,36 +20,7 @@ from vitprune_env.engine.backbone import Backbone
 from vitprune_env.game.policy_contract import check_policy
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.policy import Policy
-from vitprune_env.types import Decision, Observation, Outcome
-
-
-def groups_after_each_step(backbone: Backbone, policy: Policy, images: Tensor) -> tuple[Tensor, Outcome]:
-    """Place in the sequence, class token at 0, that every patch has got to; -1 = pruned. `[T, B, N]`."""
-    game, places = TokenGame.for_policy(backbone, policy), []
-    obs: Observation | None = game.reset(images)
-    while obs is not None:
-        obs, *_ = game.step(policy.decide(obs))
-        state = game.state
-        place = state.order.gather(1, state.source.clamp(min=0)) + 1
-        places.append(place.masked_fill(state.source < 0, -1))
-    return torch.stack(places), game.outcome()
-
-
-def check_against_the_original(name: str, policy: Policy, backbone: Backbone, images: Tensor) -> None:
-    """Same groups, same order of the tokens, same sizes, same logits."""
-    file = golden(name)
-    places, outcome = groups_after_each_step(backbone, policy, images)
-    assert torch.equal(places, file["group_of_input_token"][:, :, 1:])
-    torch.testing.assert_close(outcome.logits, file["logits"], atol=1e-4, rtol=0)
-    counts = file["token_counts_after_block"].view(12, -1).expand(12, len(images))
-    assert torch.equal(outcome.n_kept.T + 1, counts), "the class token is counted there"
-    if "size" in file:
-        place = places[-1].clamp(min=0)
-        assert torch.equal(
-            outcome.size.gather(1, outcome.source.clamp(min=0)) * (outcome.source >= 0),
-            file["size"][-1].gather(1, place) * (places[-1] >= 0),
-        )
+from vitprune_env.types import Decision
 
 
 def test_the_originals_decisions(golden_backbone: Backbone, golden_images: Tensor) -> None:

@@ -34,9 +34,9 @@ from update_rivals import Update, stock_ppo, torchrl_ppo
 from dense_ppo import DenseGames, DensePPO, Settings, masked_play
 from vitprune_env import TokenGame, load_backbone, play
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.mappo import MAPPO
 from vitprune_env.agents.networks import TokenActor, TokenCritic, paper_sizes
-from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.game.rewards import SharedOutcome
 
 LR = 1e-3

@@ -61,7 +61,7 @@ def stock_ppo(
     following = np.minimum(np.arange(len(rows)) + 1, len(rows) - 1)
     columns: dict[str, Any] = {
         "obs": obs,
-        "act": rows.keep.long(),
+        "act": rows.action,
         "rew": rows.flat(rows.reward).double().numpy(),
         "terminated": done,
         "truncated": np.zeros_like(done),
@@ -138,7 +138,7 @@ def torchrl_ppo(
         batch = TensorDict(
             {
                 "observation": obs,
-                "action": rows.keep.long(),
+                "action": rows.action,
                 loss.tensor_keys.sample_log_prob: rows.log_prob,
                 "advantage": advantage[live],
                 "value_target": target[live],

@@ -16,13 +16,13 @@ from envs import AVERAGE, CLASS_TOKEN, draw_arrows, images_for, make_env, merge_
 from helpers import random_merge, toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.engine.reduction import check_decision
-from vitprune_env.envs.actions import MergeActions, mean_weights, resolve
+from vitprune_env.envs.actions import MergeActions, resolve
 from vitprune_env.envs.parallel import PRUNE_MODES
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.errors import EvidenceError
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.policy import BasePolicy
+from vitprune_env.policy import BasePolicy, mean_weights
 from vitprune_env.types import Decision, Observation
 
 seeds = st.integers(0, 2**31)

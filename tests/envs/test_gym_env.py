@@ -22,9 +22,8 @@ from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.envs import parallel
 from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
 from vitprune_env.envs.parallel import ENV_ID
-from vitprune_env.game.rewards import RewardFn, SharedOutcome, log_probability
+from vitprune_env.game.rewards import RewardFn, SharedOutcome, TeamOutcome, log_probability
 from vitprune_env.game.rollout import play
-from vitprune_env.game.team_reward import TeamOutcome
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision
 

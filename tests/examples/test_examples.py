@@ -17,7 +17,7 @@ import common
 import evaluate
 import train_mappo
 from places import EXAMPLES
-from vitprune_env.agents.runs.config import PRESETS
+from vitprune_env.agents import PRESETS, GMACs
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 KEYS = {
@@ -106,18 +106,20 @@ def test_help_explains_every_flag(script: str) -> None:
 def test_preset_decides_defaults_and_flags_win() -> None:
     args = train_mappo.parse(["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"])
     paper = PRESETS["rl4evit"]
-    assert (args.reward, args.epochs, args.paper_sizes) == ("paper", paper.epochs, True)
+    assert (args.reward, args.epochs, args.paper_sizes) == ("paper", paper.learner.epochs, True)
     assert (args.updates, args.keep_cost, args.outcome_bonus) == (7, 2.5, 1.5)
     assert train_mappo.parse(["--preset=rl4evit"]).config == paper
-    assert train_mappo.parse([]).config == PRESETS["default"]
-    assert train_mappo.parse(["--target-gmacs", "0.01"]).config.budget["gmacs"] == 0.01
+    config, default = train_mappo.parse([]).config, PRESETS["default"]
+    assert (config.budget, config.learner, config.run) == (default.budget, default.learner, default.run)
+    assert config.reward == default.learner.default_reward()
+    assert train_mappo.parse(["--target-gmacs", "0.01"]).config.budget == GMACs(0.01)
 
 
 @pytest.mark.parametrize("mode", ["alternate", "after"])
 def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
     config = train_mappo.parse(["--quick", "--finetune", mode]).config
-    assert config.finetune_every <= config.updates
-    assert config.finetune_steps <= 4
+    assert config.finetune.every <= config.run.updates
+    assert config.finetune.steps <= 4
 
 
 def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(trained: Path, tmp_path: Path) -> None:

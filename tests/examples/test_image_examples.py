@@ -15,7 +15,7 @@ import train_mappo
 from make_image_folder import main as make_image_folder
 from presets import PUBLISHED, TRAINING
 from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, load_policy, save_policy, train
+from vitprune_env.agents import RunConfig, Share, TokenActor, TokenPolicy, load_policy, save_policy, train
 from vitprune_env.baselines import EViT
 from vitprune_env.data import open_images
 from vitprune_env.engine.cost import CostModel
@@ -68,8 +68,8 @@ def test_training_reads_files_as_it_goes(folder: Path) -> None:
     """Without a cache every image is decoded whenever it is drawn: the setting for ImageNet."""
     backbone = load_backbone("vit_digits")
     files = open_images(backbone, folder, "train", workers=2)
-    config = TrainConfig(updates=2, images=8, cache_images=0, calibration_images=16, target_share=0.6)
-    result = train(backbone, files, config, progress=False)
+    short = RunConfig(updates=2, images=8, cache_images=0, calibration_images=16)
+    result = train(backbone, files, Share(0.6), run=short, progress=False)
     assert len(result.history) == 2
     assert result.train_macs == pytest.approx(result.target_macs, rel=0.05)
 

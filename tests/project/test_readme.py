@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from places import ROOT
-from vitprune_env.agents import TrainConfig
+from training_flags import TrainingFlags
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -37,7 +37,7 @@ def test_commands_name_scripts_and_flags_that_exist() -> None:
         source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--([\w-]+)", rest.partition("#")[0]):
             name = flag.replace("-", "_")
-            assert flag == "help" or re.search(rf"\b{name}: ", source) or hasattr(TrainConfig(), name), (script, flag)
+            assert flag == "help" or re.search(rf"\b{name}: ", source) or hasattr(TrainingFlags(), name), (script, flag)
 
 
 def test_both_set_up_commands_are_the_first_two() -> None:

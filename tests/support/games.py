@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers import random_images, toy
 from vitprune_env.agents.learners.buffer import Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.networks import TokenActor
-from vitprune_env.agents.policies import ExploringPolicy
+from vitprune_env.envs.actions import KeepActions
 from vitprune_env.game.rewards import SharedOutcome, log_probability
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -62,3 +64,32 @@ def explored(game: TokenGame, actor: TokenActor, seed: int, images: int = 6) -> 
     policy = ExploringPolicy(actor, torch.Generator().manual_seed(seed))
     episode = play(game, policy, data.images, data.labels, record=True)
     return episode, Trajectory.of(episode, policy.actions, policy.log_probs)
+
+
+def keep_log_prob(logit: Tensor, keep: Tensor) -> Tensor:
+    """Log-probability of the actions `keep` (bool) given the log-odds of keeping, as learners compute it."""
+    return _coin(logit).log_prob(keep.long())
+
+
+def keep_entropy(logit: Tensor) -> Tensor:
+    """Entropy of keep-or-prune in nats given the log-odds of keeping, as learners compute it."""
+    return _coin(logit).entropy()
+
+
+def _coin(logit: Tensor) -> Any:
+    flat = torch.stack([torch.zeros_like(logit), logit], dim=-1).flatten(0, -2)
+    return _Shaped(KeepActions().distribution(flat), logit.shape)
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """A distribution over rows, for tensors of any shape."""
+
+    rows: Any
+    shape: torch.Size
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        return self.rows.log_prob(actions.flatten()).view(self.shape)
+
+    def entropy(self) -> Tensor:
+        return self.rows.entropy().view(self.shape)

@@ -18,20 +18,18 @@ from pathlib import Path
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents import TrainConfig, train
+from runs import TINY, but
+from vitprune_env.agents import train
 from vitprune_env.files import load_state
 
-CONFIG = TrainConfig(
+CONFIG = but(
+    TINY,
     updates=8,
     images=7,  # so that a part of the 16 cached ones is always left over
-    minibatch=256,
     critic_hidden=(8,),
     actor_hidden=(4,),
     cache_images=16,
     calibration_images=8,
-    target_share=0.5,
-    sites=("1", "2", "3"),
-    anneal_from=0.7,
     value_norm=True,
     checkpoint_every=1,
 )
@@ -55,7 +53,7 @@ def forked(work: Callable[[], object]) -> int:
 
 def training(folder: Path, data: OwnLabels) -> int:
     """Start, or take up again, the run of a folder; its process."""
-    return forked(lambda: train(toy(NAME), data, CONFIG, output=folder, progress=False, resume=True))
+    return forked(lambda: train(toy(NAME), data, **CONFIG.arguments, output=folder, progress=False, resume=True))
 
 
 def outcome(folder: Path) -> dict[str, object]:

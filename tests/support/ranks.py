@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,34 @@ import torch
 from games import NAME, OwnLabels
 from helpers import toy
 from kills import CONFIG, forked
-from vitprune_env.agents import MAPPO, TrainConfig, train
-from vitprune_env.agents.runs.processes import Processes, launched
+from runs import but
+from vitprune_env import PaperReward
+from vitprune_env.agents import MAPPO, BudgetRange, FinetuneConfig, PPOSingleConfig, Preset, train
+from vitprune_env.agents.shared.processes import Processes, launched
 from vitprune_env.files import save_state
 
-SEVERAL = replace(CONFIG, updates=5, images=7, epochs=2, minibatch=100, cache_images=0, checkpoint_every=2)
-RUNS: dict[str, tuple[TrainConfig, tuple[int, ...]]] = {  # settings, numbers of processes
+SEVERAL = but(CONFIG, updates=5, images=7, epochs=2, minibatch=100, cache_images=0, checkpoint_every=2)
+SINGLE = PPOSingleConfig(epochs=2, minibatch=100, value_norm=True, networks=SEVERAL.learner.networks)
+TURNS = FinetuneConfig(
+    when="alternate",
+    every=1,
+    steps=2,
+    batch_size=7,
+    distill=0.5,
+    lr=2e-5,  # AdamW makes steps of the size of the rate out of rounding errors
+    cache_images=0,
+)
+RUNS: dict[str, tuple[Preset, tuple[int, ...]]] = {  # settings, numbers of processes
     "uneven": (SEVERAL, (1, 2, 3)),  # 7 images: 3 + 4, 2 + 2 + 3
-    "cached": (replace(SEVERAL, cache_images=15, minibatch=None, images=8), (1, 2)),
-    "tiny_minibatches": (replace(SEVERAL, minibatch=2, images=2, updates=1, epochs=1), (1, 2)),  # some have no rows
-    "ppo_single": (replace(SEVERAL, algorithm="ppo_single"), (1, 2)),
-    "alternate": (
-        replace(
-            SEVERAL,
-            updates=2,
-            finetune="alternate",
-            finetune_every=1,
-            finetune_steps=2,
-            finetune_batch=7,
-            distill=0.5,
-            finetune_lr=2e-5,  # AdamW makes steps of the size of the rate out of rounding errors
-        ),
+    "cached": (but(SEVERAL, cache_images=15, minibatch=None, images=8), (1, 2)),
+    "tiny_minibatches": (but(SEVERAL, minibatch=2, images=2, updates=1, epochs=1), (1, 2)),  # some have no rows
+    "ppo_single": (but(SEVERAL, learner=SINGLE), (1, 2)),
+    "alternate": (but(SEVERAL, updates=2, finetune=TURNS), (1, 2)),
+    "adaptive": (but(SEVERAL, updates=2, budget=BudgetRange(0.4, 0.8, anneal_from=0.7)), (1, 2)),
+    "paper": (
+        but(SEVERAL, reward=PaperReward(outcome_bonus=1.0), normalize_advantages=False, value_norm=False),
         (1, 2),
     ),
-    "adaptive": (replace(SEVERAL, updates=2, target_share=None, adaptive=(0.4, 0.8)), (1, 2)),
-    "paper": (replace(SEVERAL, reward="paper", normalize_advantages=False, value_norm=False), (1, 2)),
 }
 Work = Callable[[Processes], object]
 
@@ -71,12 +73,14 @@ def _take_part(rank: int, size: int, port: int, work: Work) -> None:
         os._exit(int(stop.code or 0))
 
 
-def training(data: OwnLabels, config: TrainConfig, folder: Path, resume: bool = False) -> Work:
+def training(data: OwnLabels, config: Preset, folder: Path, resume: bool = False) -> Work:
     """Train, and write down what this process came to."""
 
     def work(processes: Processes) -> None:
         own = data if processes.is_main else OwnLabels(24)  # every process reads the images itself
-        result = train(toy(NAME), own, config, output=folder, progress=False, resume=resume, processes=processes)
+        result = train(
+            toy(NAME), own, **config.arguments, output=folder, progress=False, resume=resume, processes=processes
+        )
         modules = {"actor": result.policy.actor.state_dict(), "critic": result.critic.state_dict()}
         modules["backbone"] = result.backbone.state_dict()
         state: dict[str, Any] = {**modules, "history": result.history, "threshold": result.policy.threshold}

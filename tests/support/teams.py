@@ -11,8 +11,7 @@ from games import toy_game
 from vitprune_env.agents import TokenActor
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
 from vitprune_env.agents.learners.ppo_single import ImageCritic
-from vitprune_env.game.rewards import log_probability
-from vitprune_env.game.team_reward import TeamOutcome
+from vitprune_env.game.rewards import TeamOutcome, log_probability
 from vitprune_env.game.token_game import TokenGame
 
 DIM = 48

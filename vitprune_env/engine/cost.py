@@ -96,25 +96,34 @@ class CostModel:
             counts = self.num_patches * rate ** torch.arange(1, len(sites) + 1, dtype=torch.float64)
             return float(self.forward(counts[None], sites))
 
-        return sum(bisect(cost, budget_macs, 60)) / 2
+        return sum(bisect(cost, budget_macs, 0.0, 1.0, steps=60)) / 2
 
 
 def bisect(
-    cost: Callable[[float], float], target: float, steps: int, low: float = 0.0, high: float = 1.0
+    cost: Callable[[float], float],
+    target: float,
+    low: float,
+    high: float,
+    steps: int,
+    done: Callable[[float, float], bool] | None = None,
 ) -> tuple[float, float]:
-    """Halve a range, at the ends of which a rising cost lies on either side of a target.
+    """Halve a range until its ends lie close around the point where the cost reaches the target.
 
     Args:
-        cost: not falling.
-        target: the cost that is looked for.
-        steps: halvings.
-        low: where the cost is below the target.
-        high: where it is not.
+        cost: never falls on the way from `low` to `high`; evaluated once per halving, in the middle of the range.
+        target: the cost to meet.
+        low: end of the range where the cost is below the target. It may be the larger number of the two, for a cost
+            that falls with the number.
+        high: end of the range where the cost is at least the target.
+        steps: halvings, at most.
+        done: whether the range `(low, high)` is narrow enough to stop early; None: it never is.
 
     Returns:
-        The last range: at its low end the cost is below the target, at its high end not.
+        `(low, high)`, the ends of the last range: the cost at `low` is below the target, at `high` it is not.
     """
     for _ in range(steps):
+        if done is not None and done(low, high):
+            break
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) < target else (low, middle)
     return low, high

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitprune_env.engine.reduction import survivors
 from vitprune_env.envs.distributions import ActionDistribution, Bernoulli, Categorical
+from vitprune_env.policy import mean_weights
 from vitprune_env.types import Decision, Observation
 
 WEIGHT_TOLERANCE = 1e-4  # relative; a policy may compute its means in another order of operations
@@ -206,18 +207,6 @@ def resolve(arrows: Tensor, alive: Tensor) -> Tensor:
     # Every path has ended in a circle (a token that stays is one of length 1), whose tokens share their lowest number.
     target = lowest.gather(1, jump)[:, :agents]
     return target.masked_fill(target == agents, -1)
-
-
-def mean_weights(target: Tensor, size: Tensor) -> Tensor:
-    """Weights `[B, N]` that make every group of tokens the mean of its patches; 1 for tokens without a target.
-
-    Args:
-        target: `[B, N]` int64, the token that each one goes into; -1: none.
-        size: `[B, N]` float, patches that each token stands for.
-    """
-    joins, into = target >= 0, target.clamp(min=0)
-    total = torch.zeros_like(size).scatter_add(1, into, size * joins).gather(1, into)
-    return torch.where(joins, size / total.clamp(min=1), 1.0)
 
 
 def destinations(decision: Decision, obs: Observation) -> Tensor:

@@ -14,8 +14,7 @@ from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.envs.parallel import ENV_ID, Action, parallel_env
-from vitprune_env.game.rewards import RewardFn
-from vitprune_env.game.team_reward import TeamOutcome
+from vitprune_env.game.rewards import RewardFn, TeamOutcome
 from vitprune_env.plots.render import RENDER_MODES
 from vitprune_env.policy import Policy
 from vitprune_env.types import Observation, Outcome, Site

@@ -7,8 +7,8 @@ been classified. `[T, B, N]` tables hold one entry per step, image and token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torch import Tensor
 from vitprune_env.types import Step
 
 OutcomeFn = Callable[[Tensor, Tensor], Tensor]
+START_PRICE = 0.01  # where training starts with the price of carrying a token through the network, in units of outcome
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """gamma of paper 000: 1 if the image is classified correctly, else 0; `[B]` float."""
+    """gamma of RL4EViT: 1 if the image is classified correctly, else 0; `[B]` float."""
     return (logits.argmax(dim=1) == labels).to(logits)
 
 
@@ -50,7 +51,11 @@ def margin(logits: Tensor, labels: Tensor, width: float = 1.0) -> Tensor:
 
 
 class RewardFn(Protocol):
-    """A reward for the game of token pruning."""
+    """A reward for the game of token pruning.
+
+    A reward may have a price, which a budget then moves until play costs what it should (`has_price`, `at_price`), or
+    weights for which it is known where play settles (`SettlingReward`).
+    """
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """How well an image came out, `[B]`."""
@@ -65,14 +70,53 @@ class RewardFn(Protocol):
         ...
 
 
+@runtime_checkable
+class SettlingReward(RewardFn, Protocol):
+    """A reward whose weights alone decide how many tokens are kept, because play settles in a known equilibrium."""
+
+    @property
+    def keep_cost(self) -> float:
+        """What keeping a token costs, the weight that decides."""
+        ...
+
+    def equilibrium(self, accuracy: float, num_tokens: int) -> float:
+        """Fraction of the tokens, 0 to 1, that is kept at every site when play has settled.
+
+        Args:
+            accuracy: share of the images that are classified correctly.
+            num_tokens: N.
+        """
+        ...
+
+    def settled(self, fraction: float, accuracy: float, num_tokens: int) -> RewardFn:
+        """The same reward with the weights for which play settles where `fraction` of the tokens is kept."""
+        ...
+
+
+def has_price(reward: RewardFn) -> bool:
+    """Whether a reward has a price: a method `at_price(price)`, or a dataclass field `price`."""
+    by_field = is_dataclass(reward) and any(each.name == "price" for each in fields(reward))
+    return hasattr(reward, "at_price") or by_field
+
+
+def at_price(reward: Any, price: float | Tensor) -> RewardFn:
+    """The same reward at another price.
+
+    Args:
+        reward: one with a price, see `has_price`.
+        price: one number, or `[B]`, a price for each image.
+    """
+    return reward.at_price(price) if hasattr(reward, "at_price") else replace(reward, price=price)
+
+
 @dataclass(frozen=True)
 class PaperReward:
-    """RL4EViT (paper 000, Eq. 1 and 2), scaled by the number of agents unless asked otherwise.
+    """RL4EViT (Eq. 1 and 2), scaled by the number of agents unless asked otherwise.
 
     Agent i that is kept at site l earns `-keep_cost + outcome_bonus * gamma * N / n_l`, a pruned one earns 0; gamma is
     1 if the image is classified correctly and n_l is the number of tokens kept at that site. Then a token is worth
     keeping iff `outcome_bonus * gamma * N / n > keep_cost`, so play settles where the kept fraction is
-    `gamma * outcome_bonus / keep_cost` (the paper's sentence on alpha/beta has the two swapped).
+    `gamma * outcome_bonus / keep_cost` (the sentence on alpha/beta in RL4EViT has the two swapped).
 
     The printed form, `scaled=False`, has `gamma / n_l` instead, with weights alpha for the first and beta for the
     second part. It settles at `gamma * outcome_bonus / keep_cost` tokens, about one for the printed ratios, which only
@@ -89,7 +133,7 @@ class PaperReward:
         return self.outcome(logits, labels)
 
     def immediate(self, step: Step) -> Tensor:
-        """`keep_cost * r1`: -1 for a kept token, `[B, N]`; who waits costs nothing."""
+        """`keep_cost * r1`: -1 for a kept token, `[B, N]`; waiting tokens cost nothing."""
         return -self.keep_cost * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
@@ -99,10 +143,20 @@ class PaperReward:
         per_token = score[:, None] * total / kept.sum(dim=2, keepdim=True).clamp(min=1)
         return self.outcome_bonus * kept * per_token
 
+    def equilibrium(self, accuracy: float, num_tokens: int) -> float:
+        """Fraction of the tokens at which play settles with these weights, see `SettlingReward`."""
+        fraction = accuracy * self.outcome_bonus / self.keep_cost
+        return min(1.0, fraction if self.scaled else fraction / num_tokens)
+
+    def settled(self, fraction: float, accuracy: float, num_tokens: int) -> PaperReward:
+        """The same reward with the `keep_cost` for which play settles at `fraction`, see `SettlingReward`."""
+        tokens = fraction if self.scaled else fraction * num_tokens
+        return replace(self, keep_cost=self.outcome_bonus * accuracy / tokens)
+
 
 @dataclass(frozen=True)
 class SharedOutcome:
-    """Everybody is paid the image's outcome once; a kept token pays for the blocks it buys.
+    """Every agent is paid the image's outcome once; a kept token is charged for the blocks it passes through.
 
     The outcome reaches an agent at the last step in which it acted, pruned ones included. A kept token is charged
     `price` times the share of the network between this site and the next one, so `price` is what it costs to carry
@@ -138,6 +192,28 @@ class SharedOutcome:
         return torch.stack(last).to(score) * score[None, :, None]
 
 
+@dataclass(frozen=True)
+class TeamOutcome(SharedOutcome):
+    """`SharedOutcome` for a team: summed over all tokens, the outcome once and the price of every token kept.
+
+    The return of an image is `outcome - price * (sum over tokens of the share of the network each was carried
+    through)`. The agents of `SharedOutcome` follow the gradient of the same objective: each is paid the whole outcome
+    and charged only for itself, and what one agent's action costs is charged to nobody else. Equal prices therefore
+    mean equal objectives; what differs is which agent is credited with what.
+
+    The outcome is known, and paid, in the last step; it is split evenly over all N tokens, pruned ones included.
+    """
+
+    for_team: ClassVar[bool] = True  # single-agent learners accept rewards with this mark
+
+    def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
+        """An equal share of the outcome for every token in the last step, `[T, B, N]`."""
+        batch, agents = steps[-1].acted.shape
+        table = score.new_zeros(len(steps), batch, agents)
+        table[-1] = score[:, None] / agents
+        return table
+
+
 def _per_token(price: float | Tensor, step: Step) -> float | Tensor:
     """A price per image, wherever it lies, as one that multiplies the step's `[B, N]`."""
     return price[:, None].to(step.kept.device) if isinstance(price, Tensor) else price
@@ -159,7 +235,7 @@ class CreditRewardFn(RewardFn, Protocol):
 
 @dataclass(frozen=True)
 class Attribution:
-    """Each agent is paid what its own choice did, to first order, and a kept token pays for the blocks it buys.
+    """Each agent is paid the first-order effect of its own choice; a kept token is charged for the blocks it passes.
 
     The derivative c of the log-probability of the true class by a token's weight as a key, between a site and the next
     one (see `credit.attribution`), says about what the outcome would lose without it, or gain with it. Staying is paid

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import runs
 from games import NAME, OwnLabels
 from helpers import random_images, toy
-from vitprune_env import PrunedViT
-from vitprune_env.agents import TrainConfig, TrainResult, load_policy, train
+from runs import but
+from vitprune_env import PaperReward, PrunedViT, TeamOutcome
+from vitprune_env.agents import BudgetRange, FinetuneConfig, PPOSingleConfig, Preset, TrainResult, load_policy, train
 from vitprune_env.agents.budgets.adaptive import (
     KNOTS,
-    AdaptiveExplorer,
     AdaptivePolicy,
     AdaptivePrice,
     interpolate,
@@ -26,30 +27,18 @@ from vitprune_env.agents.budgets.adaptive import (
     spaced,
 )
 from vitprune_env.agents.networks import TokenActor
-from vitprune_env.agents.runs.processes import Processes
+from vitprune_env.agents.shared.processes import Processes
 from vitprune_env.errors import BudgetError
 from vitprune_env.game.rewards import SharedOutcome
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 
-TINY = TrainConfig(
-    updates=4,
-    images=16,
-    minibatch=256,
-    critic_hidden=(16,),
-    actor_hidden=(8,),
-    cache_images=48,
-    calibration_images=48,
-    adaptive=(0.45, 0.8),
-    sites=("1", "2", "3"),
-    anneal_from=0.7,
-    checkpoint_every=2,
-)
+TINY = but(runs.TINY, budget=BudgetRange(0.45, 0.8, anneal_from=0.7), updates=4)
 DATA = OwnLabels(48)
 
 
-def run(config: TrainConfig = TINY, **options: Any) -> TrainResult:
-    return train(toy(NAME), DATA, config, progress=False, **options)
+def run(config: Preset = TINY, **options: Any) -> TrainResult:
+    return train(toy(NAME), DATA, **config.arguments, progress=False, **options)
 
 
 @given(scale=st.floats(0.1, 50), shift=st.floats(-5, 5), share=st.floats(0.2, 0.8))
@@ -82,7 +71,7 @@ def test_the_ends_of_the_range_are_budgets_of_it(high: float) -> None:
 
 def test_a_range_that_begins_too_low_is_refused_before_training() -> None:
     with pytest.raises(BudgetError, match=r"adaptive: .* budget: expected above"):
-        run(replace(TINY, adaptive=(0.01, 0.8)))
+        run(but(TINY, budget=BudgetRange(0.01, 0.8)))
 
 
 def test_interpolation_by_hand() -> None:
@@ -92,32 +81,29 @@ def test_interpolation_by_hand() -> None:
 
 
 def test_prices_answer_where_images_cost_too_much() -> None:
-    explorer = AdaptiveExplorer(TokenActor(4), torch.Generator().manual_seed(0), 0.2, 0.7)
-    price = AdaptivePrice(SharedOutcome(0.1), explorer, 64, torch.Generator().manual_seed(1), 0.2, 2.0, Processes())
+    price = AdaptivePrice(SharedOutcome(0.1), 0.2, 0.7, 64, torch.Generator().manual_seed(1), 0.2, 2.0, Processes())
     reward = price.reward(0.45)
     assert isinstance(reward, SharedOutcome)
     torch.testing.assert_close(reward.price, torch.full((64,), 0.1))
-    assert explorer.shares.min() > 0.2
-    assert explorer.shares.max() < 0.7
+    assert price.shares.min() > 0.2
+    assert price.shares.max() < 0.7
     knots = torch.tensor(spaced(0.2, 0.7))
-    nearest = (explorer.shares[:, None] - knots).abs().argmin(dim=1)
-    price.costs = torch.where(nearest == 0, explorer.shares * 1.5, explorer.shares)
-    price.observe(0.4, 0.9, 0.45)
+    nearest = (price.shares[:, None] - knots).abs().argmin(dim=1)
+    price.observe(0.4, 0.9, 0.45, torch.where(nearest == 0, price.shares * 1.5, price.shares))
     state = price.state()
     assert state["duals"] == pytest.approx([0.1 * exp(0.2 * 0.5), *[0.1] * (KNOTS - 1)], rel=1e-4)
     assert state["prices"] == pytest.approx([0.1 * exp(0.2 * 0.5) * exp(2 * 0.5), *[0.1] * (KNOTS - 1)], rel=1e-4)
-    price.costs = explorer.shares + 0.2  # as far as the mean target is still away
-    price.observe(0.65, 0.9, 0.65)
+    price.observe(0.65, 0.9, 0.65, price.shares + 0.2)  # as far as the mean target is still away
     assert price.state()["prices"][1:] == pytest.approx([0.1] * (KNOTS - 1), rel=1e-4)
 
 
 def test_processes_get_their_part_of_the_budgets() -> None:
     shares = []
     for rank in range(2):
-        explorer = AdaptiveExplorer(TokenActor(4), torch.Generator().manual_seed(0), 0.2, 0.7)
         generator = torch.Generator().manual_seed(1)
-        AdaptivePrice(SharedOutcome(), explorer, 7, generator, 0.2, 2.0, Processes(rank, 2)).reward(0.45)
-        shares.append(explorer.shares)
+        price = AdaptivePrice(SharedOutcome(), 0.2, 0.7, 7, generator, 0.2, 2.0, Processes(rank, 2))
+        price.reward(0.45)
+        shares.append(price.shares)
     assert [len(part) for part in shares] == [3, 4]
     assert len(torch.cat(shares).unique()) == 7
 
@@ -169,13 +155,14 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"adaptive": (0.3,)},
-        {"adaptive": (0.6, 0.3)},
-        {"adaptive": (0.3, 1.2)},
-        {"adaptive": (0.3, 0.6), "algorithm": "ppo_single"},
-        {"adaptive": (0.3, 0.6), "target_share": 0.5},
+        {"budget": (0.5, 0.5)},
+        {"budget": (0.6, 0.3)},
+        {"budget": (0.3, 1.2)},
+        {"learner": PPOSingleConfig(), "reward": TeamOutcome()},
+        {"reward": PaperReward()},
+        {"finetune": FinetuneConfig()},
     ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="adaptive"):
-        TrainConfig(**wrong)
+        run(but(TINY, **{name: BudgetRange(*value) if name == "budget" else value for name, value in wrong.items()}))

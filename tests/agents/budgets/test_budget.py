@@ -9,8 +9,10 @@ import torch
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents.budgets.prices import CollapseDetector, CollapseWarning, DualPrice, FedForwardKeepCost
-from vitprune_env.agents.budgets.targets import PolicyCost, annealed, calibrate_threshold, target_macs
+from vitprune_env.agents.budgets.calibration import calibrate_threshold
+from vitprune_env.agents.budgets.collapse import CollapseDetector, CollapseWarning
+from vitprune_env.agents.budgets.prices import DualPrice, FedForwardKeepCost
+from vitprune_env.agents.budgets.targets import PolicyCost, annealed, target_macs
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.baselines import RandomDrop

@@ -17,8 +17,8 @@ from games import NAME, OwnLabels
 from helpers import toy
 from vitprune_env import KeepAll, TokenGame, load_backbone, play
 from vitprune_env.agents.finetuning.loop import CosineKeepRate, FinetuneConfig, FineTuner, _scheduled, finetune
-from vitprune_env.agents.runs.processes import Processes
-from vitprune_env.agents.runs.signals import TrainingStopped
+from vitprune_env.agents.shared.processes import Processes
+from vitprune_env.agents.shared.signals import TrainingStopped
 from vitprune_env.baselines import EViT, LifeRegression, RandomDrop
 from vitprune_env.data import Digits, fetch
 from vitprune_env.errors import CheckpointError, NumericalError

@@ -10,9 +10,9 @@ import torch
 
 from games import OwnLabels, explored, toy_game
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.mappo import MAPPO
 from vitprune_env.agents.networks import TokenActor, TokenCritic
-from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.agents.runs.collector import GameCollector
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.rollout import play
@@ -35,7 +35,7 @@ def test_rows_are_the_live_agent_steps_agent_by_agent() -> None:
                     continue
                 assert torch.equal(rows.tokens[row], features[step][image, agent])
                 assert torch.equal(rows.cls[rows.image[row]], episode.observations[step].cls[image])
-                assert rows.keep[row] == episode.keep[step, image, agent]
+                assert rows.action[row] == episode.keep[step, image, agent]
                 assert reward[row] == episode.reward[step, image, agent]
                 assert terminated[row] == (step == steps - 1 or not episode.keep[step, image, agent])
                 row += 1
@@ -51,7 +51,7 @@ def test_dense_undoes_flat() -> None:
 def test_log_probabilities_belong_to_the_actions() -> None:
     actor = TokenActor(DIM)
     _, rows = explored(toy_game(), actor, seed=2)
-    chosen = actor(rows.tokens).log_softmax(dim=1).gather(1, rows.keep.long()[:, None]).squeeze(1)
+    chosen = actor(rows.tokens).log_softmax(dim=1).gather(1, rows.action[:, None]).squeeze(1)
     assert torch.allclose(rows.log_prob, chosen, atol=1e-6)
 
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from games import OwnLabels, Teacher, explored, toy_game
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
-from vitprune_env.agents.learners.mappo import MAPPO, LinearDecay, MAPPOStats
+from vitprune_env.agents.learners.exploration import ExploringPolicy
+from vitprune_env.agents.learners.learner import LinearDecay
+from vitprune_env.agents.learners.mappo import MAPPO, MAPPOStats
 from vitprune_env.agents.learners.value_norm import ValueNorm
 from vitprune_env.agents.networks import TokenActor, TokenCritic
-from vitprune_env.agents.policies import ExploringPolicy, TokenPolicy
+from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.rollout import play
 from vitprune_env.types import Episode

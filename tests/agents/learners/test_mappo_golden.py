@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from games import keep_entropy, keep_log_prob
 from helpers import golden
-from vitprune_env.agents.learners.mappo import policy_loss, value_loss
-from vitprune_env.agents.networks import keep_entropy, keep_log_prob
+from vitprune_env.agents.learners.losses import policy_loss, value_loss
 
 
 def network(part: str, stage: str = "init") -> nn.Sequential:

@@ -1,11 +1,11 @@
-"""The losses of MAPPO, Eq. 3 and 4 of paper 000, against numbers computed by hand."""
+"""The losses of MAPPO, Eq. 3 and 4 of RL4EViT, against numbers computed by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vitprune_env.agents.learners.mappo import policy_loss, value_loss
+from vitprune_env.agents.learners.losses import policy_loss, value_loss
 
 
 def test_policy_objective_by_hand() -> None:

@@ -19,10 +19,11 @@ from dense_ppo import DenseGames, DensePPO, Settings, masked_play
 from games import OwnLabels, Teacher, explored, toy_game
 from places import TESTS
 from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.gradient import chunk_rows
 from vitprune_env.agents.learners.mappo import MAPPO, MAPPOStats
 from vitprune_env.agents.networks import TokenActor, TokenCritic, standardize
-from vitprune_env.agents.policies import ExploringPolicy, TokenPolicy
+from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.game.rollout import play
 
 DIM = 48

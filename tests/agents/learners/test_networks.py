@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from games import keep_entropy, keep_log_prob
 from helpers import random_images, toy
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.networks import (
     TokenActor,
     TokenCritic,
-    keep_entropy,
-    keep_log_prob,
     light_sizes,
     paper_sizes,
 )
-from vitprune_env.agents.policies import ExploringPolicy, TokenPolicy
+from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 
@@ -144,7 +144,7 @@ def test_exploration_follows_the_probabilities_and_its_generator() -> None:
     assert not torch.equal(keep, explore(1)[0])
     assert [len(actions) for actions in policy.actions] == [1000, int(keep[0].sum()), int(keep[1].sum())]
     obs = game.reset(images)
-    expected = keep_log_prob(actor.keep_logit(obs.tokens), policy.actions[0])
+    expected = keep_log_prob(actor.keep_logit(obs.tokens), policy.actions[0].bool())
     assert torch.allclose(policy.log_probs[0], expected)
 
 

@@ -14,15 +14,16 @@ from tianshou.algorithm.optim import AdamOptimizerFactory
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
-from games import NAME, OwnLabels, Teacher, explored, toy_game
+import runs
+from games import NAME, OwnLabels, Teacher, explored, keep_entropy, keep_log_prob, toy_game
 from helpers import toy
 from teams import DIM, buffer_of, networks, team_game, update
-from vitprune_env.agents import TokenActor, TokenPolicy, TrainConfig, train
+from vitprune_env.agents import PPOSingleConfig, TokenActor, TokenPolicy, train
 from vitprune_env.agents.learners.buffer import Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.ppo_single import ImageCritic, PPOSingle, joint_sum
-from vitprune_env.agents.networks import keep_entropy, keep_log_prob
-from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.errors import NumericalError
+from vitprune_env.game.rewards import PaperReward, SharedOutcome
 from vitprune_env.game.rollout import play
 
 
@@ -42,10 +43,10 @@ def by_hand() -> Trajectory:
     alive[1:, 1, 0] = False
     reward = torch.tensor([[[1.0, 0.5], [0.0, 1.0]], [[1.0, 1.0], [9.0, -7.0]], [[2.0, 1.0], [0.5, 3.5]]])
     image = torch.tensor([0, 2, 4, 0, 2, 4, 1, 1, 3, 5])  # agent by agent: rows t * B + b
-    keep = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
+    action = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1, 1, 0])
     tokens = torch.arange(10.0)[:, None] + torch.arange(float(DIM))
     classes = torch.arange(6.0)[:, None].expand(6, DIM)
-    return Trajectory(tokens, classes, image, keep, torch.full((10,), 0.5).log(), reward, alive, alive)
+    return Trajectory(tokens, classes, image, action, torch.full((10,), 0.5).log(), reward, alive, alive)
 
 
 class Constant(ImageCritic):
@@ -84,8 +85,9 @@ class Fixed(TokenActor):
         super().__init__(DIM)
         self.log_odds = nn.Parameter(log_odds)
 
-    def keep_logit(self, tokens: Tensor) -> Tensor:
-        return self.log_odds[tokens[:, 0].long()]
+    def forward(self, tokens: Tensor) -> Tensor:
+        odds = self.log_odds[tokens[:, 0].long()]
+        return torch.stack([torch.zeros_like(odds), odds], dim=1)
 
 
 def test_joint_ratio_and_loss_by_hand() -> None:
@@ -129,7 +131,7 @@ def test_first_gradient_is_the_joint_score_times_the_advantage(chunk: int | None
     objective = torch.zeros(())
     for decision in range(total):
         of = lanes.seen.row == decision
-        score = keep_log_prob(actor.keep_logit(rows.tokens[of]), rows.keep[of]).sum()
+        score = keep_log_prob(actor.keep_logit(rows.tokens[of]), rows.action[of].bool()).sum()
         objective = objective + lanes.advantage[decision] * score
     theirs = torch.autograd.grad(-objective / total, list(actor.parameters()))
     for one, other in zip(mine, theirs, strict=True):
@@ -194,25 +196,12 @@ def test_images_without_tokens_count_but_move_nothing() -> None:
     assert stats.clip_frac == 0
 
 
-TINY = TrainConfig(
-    algorithm="ppo_single",
-    updates=6,
-    images=16,
-    minibatch=256,
-    critic_hidden=(16,),
-    actor_hidden=(8,),
-    cache_images=48,
-    calibration_images=48,
-    target_share=0.5,
-    sites=("1", "2", "3"),
-    anneal_from=0.7,
-    checkpoint_every=2,
-)
+TINY = replace(runs.TINY, learner=PPOSingleConfig(minibatch=256, networks=runs.TINY.learner.networks))
 
 
 def test_a_run_meets_its_budget_and_resumes(tmp_path: Path) -> None:
     data, backbone = OwnLabels(64), toy(NAME)
-    result = train(backbone, data, TINY, output=tmp_path / "whole", progress=False)
+    result = train(backbone, data, **TINY.arguments, output=tmp_path / "whole", progress=False)
     assert isinstance(result.critic, ImageCritic)
     assert 0.95 * result.target_macs < result.train_macs <= result.target_macs
     assert {"approx_kl", "clip_frac", "explained_variance", "ent_loss"} <= set(result.history[0])
@@ -229,11 +218,11 @@ def test_a_run_meets_its_budget_and_resumes(tmp_path: Path) -> None:
                 raise Power
             return super().batch(indices)
 
-    drawn = replace(TINY, cache_images=0)
-    whole = train(backbone, data, drawn, progress=False)
+    drawn = runs.but(TINY, cache_images=0).arguments
+    whole = train(backbone, data, **drawn, progress=False)
     with pytest.raises(Power):
-        train(backbone, Cut(64), drawn, output=tmp_path / "cut", progress=False)
-    resumed = train(backbone, data, drawn, output=tmp_path / "cut", progress=False, resume=True)
+        train(backbone, Cut(64), **drawn, output=tmp_path / "cut", progress=False)
+    resumed = train(backbone, data, **drawn, output=tmp_path / "cut", progress=False, resume=True)
     for one, other in ((whole.policy.actor, resumed.policy.actor), (whole.critic, resumed.critic)):
         a, b = (nn.utils.parameters_to_vector(module.parameters()) for module in (one, other))
         assert torch.equal(a, b)
@@ -244,10 +233,9 @@ def test_what_is_refused() -> None:
     actor, critic = networks()
     with pytest.raises(ValueError, match="dual_clip"):
         PPOSingle(actor=actor, critic=critic, dual_clip=0.5)
-    with pytest.raises(ValueError, match=r"algorithm: expected one of mappo, ppo_single, got 'ppo'"):
-        TrainConfig(algorithm="ppo")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"reward: expected 'shared_outcome' with algorithm='ppo_single'"):
-        TrainConfig(algorithm="ppo_single", reward="paper")
+    for reward in (PaperReward(), SharedOutcome()):
+        with pytest.raises(ValueError, match=rf"reward: expected one for a team.*got {type(reward).__name__}"):
+            train(toy(NAME), OwnLabels(8), learner=PPOSingleConfig(), reward=reward, progress=False)
     _, rows = explored(team_game(), actor, seed=0)
     with torch.no_grad():
         critic.left.fill_(float("nan"))

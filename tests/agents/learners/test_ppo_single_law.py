@@ -20,12 +20,11 @@ from helpers import make_model, random_images, toy
 from teams import DIM, buffer_of, networks, team_game, update
 from vitprune_env.agents import MAPPO, TokenActor, TokenCritic
 from vitprune_env.agents.learners.buffer import Trajectory
+from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.ppo_single import ImageCritic, PPOSingle
-from vitprune_env.agents.policies import ExploringPolicy
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.game.rewards import SharedOutcome, log_probability
+from vitprune_env.game.rewards import SharedOutcome, TeamOutcome, log_probability
 from vitprune_env.game.rollout import play
-from vitprune_env.game.team_reward import TeamOutcome
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Episode
 

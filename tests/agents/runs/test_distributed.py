@@ -6,23 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import DATA, TINY, run
+from test_trainer import DATA, run
 from torch import Tensor
 
 from games import NAME, OwnLabels
 from helpers import toy
 from places import SUPPORT as HERE
 from ranks import RUNS
-from vitprune_env.agents import TokenActor, TrainConfig
-from vitprune_env.agents.learners.noise import exploration_noise, philox
-from vitprune_env.agents.policies import ExploringPolicy
-from vitprune_env.agents.runs.processes import Processes, launched
+from runs import TINY, but
+from vitprune_env.agents import TokenActor
+from vitprune_env.agents.learners.exploration import ExploringPolicy, exploration_noise, philox
+from vitprune_env.agents.shared.processes import Processes, launched
 from vitprune_env.files import load_state
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -83,7 +82,7 @@ def test_process_0_alone_writes(ranks: tuple[Path, dict[str, Any], str]) -> None
     for name, codes in report["codes"].items():
         if name not in ("gathering", "failed", "resumed"):
             lines = (folder / name / "history.jsonl").read_text().splitlines()
-            assert len(lines) == (2 if name == "stopped" else RUNS[name[:-1]][0].updates)
+            assert len(lines) == (2 if name == "stopped" else RUNS[name[:-1]][0].run.updates)
             assert len(list((folder / name / "tensorboard").iterdir())) == 1, (name, codes, errors[-500:])
 
 
@@ -136,7 +135,7 @@ def test_more_processes_than_images_are_refused() -> None:
     with pytest.raises(ValueError, match="images: expected at least one for each of 20 processes, got 16"):
         run(TINY, processes=Processes(0, 20))
     with pytest.raises(ValueError, match="cache_images: expected 0 or one image for each of 8 processes, got 3 of 64"):
-        run(TrainConfig(cache_images=3), processes=Processes(0, 8))
+        run(but(TINY, cache_images=3), processes=Processes(0, 8))
 
 
 def test_a_gpu_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +207,8 @@ def test_a_game_is_explored_the_same_alone_or_in_a_batch() -> None:
 
 
 def test_half_precision_play_learns_in_full_precision() -> None:
-    config = replace(TINY, updates=3, cache_images=0)
-    exact, half = run(config, DATA), run(replace(config, amp=True), DATA)
+    config = but(TINY, updates=3, cache_images=0)
+    exact, half = run(config, DATA), run(but(config, amp=True), DATA)
     assert 0 < abs(exact.history[0]["loss"] - half.history[0]["loss"]) < 0.05
     assert half.history[0]["approx_kl"] < 0.05  # probabilities of rollout and update are of the same precision
     assert all(value.dtype == torch.float32 for value in half.policy.actor.state_dict().values())

@@ -10,21 +10,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import DATA, TINY, assert_same, run
+from test_trainer import DATA, assert_same, run
 
 from common import CommonArgs
 from failures import Hostile, fill_the_disk
 from games import OwnLabels
 from places import SUPPORT
+from runs import TINY, but
 from vitprune_env.agents import MAPPO
-from vitprune_env.agents.runs.signals import StopSignals, TrainingStopped
+from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
 from vitprune_env.files import load_state
 
@@ -71,7 +71,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(kills: int, tmp_path
 def test_a_signal_lets_the_update_finish_and_saves(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = replace(TINY, checkpoint_every=100)
+    config = but(TINY, checkpoint_every=100)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         before_update(patch, 3, lambda _: signal.raise_signal(number))
@@ -118,7 +118,7 @@ def test_without_an_output_folder_signals_do_what_they_always_do(monkeypatch: py
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(TINY, checkpoint_every=2)
+    config = but(TINY, checkpoint_every=2)
     with monkeypatch.context() as patch:
         before_update(patch, 4, lambda _: fill_the_disk(patch, tmp_path))
         with pytest.raises(StorageError, match=r"No space left.*free some space: the checkpoint of update 2"):
@@ -175,19 +175,19 @@ def ruin_afterwards(algorithm: MAPPO) -> None:
 def test_a_ruined_run_stops_and_can_be_mended(
     ruin: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(TINY, checkpoint_every=1)
+    config = but(TINY, checkpoint_every=1)
     with monkeypatch.context() as patch:
         before_update(patch, 6, ruin)
         advice = r".*the checkpoint of update 5 .*is kept"
         advice += r".*smaller lr \(now 0\.003\) or max_grad_norm \(now 0\.5\)"
         with pytest.raises(NumericalError, match=message + advice):
             run(config, output=tmp_path)
-    mended, same = run(replace(config, lr=1e-3), output=tmp_path, resume=True), run(config)
+    mended, same = run(but(config, lr=1e-3), output=tmp_path, resume=True), run(config)
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in mended.history[:5]] == [row["loss"] for row in same.history[:5]]
     assert mended.history[5]["loss"] != same.history[5]["loss"]
     optimizer = load_state(tmp_path / "training.safetensors")["algorithm"]["_optimizers"][0]
-    assert optimizer["param_groups"][0]["lr"] == pytest.approx(1e-3 * config.lr_final)
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(1e-3 * config.learner.lr_final)
 
 
 def test_a_hostile_checkpoint_is_not_resumed(tmp_path: Path) -> None:
@@ -198,12 +198,12 @@ def test_a_hostile_checkpoint_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_another_dataset_is_not_resumed(tmp_path: Path) -> None:
-    run(replace(TINY, updates=1), output=tmp_path)
+    run(but(TINY, updates=1), output=tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(f"other dataset_size ({len(DATA)})")):
-        run(replace(TINY, updates=1), OwnLabels(50), output=tmp_path, resume=True)
+        run(but(TINY, updates=1), OwnLabels(50), output=tmp_path, resume=True)
 
 
 def test_starting_anew_in_a_used_folder_forgets_the_old_run(tmp_path: Path) -> None:
-    run(replace(TINY, updates=3), output=tmp_path)
-    run(replace(TINY, updates=2, seed=5), output=tmp_path)
+    run(but(TINY, updates=3), output=tmp_path)
+    run(but(TINY, updates=2, seed=5), output=tmp_path)
     assert Counter(logged(tmp_path)) == {1: 1, 2: 1}

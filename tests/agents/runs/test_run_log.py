@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,19 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import TINY, run
+from test_trainer import run
 
 from failures import fill_the_disk
 from games import NAME
 from helpers import random_images, toy
+from runs import TINY, but
+from vitprune_env.agents.runs.log import RunLog, postfix
 from vitprune_env.agents.runs.pictures import tokens_picture
-from vitprune_env.agents.runs.run_log import RunLog, postfix
-from vitprune_env.agents.runs.writers import HistoryFile, TensorBoard, WeightsAndBiases
+from vitprune_env.agents.shared.writers import HistoryFile, TensorBoard, WeightsAndBiases
 from vitprune_env.baselines import RandomDrop
 from vitprune_env.errors import MissingPackageError, StorageError
 from vitprune_env.game.token_game import TokenGame
 
-SHORT = replace(TINY, updates=4, checkpoint_every=2, cache_images=16, calibration_images=8)
+SHORT = but(TINY, updates=4, checkpoint_every=2, cache_images=16, calibration_images=8)
 WATCHED = ("accuracy", "gmacs", "keep/1", "keep/3", "loss", "ent_loss", "approx_kl", "clip_frac", "explained_variance")
 
 
@@ -61,7 +61,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 
 def test_tensorboard_shows_all_that_is_worth_watching(tmp_path: Path) -> None:
-    result = run(replace(SHORT, log_images_every=2), output=tmp_path)
+    result = run(but(SHORT, log_images_every=2), output=tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
     steps = [16 * 3 * update for update in (1, 2, 3, 4)]
     for name in WATCHED:
@@ -78,7 +78,7 @@ def test_the_progress_bar_shows_the_same(capsys: pytest.CaptureFixture[str]) -> 
 
     from vitprune_env.agents import train
 
-    history = train(toy(NAME), DATA, replace(SHORT, updates=2), progress=True).history
+    history = train(toy(NAME), DATA, **but(SHORT, updates=2).arguments, progress=True).history
     shown = capsys.readouterr().err
     assert postfix(history[-1]) in shown.replace("\n", "")
     row = dict.fromkeys((*WATCHED, "share", "target_share", "price"), 0.25)
@@ -110,14 +110,14 @@ def test_pictures_show_what_each_site_prunes() -> None:
 def test_pictures_change_nothing_that_is_learnt() -> None:
     plain = run(SHORT)
     assert [row["loss"] for row in plain.history] == [
-        row["loss"] for row in run(replace(SHORT, log_images_every=1)).history
+        row["loss"] for row in run(but(SHORT, log_images_every=1)).history
     ]
 
 
 def test_wandb_gets_every_row_once(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_resume import before_update
 
-    config = replace(SHORT, wandb="pruning", log_images_every=2)
+    config = but(SHORT, wandb="pruning", log_images_every=2)
     with monkeypatch.context() as patch:
         before_update(patch, 4, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def test_wandb_gets_every_row_once(wandb: FakeWandb, tmp_path: Path, monkeypatch
     history = run(config, output=tmp_path, resume=True).history
     assert [options["id"] for options in wandb.inits] == [None, "abc"]
     assert wandb.inits[0]["project"] == "pruning"
-    assert wandb.inits[0]["config"]["images"] == 16
+    assert wandb.inits[0]["config"]["run"]["images"] == 16
     assert list(wandb.rows) == [48, 96, 144, 192]
     assert [row["loss"] for row in wandb.rows.values()] == [row["loss"] for row in history]
     assert ["tokens" in row for row in wandb.rows.values()] == [False, True, False, True]

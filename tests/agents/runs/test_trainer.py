@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,36 @@ from torch.utils.data import TensorDataset
 
 from games import NAME, OwnLabels
 from helpers import toy
-from vitprune_env.agents import MAPPO, TrainConfig, TrainResult, load_policy, train
-from vitprune_env.agents.runs import trainer
-from vitprune_env.agents.runs.config import PRESETS, rl4evit
-from vitprune_env.agents.runs.processes import Processes
+from runs import TINY, but
+from vitprune_env.agents import (
+    MAPPO,
+    PRESETS,
+    BudgetRange,
+    Equilibrium,
+    FinetuneConfig,
+    GMACs,
+    KeepRate,
+    MAPPOConfig,
+    PaperNetworks,
+    PPOSingleConfig,
+    Preset,
+    RunConfig,
+    Share,
+    TrainResult,
+    load_policy,
+    train,
+)
 from vitprune_env.errors import BudgetError, CheckpointError, NumericalError
-from vitprune_env.game.rewards import Attribution, margin, unclamped_log_probability
+from vitprune_env.files import load_state
+from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, margin
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 
-TINY = TrainConfig(
-    updates=6,
-    images=16,
-    minibatch=256,
-    critic_hidden=(16,),
-    actor_hidden=(8,),
-    cache_images=48,
-    calibration_images=48,
-    target_share=0.5,
-    sites=("1", "2", "3"),
-    anneal_from=0.7,
-    checkpoint_every=2,
-)
 DATA = OwnLabels(64)
 
 
-def run(config: TrainConfig = TINY, data: Any = DATA, **options: Any) -> TrainResult:
-    return train(toy(NAME), data, config, progress=False, **options)
+def run(config: Preset = TINY, data: Any = DATA, **options: Any) -> TrainResult:
+    return train(toy(NAME), data, **config.arguments, progress=False, **options)
 
 
 def weights(result: TrainResult) -> Tensor:
@@ -80,12 +84,12 @@ def test_same_seed_same_bits_whatever_the_global_streams_say() -> None:
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     assert_same(one, run())
-    assert not torch.equal(weights(one), weights(run(replace(TINY, seed=1))))
+    assert not torch.equal(weights(one), weights(run(but(TINY, seed=1))))
 
 
-@pytest.mark.parametrize("reward", ["shared_outcome", "paper"])
+@pytest.mark.parametrize("reward", [None, PaperReward(outcome_bonus=1.0)], ids=["shared_outcome", "paper"])
 def test_resumed_equals_uninterrupted(reward: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(TINY, reward=reward, value_norm=True)
+    config = but(TINY, reward=reward, value_norm=True)
     whole = run(config)
     update, calls = MAPPO.update, []
 
@@ -104,15 +108,15 @@ def test_resumed_equals_uninterrupted(reward: Any, tmp_path: Path, monkeypatch: 
 
 
 def test_resume_on_an_empty_folder_starts_afresh(tmp_path: Path) -> None:
-    config = replace(TINY, updates=2)
+    config = but(TINY, updates=2)
     assert_same(run(config), run(config, output=tmp_path / "new", resume=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    config = replace(TINY, updates=1)
+    config = but(TINY, updates=1)
     run(config, output=tmp_path)
     with pytest.raises(CheckpointError, match="other clip, seed"):
-        run(replace(config, seed=3, clip=0.1), output=tmp_path, resume=True)
+        run(but(config, seed=3, clip=0.1), output=tmp_path, resume=True)
     (tmp_path / "training.safetensors").write_text("nonsense")
     with pytest.raises(CheckpointError, match="unreadable"):
         run(config, output=tmp_path, resume=True)
@@ -121,21 +125,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_cached_prefix_changes_nothing_but_time() -> None:
-    config = replace(TINY, updates=2, cache_images=len(DATA), calibration_images=64)
-    cached, fresh = run(config), run(replace(config, cache_images=0))
+    config = but(TINY, updates=2, cache_images=len(DATA), calibration_images=64)
+    cached, fresh = run(config), run(but(config, cache_images=0))
     assert torch.allclose(weights(cached), weights(fresh), atol=1e-4)
     assert [row["accuracy"] for row in cached.history] == [row["accuracy"] for row in fresh.history]
 
 
 def test_plain_torch_datasets_will_do() -> None:
-    config = replace(TINY, updates=1)
+    config = but(TINY, updates=1)
     assert_same(run(config), run(config, TensorDataset(DATA.images, DATA.labels)))
 
 
 def test_the_price_pulls_play_to_the_budget() -> None:
     """Asked for less, exploring play itself becomes cheaper, and tokens dearer."""
-    config = replace(TINY, updates=16, lr=1e-2, price=0.03, price_rate=0.5, anneal_part=0.0)
-    frugal, lavish = (run(replace(config, target_share=share)).history for share in (0.5, 0.95))
+    config = but(TINY, updates=16, lr=1e-2, reward=SharedOutcome(0.03), price_rate=0.5, anneal_part=0.0)
+    frugal, lavish = (run(but(config, share=share)).history for share in (0.5, 0.95))
     assert frugal[0]["share"] == lavish[0]["share"] > 0.65
     assert frugal[-1]["share"] < lavish[-1]["share"] - 0.05
     assert frugal[-1]["price"] > 0.03 > lavish[-1]["price"]
@@ -144,7 +148,7 @@ def test_the_price_pulls_play_to_the_budget() -> None:
 def test_the_backbone_is_left_as_it_was() -> None:
     backbone = copy.deepcopy(toy(NAME)).train()
     before = copy.deepcopy(backbone.state_dict())
-    train(backbone, DATA, replace(TINY, updates=1), progress=False)
+    train(backbone, DATA, **but(TINY, updates=1).arguments, progress=False)
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -170,51 +174,102 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="dataset: expected at least one image"):
         run(data=TensorDataset(torch.empty(0, 3, 40, 40), torch.empty(0)))
     with pytest.raises(BudgetError, match="budget: expected above"):
-        run(replace(TINY, target_share=0.2))
-    with pytest.raises(ValueError, match="at most one of target_gmacs"):
-        TrainConfig(target_gmacs=1.0, target_keep=0.5)
-    for bad in (
-        {"updates": 0},
-        {"lr": -1.0},
-        {"discount": 2.0},
-        {"reward": "fame"},
-        {"minibatch": 1},
-        {"update_chunk": 0},
-        {"finetune_lr": 0.0},
-        {"max_grad_norm": 0.0},
-        {"merge_cost": 0.1, "reward": "paper"},
-        {"charge_overhead": True, "reward": "attribution"},
+        run(but(TINY, share=0.2))
+    bad: dict[Any, dict[str, Any]] = {
+        RunConfig: {"updates": 0, "images": 0, "cache_images": -1, "log_images_every": -1},
+        MAPPOConfig: {"lr": -1.0, "discount": 2.0, "minibatch": 1, "update_chunk": 0, "max_grad_norm": 0.0,
+                      "clip": 1.0, "value_clip": 0.0, "precision": "fp8", "epochs": 0},
+        FinetuneConfig: {"lr": 0.0, "when": "never", "every": 0},
+        Share: {"anneal_from": 1.5, "price_rate": -1.0},
+    }  # fmt: skip
+    for settings, wrong in bad.items():
+        for name, value in wrong.items():
+            with pytest.raises(ValueError, match=f"{name}: expected"):
+                settings(**{name: value})
+    for price in (0.0, torch.ones(3)):
+        with pytest.raises(ValueError, match="price: expected one number above 0"):
+            run(but(TINY, reward=SharedOutcome(price)))
+
+
+def test_every_settings_object_is_small() -> None:
+    for settings in (RunConfig, MAPPOConfig, PPOSingleConfig, FinetuneConfig, Share, BudgetRange, PaperNetworks):
+        assert len(fields(settings)) < 20
+
+
+def test_three_ways_to_say_a_budget_train_alike() -> None:
+    short = but(TINY, updates=1)
+    cost = run(short).target_macs
+    assert run(replace(short, budget=GMACs(cost / 1e9))).target_macs == pytest.approx(cost)
+    keep = run(replace(short, budget=KeepRate(0.5))).target_macs
+    assert 0.3 * cost < keep < cost / 0.5
+
+
+def test_a_reward_of_ones_own_follows_the_budget() -> None:
+    """Whoever wrote it: with a field `price`, or a method `at_price`; dearer where play costs too much."""
+
+    @dataclass(frozen=True)
+    class Mine(SharedOutcome):
+        price: float = 0.03
+
+    class AtPrice:
+        def __init__(self, price: float) -> None:
+            self.price, self.paid = price, SharedOutcome(price)
+
+        def at_price(self, price: float) -> AtPrice:
+            return AtPrice(price)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.paid, name)
+
+    config = but(TINY, updates=3, price_rate=0.5, anneal_from=0.5)
+    for reward in (Mine(), AtPrice(0.03), Attribution(0.03)):
+        history = run(but(config, reward=reward)).history
+        assert history[0]["price"] == 0.03
+        assert history[0]["share"] > 0.5
+        assert history[1]["price"] > 0.03
+    same = [run(but(config, reward=reward)).history for reward in (Mine(), SharedOutcome(0.03))]
+    assert [row["price"] for row in same[0]] == [row["price"] for row in same[1]]
+
+
+def test_checkpoints_say_which_settings_differ(tmp_path: Path) -> None:
+    config = but(TINY, updates=1)
+    run(config, output=tmp_path)
+    settings = load_state(tmp_path / "training.safetensors")["settings"]
+    assert settings["learner"]["name"] == "MAPPOConfig"
+    assert settings["reward"] == {
+        "name": "SharedOutcome", "price": 0.01, "outcome": "correct", "merge_cost": 0.0, "charge_overhead": False,
+    }  # fmt: skip
+    assert "vitprune_env." not in json.dumps(settings)
+    for other, said in (
+        (but(config, actor_hidden=(9,)), r"learner.networks.actor_hidden was \[8\], now is \[9\]"),
+        (but(config, budget=GMACs(0.002)), "budget was Share, now is GMACs"),
+        (but(config, reward=SharedOutcome(0.01, margin)), "reward.outcome was 'correct', now is 'margin'"),
+        (but(config, sites=("1", "3")), "sites was"),
     ):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
-            TrainConfig(**bad)
-
-
-def test_attribution_is_of_the_outcome_that_was_chosen() -> None:
-    for outcome, potential in (("correct", unclamped_log_probability), ("margin", margin)):
-        config = replace(TINY, reward="attribution", outcome=outcome)
-        trained = trainer.Run(toy(NAME), DATA, config, None, torch.device("cpu"), Processes())
-        paid = trained.schedule.reward(0.5)
-        assert isinstance(paid, Attribution)
-        assert paid.potential is potential
+        with pytest.raises(CheckpointError, match=said):
+            run(other, output=tmp_path, resume=True)
+    run(but(config, lr=1e-4, max_grad_norm=1.0, checkpoint_every=7), output=tmp_path, resume=True)
 
 
 def test_preset_of_the_paper() -> None:
     paper = PRESETS["rl4evit"]
-    assert (paper.reward, paper.epochs, paper.minibatch, paper.clip, paper.trace) == ("paper", 15, None, 0.2, 0.95)
-    assert paper.paper_sizes
-    assert rl4evit(TrainConfig(seed=7)).seed == 7
-    assert TrainConfig().budget == {"gmacs": None, "keep": None, "share": 0.35}
-    assert paper.budget["share"] == 0.6
-    assert rl4evit(TrainConfig(target_keep=0.9)).budget == {"gmacs": None, "keep": 0.9, "share": None}
-    small = replace(paper, updates=1, images=8, epochs=2, cache_images=16, calibration_images=16, sites=("1", "3"))
-    result = run(replace(small, target_share=0.9))
+    learner = paper.learner
+    assert isinstance(learner, MAPPOConfig)
+    assert isinstance(paper.reward, PaperReward)
+    assert (learner.epochs, learner.minibatch, learner.clip, learner.trace) == (15, None, 0.2, 0.95)
+    assert isinstance(learner.networks, PaperNetworks)
+    assert PRESETS["default"].budget == Share(0.35)
+    assert paper.budget == Share(0.6, anneal_from=0.7)
+    small = but(paper, updates=1, images=8, epochs=2, cache_images=16, calibration_images=16, sites=("1", "3"))
+    result = run(but(small, share=0.9))
     assert result.policy.actor.hidden == (192, 256, 64)
     assert result.history[0]["gradient_steps"] == 2
 
 
 def test_the_papers_weights_alone_decide_how_much_is_kept() -> None:
     """Without a budget keep_cost is annealed to what was asked, and the most probable action is taken as it is."""
-    config = replace(TINY, reward="paper", keep_cost=4.0, outcome_bonus=2.0, target_share=None, updates=8)
+    reward = PaperReward(keep_cost=4.0, outcome_bonus=2.0)
+    config = but(TINY, reward=reward, budget=Equilibrium(anneal_from=0.7), updates=8)
     result = run(config)
     assert result.policy.threshold == 0.0
     prices = [row["price"] for row in result.history]
@@ -226,9 +281,12 @@ def test_the_papers_weights_alone_decide_how_much_is_kept() -> None:
     assert sites is not None
     looked_at = result.policy.actor.macs_per_token * 2 * cost.num_patches
     assert result.target_macs == pytest.approx(float(cost.forward(half, sites)) + looked_at)
-    assert run(replace(config, target_share=0.5)).policy.threshold != 0.0
+    assert run(but(config, budget=Share(0.5, anneal_from=0.7))).policy.threshold != 0.0
+    assert run(but(config, budget=None, updates=1)).target_macs == result.target_macs
 
 
-def test_keep_cost_belongs_to_the_papers_reward() -> None:
-    with pytest.raises(ValueError, match=r"keep_cost: expected above 0, with reward='paper', got 1.0"):
-        TrainConfig(keep_cost=1.0)
+def test_without_a_budget_the_reward_has_to_settle() -> None:
+    with pytest.raises(ValueError, match=r"budget: expected one, such as Share\(0.35\), with SharedOutcome"):
+        run(but(TINY, budget=None))
+    with pytest.raises(ValueError, match=r"keep_cost: expected above 0, got 0.0"):
+        run(but(TINY, budget=None, reward=PaperReward(keep_cost=0.0)))

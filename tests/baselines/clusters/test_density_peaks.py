@@ -10,8 +10,8 @@ from torch import Tensor
 
 from helpers import golden
 from vitprune_env.baselines.clusters.density_peaks import density_peaks, nearest_of, peak_scores
-from vitprune_env.baselines.clusters.pairs import match_pairs
-from vitprune_env.baselines.clusters.token_lists import mean_weights
+from vitprune_env.baselines.clusters.pair_matching import match_pairs
+from vitprune_env.policy import mean_weights
 
 INF = float("inf")
 

@@ -14,7 +14,7 @@ from games import OwnLabels
 from helpers import random_images, toy
 from ragged import ragged_keep
 from vitprune_env.baselines import MergerConfig, PoolMerge, SubSampleMerge, fit_merger, load_fitted, save_fitted
-from vitprune_env.baselines.clusters import subsample_fit
+from vitprune_env.baselines.clusters import subsample_fitting
 from vitprune_env.baselines.clusters.subsample import SubSample
 from vitprune_env.baselines.clusters.token_lists import TokenLists
 from vitprune_env.baselines.fitting.loop import FitConfig
@@ -106,14 +106,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
     fitting = FitConfig(steps=5, batch_size=16, validation=16, validate_every=2, checkpoint_every=2)
     options: Any = {"seed": 3, "config": MergerConfig(fitting)}
     whole = fit_merger(backbone, data, target, **options)
-    loss, calls = subsample_fit.MergerTask.loss, iter(range(3))
+    loss, calls = subsample_fitting.MergerTask.loss, iter(range(3))
 
     def interrupted(*args: Any) -> Any:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(subsample_fit.MergerTask, "loss", interrupted)
+    monkeypatch.setattr(subsample_fitting.MergerTask, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit_merger(backbone, data, target, output=tmp_path, **options)
     monkeypatch.undo()

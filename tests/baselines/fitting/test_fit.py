@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import random_images, toy
-from vitprune_env.baselines.fitting.loop import FitConfig, ModuleTask, PreparedTokens, fit, frozen
+from vitprune_env.baselines.fitting import FitConfig, ModuleTask, PreparedTokens, fit_task, frozen
 from vitprune_env.errors import CheckpointError, NumericalError
 from vitprune_env.files import load_state
 
@@ -68,7 +68,7 @@ def weights(task: ModuleTask) -> Tensor:
 
 def test_learns_and_says_what_was_best() -> None:
     task, data = Line(), Points()
-    result = fit(task, data, CONFIG, progress=False)
+    result = fit_task(task, data, CONFIG, progress=False)
     assert result.steps == task.clamped == 3 * 5
     assert [row["step"] for row in result.history] == list(range(1, 16))
     assert result.history[-1]["loss"] < 0.5 < result.history[0]["loss"]
@@ -80,7 +80,7 @@ def test_learns_and_says_what_was_best() -> None:
 
 def test_an_epoch_sees_every_training_image_once_and_no_held_out_one() -> None:
     data = Points()
-    fit(Line(), data, CONFIG, progress=False)
+    fit_task(Line(), data, CONFIG, progress=False)
     batches = [rows for rows in data.drawn if len(rows) == 8]
     held_out = batches[3]  # three steps, then the first validation
     epochs = [rows for rows in data.drawn if rows != held_out]
@@ -96,21 +96,23 @@ def test_an_epoch_sees_every_training_image_once_and_no_held_out_one() -> None:
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, dies: int, optimizer: str) -> None:
     config = replace(CONFIG, optimizer=optimizer)
     whole, broken, resumed = Line(), Line(dies=dies), Line()
-    expected = fit(whole, Points(), config, progress=False)
+    expected = fit_task(whole, Points(), config, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        fit(broken, Points(), config, output=tmp_path, progress=False)
-    result = fit(resumed, Points(), config, output=tmp_path, resume=True, progress=False)
+        fit_task(broken, Points(), config, output=tmp_path, progress=False)
+    result = fit_task(resumed, Points(), config, output=tmp_path, resume=True, progress=False)
     assert resumed.clamped == 15 - (dies - 1) // 3 * 3, "checkpoints are written every 3 steps, also within an epoch"
     assert result == expected
     assert torch.equal(weights(resumed), weights(whole))
     again = Line()
-    assert fit(again, Points(), config, output=tmp_path, resume=True, progress=False) == expected, "nothing left to do"
+    assert fit_task(again, Points(), config, output=tmp_path, resume=True, progress=False) == expected, (
+        "nothing left to do"
+    )
     assert again.clamped == 0
     assert torch.equal(weights(again), weights(whole))
 
 
 def test_seed_decides_everything() -> None:
-    results = [fit(Line(), Points(), replace(CONFIG, seed=seed), progress=False) for seed in (1, 1, 2)]
+    results = [fit_task(Line(), Points(), replace(CONFIG, seed=seed), progress=False) for seed in (1, 1, 2)]
     assert results[0] == results[1] != results[2]
 
 
@@ -122,35 +124,37 @@ def test_stops_early_with_the_best_parameters(tmp_path: Path) -> None:
 
     task = Worse()
     config = replace(CONFIG, patience=2)
-    result = fit(task, Points(), config, output=tmp_path, progress=False)
+    result = fit_task(task, Points(), config, output=tmp_path, progress=False)
     assert result.stopped_early
     assert result.steps == 12
     assert result.best["step"] == 6
     assert torch.equal(weights(task), task.scores[1])
     again = Worse()
-    assert fit(again, Points(), config, output=tmp_path, resume=True, progress=False) == result
+    assert fit_task(again, Points(), config, output=tmp_path, resume=True, progress=False) == result
     assert torch.equal(weights(again), task.scores[1]), "the best parameters are in the checkpoint"
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=r"loss: expected a finite number, got nan in step 8; .*fit.safetensors"):
-        fit(Line(nan=8), Points(), CONFIG, output=tmp_path, progress=False)
+        fit_task(Line(nan=8), Points(), CONFIG, output=tmp_path, progress=False)
     assert len(load_state(tmp_path / "fit.safetensors", "fit")["history"]) == 6
     with pytest.raises(NumericalError, match="step 1; no checkpoint was asked for"):
-        fit(Line(nan=1), Points(), CONFIG, progress=False)
+        fit_task(Line(nan=1), Points(), CONFIG, progress=False)
 
 
 def test_resume_refuses_another_fit_and_starts_afresh_on_an_empty_folder(tmp_path: Path) -> None:
-    first = fit(Line(), Points(), CONFIG, output=tmp_path / "new", resume=True, progress=False, settings={"tau": (1,)})
-    assert first == fit(Line(), Points(), CONFIG, progress=False)
+    first = fit_task(
+        Line(), Points(), CONFIG, output=tmp_path / "new", resume=True, progress=False, settings={"tau": (1,)}
+    )
+    assert first == fit_task(Line(), Points(), CONFIG, progress=False)
     options: dict[str, Any] = {"output": tmp_path / "new", "resume": True, "progress": False}
-    assert fit(Line(), Points(), CONFIG, **options, settings={"tau": (1,)}) == first
+    assert fit_task(Line(), Points(), CONFIG, **options, settings={"tau": (1,)}) == first
     with pytest.raises(CheckpointError, match=r"another \['lr', 'tau'\]"):
-        fit(Line(), Points(), replace(CONFIG, lr=0.1), **options)
+        fit_task(Line(), Points(), replace(CONFIG, lr=0.1), **options)
     with pytest.raises(ValueError, match="resume: expected an output folder"):
-        fit(Line(), Points(), CONFIG, resume=True)
+        fit_task(Line(), Points(), CONFIG, resume=True)
     with pytest.raises(ValueError, match=r"data: expected at least validation \+ batch_size = 8 \+ 8 images, got 12"):
-        fit(Line(), Points(12), CONFIG)
+        fit_task(Line(), Points(12), CONFIG)
 
 
 def test_parameter_groups_and_schedules() -> None:
@@ -159,7 +163,7 @@ def test_parameter_groups_and_schedules() -> None:
             return [{"params": [self.module.weight]}, {"params": [self.module.bias], "lr": 0.0}]
 
     task = Frozen()
-    fit(task, Points(), CONFIG, progress=False)
+    fit_task(task, Points(), CONFIG, progress=False)
     assert task.module.bias.abs().max() == 0
     assert task.module.weight.abs().max() > 0
     linear = replace(CONFIG, schedule="linear", warmup=0.2)
@@ -171,7 +175,7 @@ def test_parameter_groups_and_schedules() -> None:
 def test_plain_sgd_is_plain_sgd() -> None:
     task, data = Line(), Points()
     config = replace(CONFIG, optimizer="sgd", momentum=0.0, schedule="constant", clip_norm=None, validation=0, steps=1)
-    fit(task, data, config, progress=False)
+    fit_task(task, data, config, progress=False)
     images, labels = data.inputs[data.drawn[0]], data.labels[data.drawn[0]]
     reference = Line()
     noise = torch.Generator().manual_seed(1)

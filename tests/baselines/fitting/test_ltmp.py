@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_matching import naive_match, random_observation
-from test_tome import check_against_the_original
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import TIMM_MODELS, golden, random_images, toy
+from matching import check_against_the_original, naive_match, random_observation
 from vitprune_env.baselines.ltmp.policy import LTMP
 from vitprune_env.deploy.descriptions import build_policy, describe_policy
 from vitprune_env.engine.backbone import Backbone

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from helpers import TIMM_MODELS, golden, random_images, toy
 from vitprune_env.baselines import RandomDrop, calibrate
+from vitprune_env.baselines.fitting import Problem
 from vitprune_env.baselines.ltmp.fitting import LTMPFitConfig, ThresholdTask, at_budget, fit_ltmp
 from vitprune_env.baselines.ltmp.policy import LTMP
-from vitprune_env.baselines.ltmp.training_pass import ThresholdWalk, _step
+from vitprune_env.baselines.ltmp.training_pass import _step, run_training_pass
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
@@ -37,13 +38,19 @@ def thresholds(policy: LTMP, sites: int) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value).expand(sites) for name, value in values.items() if value is not None}
 
 
+def threshold_task(backbone: Backbone, labels: tuple[str, ...], share: float, config: LTMPFitConfig) -> ThresholdTask:
+    """The task of a fit at sites to a share of the dense MACs, on no images."""
+    target, sites = share * CostModel.of(backbone).dense() / 1e9, parse_sites(labels, backbone.depth)
+    return ThresholdTask(Problem(backbone, [], target, sites, labels, 0, config))
+
+
 def check_agreement(backbone: Backbone, policy: LTMP, images: Tensor) -> None:
     """Same decisions, MACs and logits in both forms."""
     sites = parse_sites(policy.default_sites(backbone.depth) or (), backbone.depth)
-    walk = ThresholdWalk(backbone, sites, {"merge": 0.1, "prune": 0.01})
     with torch.no_grad():
         episode = play(TokenGame.for_policy(backbone, policy), policy, images)
-        soft = walk(start_masked(backbone, images), thresholds(policy, len(sites)))
+        start, limits = start_masked(backbone, images), thresholds(policy, len(sites))
+        soft = run_training_pass(backbone, sites, start, limits, {"merge": 0.1, "prune": 0.01})
     assert torch.equal(soft.keep, episode.keep.float()), "also exactly 0 or 1"
     torch.testing.assert_close(soft.logits, episode.outcome.logits, atol=1e-4, rtol=0)
     assert torch.equal(soft.macs, episode.outcome.macs)
@@ -84,11 +91,11 @@ def test_a_step_forwards_and_a_sigmoid_backwards() -> None:
 @pytest.mark.parametrize("variant", ["merge", "prune", "merge+prune"])
 def test_loss_is_error_and_distance_to_the_budget(variant: Any, golden_backbone: Backbone) -> None:
     config = LTMPFitConfig(variant=variant, budget_weight=7.0, label_smoothing=0.1, merge_init=0.9)
-    sites = parse_sites(("2.attn", "5.attn"), golden_backbone.depth)
-    task = ThresholdTask(golden_backbone, sites, 0.4, config)
+    sites = ("2.attn", "5.attn")
+    task = threshold_task(golden_backbone, sites, 0.4, config)
     images, labels = random_images(golden_backbone, 6), torch.arange(6)
     loss, metrics = task.loss(images, labels, torch.Generator())
-    policy = task.policy(sites)
+    policy = task.policy()
     outcome = play(TokenGame.for_policy(golden_backbone, policy), policy, images).outcome
     share = float(outcome.macs.mean()) / CostModel.of(golden_backbone).dense()
     expected = F.cross_entropy(outcome.logits, labels, label_smoothing=0.1) + 7 * (share - 0.4) ** 2
@@ -98,19 +105,19 @@ def test_loss_is_error_and_distance_to_the_budget(variant: Any, golden_backbone:
     assert share > 0.4, "so that the budget asks for less"
     signs = {name: value.grad.sign().tolist() for name, value in task.module.named_parameters()}
     budget = {"merge": [1.0, 1.0], "prune": [-1.0, -1.0]}  # downhill: merge thresholds fall, prune thresholds rise
-    heavy = ThresholdTask(golden_backbone, sites, 0.4, replace(config, budget_weight=1e6))
+    heavy = threshold_task(golden_backbone, sites, 0.4, replace(config, budget_weight=1e6))
     heavy.loss(images, labels, torch.Generator())[0].backward()
     signs = {name: value.grad.sign().tolist() for name, value in heavy.module.named_parameters()}
     assert signs == {name: budget[name] for name in config.names}
 
 
 def test_thresholds_stay_in_range() -> None:
-    task = ThresholdTask(toy("golden"), parse_sites(("1.attn",), 12), 0.4, LTMPFitConfig())
+    task = threshold_task(toy("golden"), ("1.attn",), 0.4, LTMPFitConfig())
     with torch.no_grad():
         task.module.get_parameter("merge").fill_(1.5)
         task.module.get_parameter("prune").fill_(-0.5)
     task.after_step()
-    assert task.policy(None) == LTMP((1.0,), (0.0,))
+    assert task.policy() == LTMP((1.0,), (0.0,), ("1.attn",))
 
 
 QUICK = LTMPFitConfig(calibration=32, checkpoint_every=2, validate_every=2).quick(4)

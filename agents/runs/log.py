@@ -1,4 +1,4 @@
-"""tianshou logger of a run: passes every update on to its history, its progress bar, and whoever else listens."""
+"""tianshou logger of a run: passes every update on to its history, its progress bar, and its writers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from tianshou.utils import LazyLogger
 from tqdm import tqdm
 
 from ...errors import StorageError
-from .writers import Sink
+from ..shared.writers import Writer
 
 AfterUpdate = Callable[[dict[str, Any], dict[str, float]], dict[str, float]]
 
 
 class RunLog(LazyLogger):
-    """Passes every update on, and tells tianshou's trainer where a resumed run stands.
+    """Passes every update on, and gives tianshou's trainer the state of a resumed run.
 
     Args:
-        after_update: gets what was played and what was learnt, returns the row to show and log.
+        after_update: from the statistics of play and of the update to the row to show and log.
         updates: of the whole run.
         done: updates done before.
         steps: environment steps (images times sites) of an update.
-        sinks: where rows are written.
+        writers: where rows are written.
         progress: whether to show a bar.
         picture: every how many updates to show a picture, and how to make it; None: never.
     """
@@ -33,13 +33,13 @@ class RunLog(LazyLogger):
         updates: int,
         done: int,
         steps: int,
-        sinks: Sequence[Sink] = (),
+        writers: Sequence[Writer] = (),
         progress: bool = False,
         picture: tuple[int, Callable[[], Any]] | None = None,
     ) -> None:
         super().__init__()
         self.after_update = after_update
-        self.sinks = sinks
+        self.writers = writers
         self.picture = picture
         self.resume_from = (done, done * steps, done)
         self._bar = tqdm(total=updates, initial=done, desc="train", unit="update", disable=not progress)
@@ -48,16 +48,17 @@ class RunLog(LazyLogger):
     def log_update_data(self, log_data: dict[str, Any], step: int) -> None:
         """Called after the gradient steps of an update, before `log_training_data`."""
         self._learnt = {name: _mean(log_data[name]) for name in log_data if name in _LEARNT}
+        self._learnt |= log_data.get("metrics", {})
 
     def log_training_data(self, log_data: dict[str, Any], step: int) -> None:
         """Called last in an update."""
         row = self.after_update(log_data, self._learnt)
         self._bar.set_postfix_str(postfix(row))
         self._bar.update()
-        self._tell(lambda sink: sink.write(row, step))
-        if self.sinks and self.picture is not None and row["update"] % self.picture[0] == 0:
+        self._to_all(lambda writer: writer.write(row, step))
+        if self.writers and self.picture is not None and row["update"] % self.picture[0] == 0:
             picture = self.picture[1]()
-            self._tell(lambda sink: sink.show(picture, step))
+            self._to_all(lambda writer: writer.show(picture, step))
 
     def save_data(
         self,
@@ -66,7 +67,7 @@ class RunLog(LazyLogger):
         update_step: int,
         save_checkpoint_fn: Callable[[int, int, int], str] | None = None,
     ) -> None:
-        """Called after an update; what it is given decides whether a checkpoint is due."""
+        """Called after an update, with a function that saves a checkpoint if one is due."""
         if save_checkpoint_fn is not None:
             save_checkpoint_fn(epoch, env_step, update_step)
 
@@ -77,14 +78,14 @@ class RunLog(LazyLogger):
     def finalize(self) -> None:
         """Close bar and files."""
         self._bar.close()
-        self._tell(lambda sink: sink.close())
+        self._to_all(lambda writer: writer.close())
 
-    def _tell(self, what: Callable[[Sink], None]) -> None:
-        for sink in self.sinks:
+    def _to_all(self, what: Callable[[Writer], None]) -> None:
+        for writer in self.writers:
             try:
-                what(sink)
+                what(writer)
             except OSError as error:
-                raise StorageError(f"{type(sink).__name__}: could not be written ({error})") from error
+                raise StorageError(f"{type(writer).__name__}: could not be written ({error})") from error
 
 
 def postfix(row: Mapping[str, float]) -> str:

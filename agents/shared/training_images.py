@@ -1,4 +1,4 @@
-"""Where training images come from: a dataset, with the tokens up to the first site kept in memory if asked for."""
+"""Where training images come from: a dataset, and a cache of the tokens in front of the first site."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BatchedDataset(Protocol):
 class TrainingImages:
     """Draws batches of images, or of states prepared up to the first site.
 
-    No decision changes what happens before the first site, so that those tokens can be computed once and kept
+    Decisions do not change what happens before the first site. Those tokens can therefore be computed once and kept
     (`[cached, P + N, D]`); then only the chosen images are ever played.
 
     Args:
@@ -40,7 +40,7 @@ class TrainingImages:
         cached: how many images to keep prepared; 0: none, all images of the dataset are played.
         generator: a CPU generator, chooses images.
         device: where to prepare and play them.
-        processes: with whom the work is shared: each prepares its part of the cache, and draws its part of a batch.
+        processes: the processes that share the work: each prepares its part of the cache and draws its part of a batch.
 
     Raises:
         ValueError: for an empty dataset.
@@ -101,7 +101,7 @@ class TrainingImages:
         return {"queue": self._queue}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from the result of `state`."""
         self._queue = state["queue"]
 
     def _share(self, count: int) -> slice:

@@ -1,7 +1,7 @@
-"""Where the metrics of a run go: a file of JSON lines, TensorBoard, Weights & Biases. No row is there twice.
+"""Where the metrics of a run go: a file of JSON lines, TensorBoard, Weights & Biases. Every update is there once.
 
-A run that was killed has logged updates that its checkpoint has not seen; resumed, it does them again. So every sink
-is told how many updates are done, and forgets what came later.
+A killed run may have logged updates that are not in its checkpoint; a resumed run does them again. Every writer is
+therefore given the number of updates done, and removes the rows of later ones.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...errors import MissingPackageError
 from ...files import replace_file
-from .config import TrainConfig
 
 HISTORY_FILE = "history.jsonl"
 WANDB_FILE = "wandb_run_id.txt"
 Row = Mapping[str, float]
 
 
-class Sink(Protocol):
+class Writer(Protocol):
     """Takes the rows of a run, one per update."""
 
     def write(self, row: Row, step: int) -> None:
@@ -36,7 +35,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """No more will come."""
+        """The run has ended."""
         ...
 
 
@@ -45,7 +44,7 @@ class HistoryFile:
 
     Args:
         folder: where `history.jsonl` goes.
-        done: the rows so far; what else the file holds is forgotten.
+        done: the rows so far; all others are removed from the file.
     """
 
     def __init__(self, folder: Path, done: Sequence[Row]) -> None:
@@ -57,7 +56,7 @@ class HistoryFile:
             file.write(_line(row))
 
     def show(self, picture: np.ndarray, step: int) -> None:
-        """Pictures are no numbers."""
+        """The file holds numbers only."""
 
     def close(self) -> None:
         """The file is closed after every line."""
@@ -68,7 +67,7 @@ class TensorBoard:
 
     Args:
         folder: the run's.
-        step: environment steps done; later events of the folder are marked as void.
+        step: environment steps done; later events in the folder are marked as void.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -95,7 +94,7 @@ class WeightsAndBiases:
         project: name of the project.
         folder: where it keeps its files.
         config: settings to show.
-        resume: whether to go on with the run that the folder knows of.
+        resume: whether to continue the run whose id is in the folder.
 
     Raises:
         MissingPackageError: if wandb is not installed.
@@ -115,7 +114,7 @@ class WeightsAndBiases:
         replace_file(note, str(self._run.id).encode())
 
     def write(self, row: Row, step: int) -> None:
-        """All metrics of an update at once; of steps that it knows already, wandb takes no second row."""
+        """All metrics of an update at once; wandb ignores a second row of the same step."""
         self._run.log(dict(row), step=step)
 
     def show(self, picture: np.ndarray, step: int) -> None:
@@ -127,19 +126,22 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_sinks(folder: Path, config: TrainConfig, done: Sequence[Row], steps: int) -> list[Sink]:
-    """All that a configuration asks for.
+def open_writers(
+    folder: Path, done: Sequence[Row], steps: int, project: str | None, settings: Mapping[str, Any]
+) -> list[Writer]:
+    """History file and TensorBoard, and Weights & Biases if a project is given.
 
     Args:
         folder: of the run.
-        config: its settings.
         done: rows of the updates done.
         steps: environment steps of an update.
+        project: of Weights & Biases; None: not used.
+        settings: of the run, for Weights & Biases to show.
     """
-    sinks: list[Sink] = [HistoryFile(folder, done), TensorBoard(folder, len(done) * steps)]
-    if config.wandb:
-        sinks.append(WeightsAndBiases(config.wandb, folder, config.as_json(), resume=bool(done)))
-    return sinks
+    writers: list[Writer] = [HistoryFile(folder, done), TensorBoard(folder, len(done) * steps)]
+    if project:
+        writers.append(WeightsAndBiases(project, folder, settings, resume=bool(done)))
+    return writers
 
 
 def _line(row: Row) -> str:

@@ -1,8 +1,8 @@
-"""Data-parallel training: every process plays its share of an update's images, all of them make the same step.
+"""Data-parallel training: every process plays its share of an update's images, and all take the same gradient step.
 
 What an update needs from all images (advantages and returns to normalise, accuracy and MACs for the price) is gathered,
-one number per agent-step or image; gradients are summed. So every process comes to the same numbers as one process
-that plays all images, and holds the same state; process 0 alone writes it down.
+one number per agent-step or image; gradients are summed. Every process therefore computes the same numbers as one
+process that plays all images, and holds the same state. Process 0 writes the files.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TIMEOUT = timedelta(minutes=30)  # of a collective; process 0 alone opens and ch
 
 
 class ProcessError(VitPruneError):
-    """Another process of a data-parallel run has ended; why, its own message says."""
+    """Another process of a data-parallel run has ended; its own message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together, and which of them this is; by default there is only one.
+    """The processes that train together, and the rank of this one; by default there is only one.
 
     Every method but `share` is a collective: all processes call it, in the same sequence.
     """
@@ -114,7 +114,7 @@ class Processes:
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Say in one sentence that a peer is gone; NCCL and gloo say it in many."""
+    """Turn the errors of NCCL and gloo into one sentence: another process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -125,8 +125,8 @@ def _peers() -> Iterator[None]:
 def launched(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     """The processes that torchrun or `accelerate launch` started; outside of them just this one.
 
-    What the launcher has to say is in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). gloo
-    connects processes on CPUs, NCCL those on GPUs.
+    The launcher sets the environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. gloo connects
+    processes on CPUs, NCCL those on GPUs.
 
     Args:
         device: where to train; `cuda` means a GPU of its own for every process of a machine.
@@ -145,7 +145,7 @@ def launched(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     backend = "nccl" if own.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=int(os.environ["RANK"]), world_size=size, timeout=TIMEOUT)
     yield Processes(dist.get_rank(), size, own), str(own)
-    # Only after success: a process that failed must end at once, not wait for peers that wait for it.
+    # After success only: a process that failed must end at once. It would wait here for processes that wait for it.
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its checkpoint and its policy; process 0 writes them, every process reads them."""
+"""What a run keeps on disk: checkpoint and policy; process 0 writes them, every process reads them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ...files import PathLike, load_state, prepare_folder, save_state
 from ..finetuning.loop import STATE_FILE as FINETUNING_FILE
 from ..finetuning.loop import WEIGHTS_FILE, save_weights
 from ..policies import TokenPolicy
-from .config import TrainConfig
-from .processes import Processes
-from .signals import TrainingStopped
-from .writers import Row, Sink, open_sinks
+from ..shared.processes import Processes
+from ..shared.settings import differences
+from ..shared.signals import TrainingStopped
+from ..shared.writers import Row, Writer, open_writers
 
 STATE_FILE = "training.safetensors"
 POLICY_FILE = "policy.safetensors"
@@ -31,14 +31,14 @@ class RunFolder:
     """The output folder of a run.
 
     Attributes:
-        saved: updates that the checkpoint there has seen; None: there is none yet.
+        saved: updates done when the checkpoint was written; None: there is none yet.
 
     Args:
         folder: made if it does not exist.
-        processes: who trains together.
+        processes: the processes that train together.
 
     Raises:
-        StorageError: if nothing can be written there; better now than after hours.
+        StorageError: if nothing can be written there.
     """
 
     def __init__(self, folder: PathLike, processes: Processes) -> None:
@@ -48,29 +48,42 @@ class RunFolder:
         if processes.is_main:
             prepare_folder(self.path)
 
-    def sinks(self, config: TrainConfig, done: Sequence[Row], steps: int) -> list[Sink]:
-        """Where metrics go, see `open_sinks`; nowhere but in process 0."""
-        return open_sinks(self.path, config, done, steps) if self.processes.is_main else []
+    def writers(
+        self, done: Sequence[Row], steps: int, project: str | None, settings: Mapping[str, Any]
+    ) -> list[Writer]:
+        """Where metrics go, see `open_writers`; process 0 alone has any."""
+        return open_writers(self.path, done, steps, project, settings) if self.processes.is_main else []
 
-    def load(self, config: TrainConfig, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    def load(
+        self, settings: Mapping[str, Any], facts: Mapping[str, Any], may_change: frozenset[str]
+    ) -> dict[str, Any] | None:
         """The checkpoint; None if there is none.
 
         Args:
-            config: settings of this run.
-            facts: what else must be as it was: names and JSON values.
+            settings: of this run, as `as_json` gives them.
+            facts: what else must be the same: names and JSON values.
+            may_change: dotted names of settings that may differ.
 
         Raises:
-            CheckpointError: for a file that cannot be read, or belongs to another run.
+            CheckpointError: for a file that cannot be read, or belongs to another run; it says what differs.
         """
         path = self.path / STATE_FILE
         if not path.exists():
             return None
         state = load_state(path)
-        differences = config.differences(state.get("config", {}))
-        differences += [f"{name} ({state.get(name)!r})" for name, value in facts.items() if state.get(name) != value]
-        if differences:
+        if "settings" not in state:
             raise CheckpointError(
-                f"{path}: expected a checkpoint of the same run to resume, got one with other {', '.join(differences)}"
+                f"{path}: expected a checkpoint with settings objects, got one of an older version; start the run "
+                "again in another folder (its policy file can still be loaded)"
+            )
+        changed = differences(settings, state["settings"], may_change)
+        names = [name.rsplit(".", 1)[-1] for name in changed]
+        names += [f"{name} ({state.get(name)!r})" for name, value in facts.items() if state.get(name) != value]
+        if names:
+            details = f" ({'; '.join(changed.values())})" if changed else ""
+            raise CheckpointError(
+                f"{path}: expected a checkpoint of the same run to resume, got one with other {', '.join(names)}"
+                f"{details}"
             )
         self.saved = len(state["history"])
         return state
@@ -82,7 +95,7 @@ class RunFolder:
         self.saved = len(state["history"])
 
     def save_policy(self, policy: TokenPolicy) -> None:
-        """Write what training is for."""
+        """Write the trained policy."""
         if self.processes.is_main:
             save_policy(policy, self.path / POLICY_FILE)
 
@@ -97,25 +110,24 @@ class RunFolder:
         return self.path / "finetune"
 
     def forget_finetuning(self) -> None:
-        """Remove a checkpoint of fine-tuning: while updates are to come, it can only be that of another run."""
+        """Remove a checkpoint of fine-tuning; while updates are still to come, it belongs to an earlier run."""
         if self.processes.is_main:
             (self.finetuning / FINETUNING_FILE).unlink(missing_ok=True)
 
     @contextmanager
-    def explaining(self, config: TrainConfig) -> Iterator[None]:
-        """Add to what goes wrong in training where the run stands and what to change."""
+    def explaining(self, lr: float, max_grad_norm: float | None) -> Iterator[None]:
+        """Add to errors of training which checkpoint is kept, and which settings to change."""
         try:
             yield
         except NumericalError as error:
             raise NumericalError(
-                f"{error}; {self.advice}, with a smaller lr (now {config.lr:g}) or max_grad_norm "
-                f"(now {config.max_grad_norm})"
+                f"{error}; {self.advice}, with a smaller lr (now {lr:g}) or max_grad_norm (now {max_grad_norm})"
             ) from error
         except StorageError as error:
             raise StorageError(f"{error}; free some space: {self.advice}") from error
 
     def stopped(self, number: int, updates: int) -> TrainingStopped:
-        """What to raise after a signal, with a word to the user."""
+        """The exception to raise after a signal; its message says how to continue."""
         message = f"{signal.Signals(number).name}: stopped after update {self.saved} of {updates}; {self.advice}"
         if self.processes.is_main:
             _log.warning(message)
@@ -123,7 +135,7 @@ class RunFolder:
 
     @property
     def advice(self) -> str:
-        """Where a run that failed can be taken up again."""
+        """How a run that failed can be continued."""
         if self.saved is None:
             return f"there is no checkpoint in {self.path} yet, start again"
         return f"the checkpoint of update {self.saved} in {self.path} is kept, resume (--resume) goes on from it"

@@ -1,4 +1,4 @@
-"""Ending a run when asked to: SIGTERM or Ctrl-C let it finish its update and save, a second one ends it at once."""
+"""Stopping a run: after SIGTERM or Ctrl-C it finishes its update and saves; a second signal ends it at once."""
 
 from __future__ import annotations
 

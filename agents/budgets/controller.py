@@ -1,0 +1,316 @@
+"""Budgets, and the controller that makes play and the deployed policy meet one.
+
+A budget is an object that brings its target, the way there (annealing), the schedule of the reward, and the
+calibration of the trained policy. See `vitprune_env.agents.budgets` for its use in a training loop of one's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ...engine.tokens import TokenState
+from ...envs.actions import ActionKind
+from ...game.rewards import START_PRICE, RewardFn, SettlingReward, SharedOutcome, has_price
+from ...game.token_game import TokenGame
+from ...types import Site
+from ..networks import TokenActor
+from ..policies import TokenPolicy
+from ..shared.processes import Processes
+from ..shared.settings import check
+from .calibration import calibrate_threshold
+from .collapse import CollapseDetector
+from .prices import DualPrice, FedForwardKeepCost, FixedReward, RewardSchedule
+from .targets import PolicyCost, annealed, target_macs
+
+Batches = Sequence[Tensor | TokenState]
+
+
+class Played(Protocol):
+    """The results of a batch of games; `Outcome` is one."""
+
+    @property
+    def n_kept(self) -> Tensor:
+        """`[B, T]`, tokens that go on after each site."""
+        ...
+
+    @property
+    def macs(self) -> Tensor:
+        """`[B]` float64, MACs of each image, policy included."""
+        ...
+
+    @property
+    def correct(self) -> Tensor | None:
+        """`[B]` bool, whether each image was classified correctly."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(ABC):
+    """What images may cost on average, the policy's own MACs included."""
+
+    anneal_from: float = 0.55
+    """Share of dense MACs that the target starts from: about what the untrained policy costs."""
+    anneal_part: float = 0.5
+    """Part of the updates over which the target moves to the budget."""
+    price_rate: float = 0.2
+    """Relative change of the price per relative excess of MACs, each update."""
+    price_gain: float = 2.0
+    """How strongly the price answers an excess at once."""
+
+    extra_features: ClassVar[int] = 0
+    """Features that `RewardSchedule.view` adds to every token."""
+
+    def __post_init__(self) -> None:
+        for name in ("anneal_from", "anneal_part"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        for name in ("price_rate", "price_gain"):
+            check(self, name, getattr(self, name) >= 0, "at least 0")
+
+    @abstractmethod
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """Mean MACs per image that the deployed policy shall cost.
+
+        Raises:
+            BudgetError: if no policy can meet it.
+        """
+
+    def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:  # noqa: B027
+        """Refuse a combination that this budget cannot serve, before time is spent.
+
+        Args:
+            reward: what agents are paid.
+            joint: whether one agent decides for all tokens of an image.
+            finetune: whether the network learns, too.
+
+        Raises:
+            ValueError: naming it.
+        """
+
+    def schedule(
+        self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes
+    ) -> RewardSchedule:
+        """How the reward follows this budget.
+
+        Args:
+            reward: what agents are paid.
+            cost: of the network, sites and policy.
+            images: games of an update, of all processes.
+            generator: a CPU generator.
+            processes: the processes that train together.
+        """
+        if has_price(reward):
+            return DualPrice(reward, self.price_rate, self.price_gain)
+        return FedForwardKeepCost(reward, cost) if isinstance(reward, SettlingReward) else FixedReward(reward)
+
+    def greedy(
+        self, actor: TokenActor, sites: Sequence[Site], actions: ActionKind, info: Mapping[str, Any] | None = None
+    ) -> TokenPolicy:
+        """The policy to deploy, not calibrated yet."""
+        return TokenPolicy(actor, sites=sites, info=info, actions=actions)
+
+    def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
+        """The policy with the threshold at which it meets the budget.
+
+        Args:
+            game: what is played.
+            policy: one with a method `with_threshold`.
+            batches: training images, or states that `game.prepare` made of them.
+            target: mean MACs per image.
+        """
+        return calibrate_threshold(game, policy, batches, target)
+
+    def controller(
+        self,
+        game: TokenGame,
+        updates: int,
+        reward: RewardFn | None = None,
+        macs_per_token: int = 0,
+        *,
+        images: int = 1,
+        generator: torch.Generator | None = None,
+        processes: Processes | None = None,
+    ) -> BudgetController:
+        """The controller of a training run.
+
+        Args:
+            game: what is played.
+            updates: of the run.
+            reward: what agents are paid; None: `SharedOutcome(price=0.01)`.
+            macs_per_token: MACs that the policy spends on every token it looks at.
+            images: games of an update.
+            generator: a CPU generator; None: seeded with 0.
+            processes: the processes that train together; None: just this one.
+        """
+        reward = SharedOutcome(START_PRICE) if reward is None else reward
+        self.check_fit(reward)
+        cost = PolicyCost(game.cost, game.sites, macs_per_token)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        processes = Processes() if processes is None else processes
+        target = self.target(cost, reward)
+        schedule = self.schedule(reward, cost, images, generator, processes)
+        return BudgetController(self, game, cost, target, updates, schedule)
+
+
+@dataclass(frozen=True)
+class Share(Budget):
+    """A share of the dense network's MACs."""
+
+    share: float = 0.35
+    """Share of the dense network's MACs, above 0 and at most 1."""
+
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """Mean MACs per image."""
+        return target_macs(cost, share=self.share)
+
+
+@dataclass(frozen=True)
+class GMACs(Budget):
+    """A number of GMACs per image."""
+
+    gmacs: float = 0.011
+    """Mean GMACs per image, the policy's own included."""
+
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """Mean MACs per image."""
+        return target_macs(cost, gmacs=self.gmacs)
+
+
+@dataclass(frozen=True)
+class KeepRate(Budget):
+    """A keep rate: what keeping this fraction of the tokens at every site costs."""
+
+    keep: float = 0.6
+    """Fraction of the tokens that reach a site and pass it, above 0 and at most 1."""
+
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """Mean MACs per image."""
+        return target_macs(cost, keep=self.keep)
+
+
+@dataclass(frozen=True)
+class Equilibrium(Budget):
+    """The weights of a reward that settles (`SettlingReward`) decide how much is kept; nothing is calibrated.
+
+    `train(budget=None)` means this object. The weights are reached by annealing.
+    """
+
+    def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:
+        """Refuse a reward that does not settle.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if not isinstance(reward, SettlingReward):
+            raise ValueError(
+                f"budget: expected one, such as Share(0.35), with {type(reward).__name__}; None is for rewards that "
+                "settle by themselves, such as PaperReward"
+            )
+        if not reward.keep_cost > 0:
+            raise ValueError(f"keep_cost: expected above 0, got {reward.keep_cost!r}")
+
+    def target(self, cost: PolicyCost, reward: RewardFn) -> float:
+        """What play costs in the equilibrium, were every image classified correctly."""
+        assert isinstance(reward, SettlingReward)
+        fraction = reward.equilibrium(1.0, cost.model.num_patches)
+        return min(cost.at_fraction(fraction), cost.model.dense())
+
+    def schedule(
+        self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes
+    ) -> RewardSchedule:
+        """An accuracy of 1 is assumed throughout, so that annealing ends at the weights as they were given."""
+        assert isinstance(reward, SettlingReward)
+        return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
+
+    def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
+        """The policy as it is."""
+        return policy
+
+
+class BudgetController:
+    """Leads play to a budget: gives the reward of every update, takes in its results, calibrates in the end.
+
+    Args:
+        budget: what is to be met.
+        game: what is played.
+        cost: of the network, sites and policy.
+        target: the budget in MACs per image.
+        updates: of the run.
+        schedule: how the reward follows.
+
+    Attributes:
+        done: updates observed so far.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        game: TokenGame,
+        cost: PolicyCost,
+        target: float,
+        updates: int,
+        schedule: RewardSchedule,
+    ) -> None:
+        self.budget, self.game, self.cost, self.target = budget, game, cost, target
+        self.updates, self.schedule = updates, schedule
+        self.collapse = CollapseDetector()
+        self.done = 0
+
+    @property
+    def target_share(self) -> float:
+        """Target of the coming update, as a share of the dense network's MACs."""
+        share = self.target / self.cost.model.dense()
+        return annealed(self.done, self.updates, share, self.budget.anneal_from, self.budget.anneal_part)
+
+    def reward(self) -> RewardFn:
+        """The reward of the coming update."""
+        return self.schedule.reward(self.target_share)
+
+    def observe(self, played: Played) -> dict[str, float]:
+        """Take in the results of an update, and move the price.
+
+        Args:
+            played: the outcome of its games, played with labels.
+
+        Returns:
+            What the update was: accuracy, GMACs and share of dense, target, price, and whether play has collapsed.
+        """
+        assert played.correct is not None
+        dense, target, price = self.cost.model.dense(), self.target_share, self.schedule.price
+        accuracy, macs = float(played.correct.double().mean()), float(played.macs.mean())
+        kept = (played.n_kept.double().mean(dim=0) / self.cost.model.num_patches).tolist()
+        collapsed = self.collapse.observe(kept[0], kept[-1], self.cost.fraction_for(target * dense), accuracy)
+        self.schedule.observe(macs / dense, accuracy, target, played.macs / dense)
+        self.done += 1
+        return {
+            "accuracy": accuracy,
+            "gmacs": macs / 1e9,
+            "share": macs / dense,
+            "target_share": target,
+            "price": price,
+            "collapsed": float(collapsed),
+        }
+
+    def calibrate(self, policy: Any, batches: Batches) -> Any:
+        """The trained policy as it meets the budget on training images.
+
+        Args:
+            policy: one with a method `with_threshold`, such as a `TokenPolicy`.
+            batches: training images, or states that `game.prepare` made of them.
+        """
+        return self.budget.calibrated(self.game, policy, batches, self.target)
+
+    def state(self) -> dict[str, Any]:
+        """All that the coming updates depend on."""
+        return {"schedule": self.schedule.state(), "collapse_streak": self.collapse.streak, "done": self.done}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the result of `state`."""
+        self.schedule.restore(state["schedule"])
+        self.collapse.streak = state["collapse_streak"]
+        self.done = state["done"]

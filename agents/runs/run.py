@@ -1,0 +1,380 @@
+"""Algorithm 1 of RL4EViT on tianshou's trainer: play a batch of games, update actor and critic, repeat, calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tianshou.trainer import OnPolicyTrainerParams
+from tianshou.utils.torch_utils import torch_train_mode
+from torch import nn
+from torch.utils.data import Dataset
+
+from ...engine.backbone import Backbone
+from ...envs.actions import ACTION_KINDS, ActionKind, KeepActions, action_kind
+from ...errors import SettingsError
+from ...files import PathLike
+from ...game.rewards import RewardFn, SharedOutcome
+from ...game.rollout import evaluate
+from ...game.token_game import TokenGame
+from ...types import Site
+from ..budgets.controller import Budget, Equilibrium, Share
+from ..finetuning.alternate import Alternation
+from ..finetuning.loop import finetune as finetune_network
+from ..finetuning.settings import FinetuneConfig
+from ..learners.learner import LearnerConfig, learner_state, restore_learner
+from ..learners.mappo import MAPPOConfig
+from ..policies import TokenPolicy
+from ..shared.processes import Processes
+from ..shared.settings import as_json
+from ..shared.signals import StopSignals
+from ..shared.training_images import BatchedDataset, TrainingImages
+from ..shared.writers import Writer
+from .collector import GameCollector
+from .divergence import check_health
+from .folder import RunFolder
+from .log import RunLog
+from .pictures import PICTURES, tokens_picture
+from .settings import RunConfig
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves behind."""
+
+    policy: TokenPolicy  # greedy, its threshold calibrated to the budget
+    critic: nn.Module
+    history: tuple[dict[str, float], ...]  # one row of metrics per update
+    target_macs: float  # the budget, or where the weights of the reward should lead, MACs per image
+    train_macs: float  # what the policy costs on the calibration images
+    train_accuracy: float  # its accuracy there
+    backbone: Backbone  # the one given, or its fine-tuned copy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the result of a run depends on, beside network and images."""
+
+    budget: Budget
+    learner: LearnerConfig
+    reward: RewardFn
+    run: RunConfig
+    finetune: FinetuneConfig | None
+    sites: Sequence[int | str | Site] | None
+    actions: ActionKind
+
+    def check(self, processes: Processes) -> None:
+        """Refuse settings that do not fit together, before time is spent.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        known = ACTION_KINDS.setdefault(self.actions.name, self.actions)  # under which policy files name it
+        if known != self.actions:
+            raise ValueError(f"actions: expected a name of its own, got {self.actions.name!r}, which {known} has")
+        self.learner.check_reward(self.reward)
+        self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
+        counts = {"images": self.run.images}
+        if self.finetune is not None:
+            counts["batch_size"] = self.finetune.batch_size
+        for name, count in counts.items():
+            if count < processes.size:
+                raise SettingsError(
+                    f"{name}: expected at least one for each of {processes.size} processes, got {count}"
+                )
+
+    def as_json(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """As a checkpoint stores them: public names and JSON values.
+
+        Args:
+            sites: of the game, which are the backbone's own if the settings have none.
+        """
+        parts = {name: as_json(getattr(self, name)) for name in ("budget", "learner", "reward", "run", "finetune")}
+        return {**parts, "sites": as_json(sites), "actions": self.actions.name}
+
+    @property
+    def may_change(self) -> frozenset[str]:
+        """Dotted names of the settings that a resumed run may change."""
+        parts = {"learner": self.learner, "run": self.run, "finetune": self.finetune}
+        return frozenset(f"{part}.{name}" for part, value in parts.items() if value for name in value.may_change)
+
+
+def train(
+    backbone: Backbone,
+    data: BatchedDataset | Dataset[Any],
+    budget: Budget | None = Share(0.35),  # noqa: B008, frozen
+    learner: LearnerConfig = MAPPOConfig(),  # noqa: B008, frozen
+    reward: RewardFn | None = None,
+    run: RunConfig = RunConfig(),  # noqa: B008, frozen
+    finetune: FinetuneConfig | None = None,
+    *,
+    sites: Sequence[int | str | Site] | None = None,
+    actions: ActionKind | str = KeepActions(),  # noqa: B008, frozen
+    output: PathLike | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    resume: bool = False,
+    processes: Processes | None = None,
+) -> TrainResult:
+    """Train a token policy for a backbone, which itself stays as it is; fine-tuning, if asked for, trains a copy.
+
+    Args:
+        backbone: the network to prune; moved to `device`.
+        data: training images, normalised as the backbone wants them, with labels.
+        budget: what images may cost: `Share`, `GMACs`, `KeepRate`, or a `BudgetRange` for a policy that serves all
+            budgets of a range. None: the weights of the reward decide, if it settles by itself as `PaperReward` does.
+        learner: the algorithm, such as `MAPPOConfig()` or `PPOSingleConfig()`, or one of your own (`LearnerConfig`).
+        reward: what agents are paid; None: the learner's default. If it has a price, the price follows the budget.
+        run: length of the run, seed, images, checkpoints.
+        finetune: how the network learns, too; None: it does not.
+        sites: where tokens are pruned, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
+        actions: what agents may do; an object, or the name of a built-in kind.
+        output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
+            SIGTERM and Ctrl-C let the current update finish and save.
+        device: where to train.
+        progress: whether to show a progress bar.
+        resume: whether to continue from the checkpoint in `output`; with an empty folder training starts afresh.
+        processes: those that train together (`launched`); each gets the same arguments and the same result.
+
+    Returns:
+        The calibrated policy, the critic, the history, and the network that the policy goes with.
+
+    Raises:
+        TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
+        StorageError: for an `output` that cannot be written, at once; when the disk is full, as soon as it is.
+        ValueError: for `resume` without `output`, an empty dataset, or settings that do not fit.
+        BudgetError: for a budget that no policy can meet.
+        CheckpointError: for a checkpoint that cannot be read or belongs to other settings.
+        NumericalError: for NaN in logits, rewards or losses, or losses that explode; the last checkpoint is kept.
+    """
+    if resume and output is None:
+        raise ValueError("resume: expected an output folder to resume from, got output=None")
+    reward = learner.default_reward() if reward is None else reward
+    budget = Equilibrium() if budget is None else budget
+    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions))
+    processes = Processes() if processes is None else processes
+    settings.check(processes)
+    folder = None if output is None else RunFolder(output, processes)
+    backbone = backbone if finetune is None else deepcopy(backbone)
+    with torch_train_mode(backbone.to(device), enabled=False):
+        training = Run(backbone, data, settings, folder, torch.device(device), processes)
+        if resume:
+            training.resume()
+        training.learn(progress and processes.is_main)
+        return training.finish(progress and processes.is_main, resume)
+
+
+class Run:
+    """The parts of one training run; `train` puts it together and runs it to the end."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: BatchedDataset | Dataset[Any],
+        settings: Settings,
+        folder: RunFolder | None,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        budget, learner, config = settings.budget, settings.learner, settings.run
+        self.settings, self.config = settings, config
+        self.folder = folder
+        self.processes = processes
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.game = TokenGame(backbone, settings.sites)
+        width = backbone.embed_dim + budget.extra_features
+        algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator)
+        self.actor = algorithm.actor
+        self.controller = budget.controller(
+            self.game, config.updates, settings.reward, self.actor.macs_per_token,
+            images=config.images, generator=self.generator, processes=processes,
+        )  # fmt: skip
+        self.images = TrainingImages(data, self.game, config.cache_images, self.generator, device, processes)
+        self.algorithm = algorithm.to(device)
+        self.algorithm.processes = processes
+        processes.same(self.algorithm)
+        explorer = learner.explorer(self.actor, settings.actions, self.generator, self.controller.schedule.view)
+        self.collector = GameCollector(
+            self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
+        )
+        self.alternation: Alternation | None = None
+        if settings.finetune is not None and settings.finetune.when == "alternate":
+            tuned = settings.actions, settings.finetune, config.updates, self.images
+            self.alternation = Alternation(backbone, self.actor, *tuned)
+        self.history: list[dict[str, float]] = []
+        self.signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
+
+    @property
+    def updates_done(self) -> int:
+        """Rows of the history."""
+        return len(self.history)
+
+    @property
+    def steps(self) -> int:
+        """Environment steps of an update, as tianshou counts them: images times sites."""
+        return self.config.images * self.game.num_steps
+
+    def learn(self, progress: bool) -> None:
+        """Run tianshou's trainer over the updates that remain; one of its epochs is one update."""
+        if self.folder is None:
+            return self._learn([], progress)
+        if self.updates_done < self.config.updates:
+            self.folder.forget_finetuning()
+        learner, settings = self.settings.learner, self.settings.as_json(self.game.sites)
+        with self.folder.explaining(learner.lr, learner.max_grad_norm), self.signals:
+            return self._learn(self.folder.writers(self.history, self.steps, self.config.wandb, settings), progress)
+
+    def _learn(self, writers: list[Writer], progress: bool) -> None:
+        config, learner = self.config, self.settings.learner
+        picture = (config.log_images_every, self.picture) if config.log_images_every else None
+        log = RunLog(self.after_update, config.updates, self.updates_done, self.steps, writers, progress, picture)
+        params = OnPolicyTrainerParams(
+            training_collector=self.collector,
+            max_epochs=config.updates,
+            epoch_num_steps=self.steps,
+            collection_step_num_env_steps=None,
+            collection_step_num_episodes=config.images,
+            batch_size=learner.minibatch,
+            update_step_num_repetitions=learner.epochs,
+            training_fn=self.before_update,
+            save_checkpoint_fn=self.save_if_due,
+            logger=log,
+            resume_from_log=True,
+            verbose=False,
+            show_progress=False,
+        )
+        try:
+            self.algorithm.run_training(params)
+        finally:
+            log.finalize()
+
+    def picture(self) -> np.ndarray:
+        """What the greedy policy prunes of a few training images."""
+        policy = self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions)
+        return tokens_picture(self.game, policy, self.images.raw(PICTURES))
+
+    def before_update(self, epoch: int, env_step: int) -> None:
+        """Set the reward of the coming games."""
+        self.game.reward = self.controller.reward()
+
+    def after_update(self, played: dict[str, Any], learnt: dict[str, float]) -> dict[str, float]:
+        """Record an update and move the price; returns its row of the history."""
+        assert self.collector.last is not None
+        row = {
+            "update": float(self.updates_done + 1),
+            **self.controller.observe(self.collector.last),
+            **{f"keep/{site}": rate for site, rate in played["keep"].items()},
+            "return": float(played["returns"].mean()),
+            **learnt,
+        }
+        if self.alternation is not None:
+            row |= self.alternation.after(self.updates_done + 1)
+        check_health(row, self.history, self.algorithm)
+        self.history.append(row)
+        return row
+
+    def save_if_due(self, epoch: int, env_step: int, gradient_step: int) -> str:
+        """Save every so many updates, after the last one, and after a signal, which also ends training."""
+        if self.folder is None:
+            return ""
+        done = self.updates_done
+        number = self.processes.largest(self.signals.received)  # a signal to one process stops all of them
+        if number or done % self.config.checkpoint_every == 0 or done == self.config.updates:
+            self.folder.save(self.state())
+        if number and (done < self.config.updates or self._finetunes_after):
+            raise self.folder.stopped(number, self.config.updates)
+        return ""
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint, beside its settings."""
+        return {"backbone": self.game.backbone.name, "dataset_size": self.images.size}
+
+    def state(self) -> dict[str, Any]:
+        """All that the coming updates depend on. Exploration has no state: its noise follows from seed and game."""
+        return {
+            "settings": self.settings.as_json(self.game.sites),
+            **self.facts(),
+            "target_macs": self.controller.target,
+            **learner_state(self.algorithm),
+            "generator": self.generator.get_state(),
+            "images": self.images.state(),
+            "budget": self.controller.state(),
+            "finetune": {} if self.alternation is None else self.alternation.state(),
+            "history": self.history,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the result of `state`, of a run with the same settings."""
+        restore_learner(self.algorithm, state, self.settings.learner.lr)
+        self.generator.set_state(state["generator"])
+        self.images.restore(state["images"])
+        self.controller.restore(state["budget"])
+        if self.alternation is not None:
+            self.alternation.restore(state["finetune"])
+        self.history = list(state["history"])
+        self.collector.played = self.updates_done * self.config.images
+
+    def resume(self) -> None:
+        """Continue from the checkpoint in the output folder, if there is one."""
+        assert self.folder is not None
+        settings = self.settings.as_json(self.game.sites)
+        state = self.folder.load(settings, self.facts(), self.settings.may_change)
+        if state is not None:
+            self.restore(state)
+
+    def finish(self, progress: bool, resume: bool) -> TrainResult:
+        """Calibrate to the budget on training images, fine-tune the network if asked to, measure, save."""
+        self.game.reward = SharedOutcome()  # the last reward may have a price for each image of a batch
+        batches = self.images.first(self.config.calibration_images)
+        images = [batch for batch, _ in batches]
+        greedy = self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions, self._info()).eval()
+        policy = self.controller.calibrate(greedy, images)
+        if self._finetunes_after:
+            self._finetune(policy, progress, resume)
+            batches = self.images.first(self.config.calibration_images)
+            policy = self.controller.calibrate(policy, [batch for batch, _ in batches])  # the features have changed
+        measured = evaluate(self.game, policy, batches)
+        if self.folder is not None:
+            self.folder.save_policy(policy)
+            if self.settings.finetune is not None:
+                self.folder.save_backbone(self.game.backbone)
+        if self.alternation is not None:
+            self.game.backbone.requires_grad_(True)  # fine-tuning had frozen what comes before the first site
+        results = self.controller.target, measured.macs, measured.accuracy, self.game.backbone
+        return TrainResult(policy, self.algorithm.critic, tuple(self.history), *results)
+
+    @property
+    def _finetunes_after(self) -> bool:
+        return self.settings.finetune is not None and self.settings.finetune.when == "after"
+
+    def _info(self) -> dict[str, Any]:
+        """What the policy's file says about its origin."""
+        finetune = self.settings.finetune
+        return {
+            "backbone": self.game.backbone.name,
+            "target_macs": self.controller.target,
+            "seed": self.config.seed,
+            "algorithm": type(self.algorithm).__name__,
+            "reward": type(self.settings.reward).__name__,
+            "updates": self.updates_done,
+            "finetune": "off" if finetune is None else finetune.when,
+        }
+
+    def _finetune(self, policy: TokenPolicy, progress: bool, resume: bool) -> None:
+        """Train the network on the tokens that the finished policy keeps; what comes before the first site stays."""
+        tuned = finetune_network(
+            self.game.backbone,
+            policy,
+            self.images.dataset,
+            config=self.settings.finetune,
+            output=None if self.folder is None else self.folder.finetuning,
+            device=self.images.device,
+            progress=progress,
+            resume=resume and self.folder is not None,
+            processes=self.processes,
+        )
+        self.game.backbone.load_state_dict(tuned.backbone.state_dict())
