@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -32,7 +33,9 @@ REGISTRIES: tuple[tuple[ModuleType, str], ...] = (
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """What a snippet registers is gone after it."""
+    """What a snippet registers is gone after it; what the packages register when they are imported stays."""
+    for package in policy.BUILT_IN:
+        import_module(package)
     held = [cast(Any, getattr(module, name)) for module, name in REGISTRIES]
     before = [each.copy() for each in held]
     yield
