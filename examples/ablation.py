@@ -5,59 +5,77 @@
     python examples/ablation.py --variants mappo adaptive           # one policy for all budgets, one for each
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
 
-Every run is a file in the output folder, so that `--resume` does only what is missing. Reports table.md, results.csv
-and accuracy.png. Design on the validation split (the default); the test split is for the last word.
+Every run is a row of results.json, so that `--resume` does only what is missing. Reports table.md, results.csv and
+accuracy.png. Design on the validation split (the default); the test split is for the last word.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Annotated, Any, Literal
+from statistics import mean
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
-from common import CommonArgs, run, write_json
-from train_mappo import TEST_SEED, TUNE_SEED
-from training_flags import TrainingFlags
-from vitprune_env import Backbone, KeepAll, TokenGame, evaluate, load_backbone
-from vitprune_env.agents import AdaptivePolicy, train
+from vitprune_env import KeepAll, TokenGame, load_backbone
+from vitprune_env.agents import (
+    AdaptivePolicy,
+    BudgetRange,
+    FinetuneConfig,
+    PPOSingleConfig,
+    Preset,
+    Share,
+    train,
+)
 from vitprune_env.baselines import RandomDrop, calibrate
+from vitprune_env.benchmarking import Row, difference, interval, measure
+from vitprune_env.benchmarking.store import Store
+from vitprune_env.benchmarking.tables import comma_separated, markdown
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits, batches_of
+from vitprune_env.errors import SettingsError
+from vitprune_env.files import replace_file
+from vitprune_env.game.rewards import (
+    START_PRICE,
+    Attribution,
+    PaperReward,
+    SharedOutcome,
+    log_probability,
+    margin,
+    probability,
+)
 
-CONFIDENCE = 0.95
-QUICK: dict[str, Any] = {"images": 32, "cache_images": 128, "calibration_images": 128, "finetune_every": 2,
-                         "finetune_steps": 4}  # fmt: skip
-VARIANTS: dict[str, TrainingFlags | None] = {
-    "mappo": TrainingFlags(),
-    "ppo_single": TrainingFlags(algorithm="ppo_single"),
+ADAPTIVE = BudgetRange(0.2, 0.6)
+VARIANTS: dict[str, Preset | None] = {
+    "mappo": Preset(),
+    "ppo_single": Preset(learner=PPOSingleConfig()),
     "random": None,  # not trained: RandomDrop at the same budget
-    "paper": TrainingFlags(reward="paper"),
-    "attribution": TrainingFlags(reward="attribution"),
-    "log_probability": TrainingFlags(outcome="log_probability"),
-    "probability": TrainingFlags(outcome="probability"),
-    "margin": TrainingFlags(outcome="margin"),
-    "adaptive": TrainingFlags(adaptive=(0.2, 0.6)),  # one policy asked for each of the budgets
-    "finetune_alternate": TrainingFlags(finetune="alternate"),
-    "finetune_after": TrainingFlags(finetune="after"),
+    "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
+    "attribution": Preset(reward=Attribution(START_PRICE)),
+    "log_probability": Preset(reward=SharedOutcome(START_PRICE, log_probability)),
+    "probability": Preset(reward=SharedOutcome(START_PRICE, probability)),
+    "margin": Preset(reward=SharedOutcome(START_PRICE, margin)),
+    "adaptive": Preset(budget=ADAPTIVE),  # one policy asked for each of the budgets
+    "finetune_alternate": Preset(finetune=FinetuneConfig(when="alternate")),
+    "finetune_after": Preset(finetune=FinetuneConfig(when="after")),
 }
+QUICK = {"updates": 4, "images": 32, "cache_images": 64, "calibration_images": 64}
 
 
 @dataclass(frozen=True)
-class Args(CommonArgs):
+class Args(CommonFlags):
     """What to run."""
 
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/ablation")
+    output: Path = Path("runs/ablation")
     """Folder for results; made if it does not exist."""
     variants: tuple[str, ...] = ("mappo", "ppo_single", "random")
     """What to compare; differences are taken to the first."""
@@ -77,171 +95,147 @@ class Args(CommonArgs):
 
 @dataclass(frozen=True)
 class Job:
-    """One training run and where its result goes."""
+    """One training run."""
 
     variant: str
     share: float
     seed: int
-    config: TrainingFlags | None
-    split: str
-    images: int
-    device: str
-    path: Path
+    args: Args
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a result depends on; a stored one of other settings is not taken for this one's."""
-        config = None if self.config is None else vars(self.config)
-        return {"variant": self.variant, "share": self.share, "seed": self.seed, "config": config, "split": self.split,
-                "images": self.images}  # fmt: skip
+    def name(self) -> str:
+        """Of its row in results.json."""
+        return f"{self.variant}, seed {self.seed}"
+
+    @property
+    def settings(self) -> Preset | None:
+        """The settings of the variant at this budget and seed; None: it is not trained."""
+        variant, quick = VARIANTS[self.variant], self.args.quick
+        if variant is None:
+            return None
+        length = {} if self.args.updates is None else {"updates": self.args.updates}
+        run = replace(variant.run, seed=self.seed, **{**(QUICK if quick else {}), **length})
+        finetune = variant.finetune
+        if finetune is not None:
+            small = {"every": 2, "steps": 4} if quick else {}
+            finetune = replace(finetune, seed=self.seed, cache_images=run.cache_images, **small)
+        budget = variant.budget if self.variant == "adaptive" else Share(self.share)
+        return replace(variant, budget=budget, run=run, finetune=finetune)
 
 
-def parse() -> Args:
-    """Read the command line."""
-    args = tyro.cli(Args, description=__doc__)
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    if unknown:
-        raise SystemExit(f"error: --variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+def check(args: Args) -> Args:
+    """The flags, made small if asked for.
+
+    Raises:
+        SettingsError: for a variant that does not exist, or a budget that one cannot have.
+    """
     for name in args.variants:
-        variant = VARIANTS[name]
-        low, high = variant.adaptive if variant is not None and variant.adaptive else (0.0, 1.0)
+        if name not in VARIANTS:
+            raise SettingsError(f"variants: expected some of {', '.join(VARIANTS)}, got {name}")
+        low, high = (ADAPTIVE.low, ADAPTIVE.high) if name == "adaptive" else (0.0, 1.0)
         if not all(low <= share <= high for share in args.shares):
-            raise SystemExit(f"error: --shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
-    return replace(args, seeds=2, updates=4, images=200, shares=args.shares[:1]) if args.quick else args
+            raise SettingsError(f"shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
+    return replace(args, seeds=2, images=50, shares=args.shares[:1]) if args.quick else args
 
 
-def jobs_of(args: Args) -> list[Job]:
-    """All runs, seed by seed, so that an early look sees every variant."""
-    made = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        for share in args.shares:
-            for variant in args.variants:
-                config = VARIANTS[variant]
-                if config is not None:
-                    small = QUICK if args.quick else {}
-                    length = {} if args.updates is None else {"updates": args.updates}
-                    budget = {} if config.adaptive else {"target_share": share}
-                    config = replace(config, seed=seed, **budget, **small, **length)
-                path = args.output / f"{variant}-{100 * share:g}-{seed}.json"
-                made.append(Job(variant, share, seed, config, args.split, args.images, args.device, path))
-    return made
-
-
-def work(job: Job) -> dict[str, Any]:
-    """Train, evaluate on held-out images, write the result."""
+def work(job: Job) -> list[Row]:
+    """Train, and measure on held-out images: the pruned network, and the same network without pruning."""
     torch.set_num_threads(1)
-    backbone = load_backbone("vit_digits")
-    held_out = batches_of(Digits(job.split, size=job.images, seed=TEST_SEED), 250, job.device)
-    start = time.perf_counter()
-    if job.config is None:
-        backbone = backbone.to(job.device)
-        tune = batches_of(Digits("train", size=32, seed=TUNE_SEED), 32, job.device)
+    args, start = job.args, time.perf_counter()
+    backbone = load_backbone("vit_digits").to(args.device)
+    settings = job.settings
+    if settings is None:
         target = job.share * TokenGame(backbone).cost.dense() / 1e9
-        sites = backbone.default_sites
-        policy = calibrate(lambda rate: RandomDrop(rate, job.seed), target, backbone, tune, sites=sites)
+        tune = batches_of(Digits("train", size=32, seed=TUNE_SEED), 32, args.device)
+        make = lambda rate: RandomDrop(rate, job.seed)  # noqa: E731
+        policy = calibrate(make, target, backbone, tune, sites=backbone.default_sites)
     else:
-        images = max(job.config.cache_images, job.config.calibration_images)
+        images = max(settings.run.cache_images, settings.run.calibration_images)
         data = Digits("train", size=images, seed=job.seed)
-        result = train(backbone, data, **job.config.config.arguments, device=job.device, progress=False)
+        result = train(backbone, data, **settings.arguments, device=args.device, progress=False)
         backbone, policy = result.backbone, result.policy
         if isinstance(policy, AdaptivePolicy):
             policy = policy.at(job.share)
     seconds = time.perf_counter() - start
-    found = {"settings": job.settings, "seconds": seconds, **measure(backbone, policy, held_out)}
-    write_json(job.path, found)
-    return found
+    test = batches_of(Digits(args.split, size=args.images, seed=TEST_SEED), 250, args.device)
+    sites = policy.default_sites(backbone.depth) or backbone.default_sites
+    pruned = measure(job.name, backbone, policy, test, sites=sites, share=job.share)
+    dense = measure(f"{job.name}, dense", backbone, KeepAll(), test, share=job.share)
+    return [replace(pruned, seconds=seconds), dense]
 
 
-def measure(backbone: Backbone, policy: Any, held_out: list[Any]) -> dict[str, float]:
-    """Accuracy and cost of the pruned network, and of the same network without pruning."""
-    pruned = evaluate(TokenGame.for_policy(backbone, policy, sites=backbone.default_sites), policy, held_out)
-    dense = evaluate(TokenGame(backbone), KeepAll(), held_out)
-    return {"accuracy": pruned.accuracy, "gmacs": pruned.gmacs, "share": pruned.macs / dense.macs,
-            "dense_accuracy": dense.accuracy}  # fmt: skip
-
-
-def stored(job: Job) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings."""
-    if not job.path.exists():
-        return None
-    found = json.loads(job.path.read_text())
-    return found if found["settings"] == json.loads(json.dumps(job.settings)) else None
-
-
-def run_all(jobs: Sequence[Job], args: Args) -> list[dict[str, Any]]:
-    """Results of all jobs, those that lie there included if asked to resume."""
-    results = [stored(job) if args.resume else None for job in jobs]
-    missing = [job for job, result in zip(jobs, results, strict=True) if result is None]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run")
-
-    def collect(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        done = []
-        for result in found:
-            bar.set_postfix_str(f"{result['settings']['variant']} {result['accuracy']:.1%}")
-            bar.update()
-            done.append(result)
-        return done
-
-    with bar:
+def run_all(jobs: Sequence[Job], store: Store) -> None:
+    """Do what is missing, seed by seed, and store every run when it is done."""
+    missing = [job for job in jobs if store.find(job.name, job.share) is None]
+    args = jobs[0].args
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run") as bar:
         if args.jobs > 1:
             with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-                fresh = collect(pool.imap_unordered(work, missing))
+                _collect(pool.imap_unordered(work, missing), store, bar)
         else:
-            fresh = collect(map(work, missing))
-    return [result for result in results if result is not None] + fresh
+            _collect(map(work, missing), store, bar)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of Student's confidence interval of the mean."""
-    if len(values) < 2:
-        return float("nan")
-    return float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+def _collect(found: Iterable[list[Row]], store: Store, bar: tqdm) -> None:
+    for pruned, dense in found:
+        store.add(dense)
+        store.add(pruned)
+        bar.set_postfix_str(f"{pruned.name} {pruned.accuracy:.1%}")
+        bar.update()
 
 
-def summarise(results: Sequence[dict[str, Any]], args: Args) -> list[dict[str, Any]]:
-    """One row per budget and variant: means over the seeds, and paired differences from the first variant."""
-    by = {(r["settings"]["variant"], r["settings"]["share"], r["settings"]["seed"]): r for r in results}
-    seeds = range(args.seed, args.seed + args.seeds)
-    rows = []
+def summarise(jobs: Sequence[Job], store: Store) -> list[dict[str, Any]]:
+    """One row per budget and variant: means over the seeds, and differences from the first variant, paired by seed."""
+    args, rows = jobs[0].args, []
+
+    def runs(variant: str, share: float, suffix: str = "") -> list[Row]:
+        own = [job for job in jobs if (job.variant, job.share) == (variant, share)]
+        return [row for job in own if (row := store.find(job.name + suffix, share)) is not None]
+
+    def accuracies(found: Sequence[Row]) -> np.ndarray:
+        return np.array([[row.accuracy] for row in found])  # [runs, 1]: the images are the same in all runs
+
     for share in args.shares:
+        first = accuracies(runs(args.variants[0], share))
         for variant in args.variants:
-            own = [by[variant, share, seed] for seed in seeds]
-            first = [by[args.variants[0], share, seed]["accuracy"] for seed in seeds]
-            accuracy = [r["accuracy"] for r in own]
-            difference = [mine - other for mine, other in zip(accuracy, first, strict=True)]
+            own, dense = runs(variant, share), runs(variant, share, ", dense")
+            accuracy = accuracies(own)
+            spent = [row.gmacs / whole.gmacs for row, whole in zip(own, dense, strict=True)]
+            low, high = interval(accuracy)
+            gap, least, most = difference(accuracy, first)
             rows.append(
                 {
                     "budget": share,
                     "variant": variant,
-                    "accuracy": mean(accuracy),
-                    "accuracy_ci": interval(accuracy),
-                    "difference": mean(difference),
-                    "difference_ci": interval(difference),
-                    "share": mean(r["share"] for r in own),
-                    "worst_budget_error": max((r["share"] / share - 1 for r in own), key=abs),
-                    "dense_accuracy": mean(r["dense_accuracy"] for r in own),
-                    "seconds": mean(r["seconds"] for r in own),
+                    "accuracy": float(accuracy.mean()),
+                    "accuracy_low": low,
+                    "accuracy_high": high,
+                    "difference": gap,
+                    "difference_low": least,
+                    "difference_high": most,
+                    "share": mean(spent),
+                    "worst_budget_error": max((value / share - 1 for value in spent), key=abs),
+                    "dense_accuracy": mean(row.accuracy for row in dense),
+                    "seconds": mean(row.seconds for row in own),
                 }
             )
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]], args: Args) -> str:
-    """The summary as markdown."""
-    lines = [
-        f"| budget % | variant | accuracy % | minus {args.variants[0]} | of dense % | worst budget error % "
-        "| accuracy without pruning % | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        same = row["variant"] == args.variants[0]
-        gap = "" if same else f"{100 * row['difference']:+.2f} ± {100 * row['difference_ci']:.2f}"
-        accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['accuracy_ci']:.2f}"
-        lines.append(
-            f"| {100 * row['budget']:g} | {row['variant']} | {accuracy} | {gap} | {100 * row['share']:.1f} "
-            f"| {100 * row['worst_budget_error']:+.1f} | {100 * row['dense_accuracy']:.2f} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+def cells(row: dict[str, Any], first: str) -> dict[str, str]:
+    """A row of the summary as text."""
+    percent = {name: f"{100 * value:.2f}" for name, value in row.items() if isinstance(value, float)}
+    gap = f"{100 * row['difference']:+.2f} ({100 * row['difference_low']:+.2f} to {100 * row['difference_high']:+.2f})"
+    return {
+        "budget %": f"{100 * row['budget']:g}",
+        "variant": row["variant"],
+        "accuracy % (95 %)": f"{percent['accuracy']} ({percent['accuracy_low']} to {percent['accuracy_high']})",
+        f"minus {first} (95 %)": "" if row["variant"] == first else gap,
+        "of dense %": f"{100 * row['share']:.1f}",
+        "worst budget error %": f"{100 * row['worst_budget_error']:+.1f}",
+        "accuracy without pruning %": percent["dense_accuracy"],
+        "s": f"{row['seconds']:.0f}",
+    }
 
 
 def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
@@ -251,17 +245,14 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
     single = len(args.shares) == 1
     for variant in args.variants:
         own = [row for row in rows if row["variant"] == variant]
-        axes.errorbar(
-            [variant] if single else [100 * row["share"] for row in own],
-            [100 * row["accuracy"] for row in own],
-            yerr=[100 * row["accuracy_ci"] for row in own],
-            label=variant,
-            marker="o",
-            markersize=4,
-            capsize=3,
+        accuracy, low, high = (
+            np.array([100 * row[name] for row in own]) for name in ("accuracy", "accuracy_low", "accuracy_high")
         )
+        places = [variant] if single else [100 * row["share"] for row in own]
+        error = [accuracy - low, high - accuracy]
+        axes.errorbar(places, accuracy, yerr=error, label=variant, marker="o", markersize=4, capsize=3)
     axes.set_ylabel(f"accuracy %, {args.split} split")
-    title = f"mean of {args.seeds} seeds, {CONFIDENCE:.0%} intervals"
+    title = f"mean of {args.seeds} seeds, 95 % intervals"
     axes.set_title(f"{title}, {args.shares[0]:.0%} of the dense GMACs" if single else title, fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -273,20 +264,24 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
     return drawn
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, report."""
-    args = parse()
+    args = check(read_flags(Args, argv, __doc__))
     args.prepare()
-    rows = summarise(run_all(jobs_of(args), args), args)
-    with (args.output / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    text = table(rows, args)
-    (args.output / "table.md").write_text(text + "\n")
+    seeds = range(args.seed, args.seed + args.seeds)
+    jobs = [Job(variant, share, seed, args) for seed in seeds for share in args.shares for variant in args.variants]
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick")}
+    settings["variants"] = {name: str(config) for name, config in VARIANTS.items()}
+    store = Store(args.output, settings, args.resume)
+    run_all(jobs, store)
+    rows = summarise(jobs, store)
+    text = markdown([cells(row, args.variants[0]) for row in rows])
+    replace_file(args.output / "table.md", (text + "\n").encode())
+    replace_file(args.output / "results.csv", comma_separated(rows).encode())
     figure(rows, args).savefig(args.output / "accuracy.png", dpi=150)
     print(f"\n{text}\n\ntable.md, results.csv and accuracy.png are in {args.output}/")
 
 
 if __name__ == "__main__":
-    run(main)
+    with explained():
+        main(sys.argv[1:])

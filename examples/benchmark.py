@@ -1,131 +1,71 @@
-"""Every policy at the same mean GMACs: accuracy, cost, speed and pictures, on the built-in task.
+"""Compare policies at the same cost, in one call, and use the result: table, CSV, LaTeX, figures.
 
-    python examples/benchmark.py                                      # all baselines at 25, 35 and 50 % of dense
-    python examples/benchmark.py --methods evit tome --budgets 0.3
-    python examples/benchmark.py --checkpoints runs/mappo runs/other  # trained policies join
-    python examples/benchmark.py --resume                             # goes on where it was interrupted
-    python examples/benchmark.py --quick
+    python examples/benchmark.py
+    python examples/benchmark.py --checkpoint runs/mappo    # with a policy of train_mappo.py
+    python examples/benchmark.py --resume                   # goes on where it was interrupted
 
-Policies are calibrated on training scenes and compared on scenes that nothing was chosen on: the validation split while
-developing, `--split test` for the final numbers. What has to be trained of a method is trained for each budget. Where
-methods act is set by `--sites`. Controls stay in every table: the dense model, dropping at random, an actor that never
-learned, and trained methods before their training. The output folder holds table.md, results.csv, results.json,
-pareto.png (accuracy over GMACs) and one token figure per budget.
+`vitprune benchmark` is the whole field as a command, on the built-in task or on image files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-from tqdm import tqdm
-
-from benchmark_measure import measure
-from benchmark_players import DENSE, Contestant, Task, contestants
-from benchmark_report import Store, write_report
-from common import CommonArgs, batches_of, run
-from train_mappo import TEST_SEED, TUNE_SEED
-from vitprune_env import load_backbone
+from vitprune_env import benchmark, load_backbone
+from vitprune_env.baselines import TopK
+from vitprune_env.benchmarking import Timing
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits
 
 
 @dataclass(frozen=True)
-class Args(CommonArgs):
-    """What to compare, and on what."""
+class Args(CommonFlags):
+    """What to compare."""
 
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/benchmark")
+    output: Path = Path("runs/comparison")
     """Folder for results; made if it does not exist."""
-    methods: tuple[str, ...] = ()
-    """Baselines to compare; none: all. The controls take part in any case. Parameters may follow a name, as in
-    dpc:strategy=cluster or evit:fuse=False."""
-    budgets: tuple[float, ...] = (0.25, 0.35, 0.5)
-    """Mean GMACs per image as shares of the dense model's, policy included."""
-    checkpoints: tuple[str, ...] = ()
-    """Output folders of train_mappo.py, or policy files; LABEL=PATH names the line (default MAPPO). Those of one label
-    share a line: at each budget the ones trained for the nearest budget play, their thresholds calibrated to it."""
-    sites: Literal["backbone", "published"] = "backbone"
-    """Where methods act: the network's own sites, per-block methods in every block; or where they were published."""
-    split: Literal["validation", "val", "test"] = "validation"
-    """Which scenes to report on."""
-    images: int = 2000
-    """Scenes to report on."""
-    tune_images: int = 256
-    """Training scenes to calibrate on."""
-    fit_images: int = 4096
-    """Training scenes to fit on."""
-    seeds: int = 5
-    """Runs of whatever is random (dropping at random, untrained actors)."""
-    batch_size: int = 250
-    """Scenes per batch."""
-    pairs: int = 9
-    """Runs of dense and pruned model for the speed, in turn."""
-    timed_images: int = 128
-    """Scenes that they run on."""
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """What the numbers depend on beside method and budget."""
-        names = ("seed", "device", "quick", "sites", "images", "tune_images", "fit_images", "seeds", "batch_size")
-        split = "validation" if self.split == "val" else self.split
-        return {**{name: getattr(self, name) for name in names}, "split": split}
+    checkpoint: Path | None = None
+    """Output folder of train_mappo.py whose policy takes part."""
 
 
-def checked(args: Args) -> Args:
-    """The flags, made small if that is wanted.
-
-    Raises:
-        ValueError: for budgets that are no shares of the dense cost, or numbers of images that are none.
-    """
-    for share in args.budgets:
-        if not 0 < share < 1:
-            raise ValueError(f"budgets: expected shares of the dense GMACs between 0 and 1, got {share}")
-    for name in ("images", "tune_images", "fit_images", "seeds", "batch_size", "pairs", "timed_images"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {getattr(args, name)}")
-    small = {"images": 64, "tune_images": 16, "fit_images": 256, "seeds": 2, "pairs": 2, "timed_images": 16}
-    return replace(args, **small) if args.quick else args
-
-
-def task_of(args: Args) -> Task:
-    """Scenes of digits; those of different purpose never coincide."""
-    split = str(args.settings["split"])
-    return Task(
-        backbone=load_backbone("vit_digits").to(args.device),
-        training=Digits("train", args.fit_images, seed=args.seed),
-        tune=batches_of(Digits("train", args.tune_images, seed=TUNE_SEED), args.batch_size, args.device),
-        test=batches_of(Digits(split, args.images, seed=TEST_SEED), args.batch_size, args.device),
-        seed=args.seed,
-        seeds=args.seeds,
-        published_sites=args.sites == "published",
-        output=args.output,
-        resume=args.resume,
-        quick=args.quick,
-    )
-
-
-def jobs(args: Args) -> list[tuple[Contestant, float]]:
-    """Who plays at which budget."""
-    players = contestants(args.methods, args.checkpoints)
-    return [(DENSE, 1.0), *((player, share) for share in args.budgets for player in players)]
-
-
-def main() -> None:
-    """Measure what has not been measured yet, then report."""
-    args = checked(tyro.cli(Args, description=__doc__))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Name the policies, compare, report."""
+    args = read_flags(Args, argv, __doc__)
     args.prepare()
-    todo = jobs(args)
-    task = task_of(args)
-    store = Store(args.output, args.settings, args.resume)
-    with tqdm(todo) as bar:
-        for player, share in bar:
-            bar.set_description(f"{player.name} at {share:.0%}")
-            if store.find(player.name, share, player.origin) is None:
-                store.add(measure(player, share, task, args.pairs, args.timed_images))
-    title = f"{task.backbone.name}, {args.images} {args.settings['split']} scenes"
-    print(f"\n{write_report(store, task, title)}\nresults and figures are in {args.output}/")
+    backbone = load_backbone("vit_digits").to(args.device)
+
+    policies = {
+        "EViT": "evit",  # a baseline by name,
+        "EViT, not fused": "evit:fuse=False",  # with parameters,
+        "ToMe": "tome",
+        "TopK": TopK,  # a class that is made from a keep rate,
+    }
+    if args.checkpoint is not None:
+        policies["MAPPO"] = args.checkpoint  # a saved policy; policy objects take part as well
+
+    images = 24 if args.quick else 2000
+    result = benchmark(
+        policies,
+        backbone,
+        Digits("validation", size=images, seed=TEST_SEED),  # images to report on
+        tune=Digits("train", size=min(images, 256), seed=TUNE_SEED),  # images to calibrate on
+        budgets=(0.35,) if args.quick else (0.25, 0.35, 0.5),  # shares of the dense GMACs
+        seeds=1 if args.quick else 5,  # runs of what is random
+        seed=args.seed,
+        timing=Timing(pairs=2, images=8) if args.quick else Timing(),  # dense and pruned model run in turn
+        output=args.output,  # table.md, table.tex, results.csv, results.json, pareto.png, token figures
+        resume=args.resume,
+    )
+    print(result.table())
+    best = result.at(0.35)[0]
+    low, high = best.interval
+    print(f"best at 35 %: {best.name}, {best.accuracy:.1%} ({low:.1%} to {high:.1%}); all files are in {args.output}/")
 
 
 if __name__ == "__main__":
-    run(main)
+    with explained():
+        main(sys.argv[1:])

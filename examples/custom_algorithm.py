@@ -9,25 +9,25 @@ price moves until the budget is met. The result is a `Policy` like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from tqdm import trange
 
 import vitprune_env as vp
-from common import CommonArgs, Row, at_budget, batches_of, run, table
-from vitprune_env.agents import load_policy
-from vitprune_env.baselines import EViT, calibrate
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits
 
 
 @dataclass(frozen=True)
-class Args(CommonArgs):
+class Args(CommonFlags):
     """REINFORCE on the game of token pruning."""
 
     target_share: float = 0.35
@@ -71,7 +71,7 @@ def play_batch(env: vp.TokenVectorEnv, actor: nn.Module, noise: torch.Generator)
     return [torch.stack(seen)[live], torch.stack(actions)[live].float(), to_go[live]], info
 
 
-def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv) -> nn.Sequential:
+def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv, updates: int) -> nn.Sequential:
     """Make what came out better than the baseline expected more probable."""
     width, dense = game.backbone.embed_dim, game.cost.dense()
     torch.manual_seed(args.seed)
@@ -79,7 +79,7 @@ def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv) -> nn.Sequ
     critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
     optimizer = torch.optim.Adam(nn.ModuleList([actor, critic]).to(args.device).parameters(), lr=3e-3)
     noise, price = torch.Generator().manual_seed(args.seed), 0.02
-    for update in (bar := trange(args.updates, desc="REINFORCE")):
+    for update in (bar := trange(updates, desc="REINFORCE")):
         game.reward = vp.SharedOutcome(price)
         (obs, action, returns), info = play_batch(env, actor, noise)
         value = critic(obs).squeeze(-1)
@@ -90,31 +90,31 @@ def reinforce(args: Args, game: vp.TokenGame, env: vp.TokenVectorEnv) -> nn.Sequ
         loss.backward()
         optimizer.step()
         spent = float(info["macs"].mean()) / dense
-        aim = args.target_share + max(0.0, 1 - 2 * update / args.updates) * (0.7 - args.target_share)  # tighten slowly
+        aim = args.target_share + max(0.0, 1 - 2 * update / updates) * (0.7 - args.target_share)  # tighten slowly
         price *= 1 + 0.3 * (spent / aim - 1)
         bar.set_postfix(accuracy=f"{float(info['correct'].float().mean()):.2f}", of_dense=f"{spent:.2f}")
     return actor
 
 
-def main() -> None:
-    """Train, calibrate, compare."""
-    args = tyro.cli(Args, description=__doc__)
-    (args := replace(args, updates=3) if args.quick else args).prepare()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, compare."""
+    args = read_flags(Args, argv, __doc__)
+    args.prepare()
     backbone = vp.load_backbone("vit_digits").to(args.device)
     game = vp.TokenGame(backbone)
-    actor = reinforce(args, game, vp.TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed))
-    tune = batches_of(Digits("train", 256, seed=1), 256, args.device)
-    test = batches_of(Digits("test", 200 if args.quick else 2000, seed=2), 250, args.device)
-    logits = actor(game.reset(tune[0][0]).tokens).detach().squeeze(-1)  # a keep rate stands for a quantile of these
-    budget = args.target_share * game.cost.dense() / 1e9
-    policy = calibrate(lambda r: ReinforcePolicy(actor, float(logits.quantile(1 - r))), budget, backbone, tune)
-    played = {"dense": vp.KeepAll(), "REINFORCE": policy}
-    rows = [Row.of(name, vp.evaluate(game, player, test)) for name, player in played.items()]
-    rows.append(at_budget("EViT", EViT, rows[1].gmacs, backbone, tune, test)[0])
+    env = vp.TokenVectorEnv(game, Digits("train", 4096, args.seed), args.images, args.seed)
+    actor = reinforce(args, game, env, 3 if args.quick else args.updates)
+
+    tune = Digits("train", 32 if args.quick else 256, TUNE_SEED)
+    test = Digits("test", 100 if args.quick else 2000, TEST_SEED)
+    logits = actor(game.reset(tune.batch(range(len(tune)))[0].to(args.device)).tokens).detach().squeeze(-1)
+    policies = {"REINFORCE": lambda rate: ReinforcePolicy(actor, float(logits.quantile(1 - rate))), "EViT": "evit"}
     if args.checkpoint is not None:
-        rows.append(Row.of("MAPPO", vp.evaluate(game, load_policy(args.checkpoint / "policy.safetensors"), test)))
-    print(table(rows, dense_gmacs=rows[0].gmacs))
+        policies["MAPPO"] = args.checkpoint
+    result = vp.benchmark(policies, backbone, test, tune=tune, budgets=[args.target_share], controls=False, timing=None)
+    print(result.table())
 
 
 if __name__ == "__main__":
-    run(main)
+    with explained():
+        main(sys.argv[1:])

@@ -10,17 +10,19 @@ fixed. The advantage of an action is its Q minus the mean of Q over the agent's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, mse_loss, one_hot
 
 from vitprune_env import TokenGame, evaluate, load_backbone
 from vitprune_env.agents import Learner, LearnerConfig, Parts, RunConfig, Share, Trajectory, mlp, train
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import TEST_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits, batches_of
 
 
@@ -90,25 +92,34 @@ class COMA(Learner):
         return loss, {"actor_loss": actor_loss, "vf_loss": critic_loss, "ent_loss": entropy}
 
 
-def main(
-    target_share: float = 0.35,
-    updates: int = 80,
-    seed: int = 0,
-    device: str = "cpu",
-    output: Path | None = None,
-    resume: bool = False,
-    quick: bool = False,
-) -> None:
-    """Train to a budget, a share of the dense model's MACs, and measure on held-out scenes."""
-    run = RunConfig(3, 16, seed, cache_images=64, calibration_images=64) if quick else RunConfig(updates, seed=seed)
-    backbone, data = load_backbone("vit_digits"), Digits("train", size=64 if quick else 2048, seed=seed)
-    place = {"output": output, "resume": resume, "device": device}
-    policy = train(backbone, data, Share(target_share), COMAConfig(), run=run, **place).policy
+@dataclass(frozen=True)
+class Args(CommonFlags):
+    """COMA on the game of token pruning."""
+
+    output: Path = Path("runs/coma")
+    """Folder for checkpoints, history and the policy."""
+    target_share: float = 0.35
+    """Budget: share of the dense model's MACs, the policy's own included."""
+    updates: int = 80
+    """Updates; each plays 128 images."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train to the budget, and measure on held-out scenes."""
+    args = read_flags(Args, argv, __doc__)
+    args.prepare()
+    run = RunConfig(args.updates, seed=args.seed)
+    if args.quick:
+        run = RunConfig(3, 16, args.seed, cache_images=64, calibration_images=64)
+    backbone, data = load_backbone("vit_digits"), Digits("train", size=64 if args.quick else 2048, seed=args.seed)
+    place = {"output": args.output, "resume": args.resume, "device": args.device}
+    policy = train(backbone, data, Share(args.target_share), COMAConfig(), run=run, **place).policy
     game = TokenGame.for_policy(backbone, policy)
-    test = batches_of(Digits("test", size=100 if quick else 2000, seed=2), 100, device)
+    test = batches_of(Digits("test", size=100 if args.quick else 2000, seed=TEST_SEED), 100, args.device)
     measured = evaluate(game, policy, test)
     print(f"COMA: accuracy {measured.accuracy:.1%} at {measured.macs / game.cost.dense():.1%} of the dense MACs")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with explained():
+        main(sys.argv[1:])

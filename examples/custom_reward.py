@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import tyro
 from torch import Tensor
 
 from vitprune_env import load_backbone
 from vitprune_env.agents import RunConfig, Share, train
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import CommonFlags, read_flags
 from vitprune_env.data import Digits
 from vitprune_env.types import Step
 
@@ -35,14 +37,20 @@ class Confidence:
         return torch.stack(last) * score[None, :, None]
 
 
-def main(target_share: float = 0.35, seed: int = 0, quick: bool = False) -> None:
-    """Train with it, and print how the price moves."""
-    run = RunConfig(4, 16, seed, cache_images=64, calibration_images=64) if quick else RunConfig(seed=seed)
-    data = Digits("train", size=64 if quick else 2048, seed=seed)
-    result = train(load_backbone("vit_digits"), data, Share(target_share), reward=Confidence(), run=run)
-    print("price:", *(round(row["price"], 4) for row in result.history[:: 1 if quick else 10]))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train with it to 35 % of the dense MACs, and print how the price moves."""
+    args = read_flags(CommonFlags, argv, __doc__)
+    args.prepare()
+    run = RunConfig(seed=args.seed)
+    if args.quick:
+        run = RunConfig(4, 16, args.seed, cache_images=64, calibration_images=64)
+    data = Digits("train", size=64 if args.quick else 2048, seed=args.seed)
+    place = {"output": args.output, "resume": args.resume, "device": args.device}
+    result = train(load_backbone("vit_digits"), data, Share(0.35), reward=Confidence(), run=run, **place)
+    print("price:", *(round(row["price"], 4) for row in result.history[:: 1 if args.quick else 10]))
     print(f"accuracy {result.train_accuracy:.1%}, {result.train_macs / result.target_macs:.1%} of the budget")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with explained():
+        main(sys.argv[1:])

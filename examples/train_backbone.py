@@ -2,6 +2,7 @@
 
     python examples/train_backbone.py --output runs/vit_digits            # about 20 minutes on one CPU core
     python examples/train_backbone.py --output runs/quick --quick         # seconds, for a first look
+    python examples/train_backbone.py --check                             # only measure the shipped weights
 
 The output folder gets `vit_digits.safetensors` and `vit_digits.json`. An interrupted run goes on with `--resume`
 and ends with the same weights, bit for bit on the same machine.
@@ -13,29 +14,36 @@ import copy
 import json
 import os
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-import tyro
-from rich.console import Console
 from safetensors.torch import save_file
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from backbone_gates import GATES, accuracy_by_side, measure, table
-from vitprune_env.data import Digits, DigitsConfig
-from vitprune_env.engine.backbone import Backbone
+from vitprune_env import Backbone, BasePolicy, Decision, KeepAll, Observation, Policy, TokenGame, evaluate
+from vitprune_env.baselines import EViT, RandomDrop
+from vitprune_env.benchmarking.tables import markdown
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import read_flags
+from vitprune_env.data import Digits, DigitsConfig, batches_of
+from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import CheckpointError, NumericalError
-from vitprune_env.models.vit_digits import VIT_DIGITS, create_vit_digits
+from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
+from vitprune_env.policy import keep_top
 
 GRID = round(create_vit_digits().patch_embed.num_patches ** 0.5)  # patches per side
 CHUNK = 200  # steps whose scenes are drawn together
+SHARES = (0.25, 0.35)  # of the dense MACs, at which policies are compared
+INKED = 0.02  # mean ink from which a patch counts as part of the digit
 EVAL_SEED = 0  # of the held-out scenes: every seed of the training is judged on the same ones
 
 
@@ -91,6 +99,10 @@ class Config:
     """Scenes per held-out evaluation."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    check: bool = False
+    """Train nothing: measure the weights in the package, or those of --weights."""
+    weights: Path = WEIGHTS / "vit_digits.safetensors"
+    """Weights to measure with --check."""
 
 
 def quick(config: Config) -> Config:
@@ -160,7 +172,7 @@ class Training:
                 group["lr"] = rate * self._rate()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        # Shorter at first, lest the initial weights linger in the average.
+        # Shorter at first, so that the initial weights do not linger in the average.
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - decay)
@@ -204,7 +216,7 @@ class Training:
 
 def recipe(config: Config) -> dict[str, Any]:
     """The settings that decide the weights."""
-    free = {"output", "resume", "quick", "checkpoint_every", "eval_images"}
+    free = {"output", "resume", "quick", "checkpoint_every", "eval_images", "check", "weights"}
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
@@ -239,24 +251,158 @@ def far_looking(block: nn.Module, tokens: Tensor, patches: Tensor, radius: int) 
     return -((share * near[:, None]).sum(-1) + 1e-4).log().mean()
 
 
+# Does the network need its tokens? If random pruning costs nothing, there is nothing to learn.
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound that the built-in backbone has to keep."""
+
+    name: str
+    bound: float
+    at_least: bool = True
+
+    def passed(self, value: float) -> bool:
+        """Whether a measured value keeps it."""
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+GATES = (
+    Gate("dense accuracy", 96.0),
+    Gate("lost by RandomDrop at 25 %", 15.0),
+    Gate("lost with the class token alone", 40.0),
+    Gate("floor", 17.0, at_least=False),
+)
+
+
+class DropAll(BasePolicy):
+    """Leaves the class token alone."""
+
+    def decide(self, obs: Observation) -> Decision:
+        """Drop every patch token."""
+        return Decision(keep=torch.zeros_like(obs.alive))
+
+
+class Scored(BasePolicy):
+    """Keep `ceil(keep_rate * n)` tokens by scores fixed beforehand; plays the images in their order.
+
+    Args:
+        keep_rate: fraction kept at every site.
+        scores: `[images, N]`.
+    """
+
+    def __init__(self, keep_rate: float, scores: Tensor) -> None:
+        self.keep_rate, self.scores = keep_rate, scores
+        self.start = self.stop = 0
+
+    def reset(self, batch_size: int, num_agents: int) -> None:
+        """Take the next images."""
+        self.start, self.stop = self.stop, self.stop + batch_size
+
+    def decide(self, obs: Observation) -> Decision:
+        """Keep the best."""
+        scores = obs.gather(self.scores[self.start : self.stop])
+        return Decision(keep=keep_top(obs, scores, (obs.num_alive * self.keep_rate).ceil()))
+
+
+def ink_per_patch(scenes: Digits, backbone: Backbone) -> Tensor:
+    """Mean ink of the digit in every patch, `[images, N]`."""
+    ink = scenes.ink(torch.arange(len(scenes)))
+    return F.adaptive_avg_pool2d(ink[:, None], backbone.grid_size).flatten(1)
+
+
+def taylor(backbone: Backbone, images: Tensor, labels: Tensor) -> Tensor:
+    """Gain in the true class's log-probability per unit of each patch token's mask after the first site, `[B, N]`."""
+    mask = torch.ones(len(images), backbone.num_patches, requires_grad=True)
+    first = backbone.default_sites[0].block
+    weights = torch.stack([torch.ones_like(mask)] * first + [mask] * (backbone.depth - first))
+    logits, _ = backbone.forward_soft(images, weights)
+    gain = logits.log_softmax(1).gather(1, labels[:, None]).sum()
+    return torch.autograd.grad(gain, mask)[0]
+
+
+def measure(backbone: Backbone, scenes: Digits) -> dict[str, float]:
+    """Play the backbone with controls, a baseline and oracles.
+
+    Args:
+        backbone: in evaluation mode; it is pruned at its default sites.
+        scenes: held-out scenes.
+
+    Returns:
+        Per cent (accuracies, losses in points, shares of MACs) and tokens, by name.
+    """
+    images = batches_of(scenes, 250)
+    cost = CostModel.of(backbone)
+    ink = ink_per_patch(scenes, backbone)
+    attribution = torch.cat([taylor(backbone, *batch) for batch in images])
+
+    def accuracy(policy: Policy) -> float:
+        game = TokenGame(backbone, needs=policy.needs)
+        return 100 * evaluate(game, policy, images).accuracy
+
+    dense = accuracy(KeepAll())
+    found = {
+        "dense accuracy": dense,
+        "floor": 100 * cost.floor(backbone.default_sites) / cost.dense(),
+        "lost with the class token alone": dense - accuracy(DropAll()),
+    }
+    for share in SHARES:
+        rate = cost.keep_rate_for(share * cost.dense(), backbone.default_sites)
+        where = f"at {share:.0%}".replace("%", " %")
+        found[f"keep rate {where}"] = 100 * rate
+        found[f"lost by RandomDrop {where}"] = dense - accuracy(RandomDrop(rate))
+        found[f"lost by EViT {where}"] = dense - accuracy(EViT(rate, fuse=False))
+        found[f"lost by the ink oracle {where}"] = dense - accuracy(Scored(rate, ink))
+        found[f"lost by the attribution oracle {where}"] = dense - accuracy(Scored(rate, attribution))
+    inked = (ink >= INKED).sum(1).float()
+    return found | {"inked tokens, mean": float(inked.mean()), "inked tokens, std": float(inked.std())}
+
+
+def accuracy_by_side(backbone: Backbone, scenes: Digits, width: float = 4.0) -> dict[str, float]:
+    """Dense accuracy in per cent by side of the digit, in bins of `width` pixels."""
+    with torch.no_grad():
+        correct = torch.cat([backbone(images).argmax(1) == labels for images, labels in batches_of(scenes, 250)])
+    sides = scenes.sides(torch.arange(len(scenes)))
+    low, high = scenes.config.side
+    starts = torch.arange(low, high, width).tolist()
+    bins = {f"{start:g}-{start + width:g} px": (sides >= start) & (sides < start + width) for start in starts}
+    return {name: 100 * float(correct[rows].float().mean()) for name, rows in bins.items() if rows.any()}
+
+
+def table(values: dict[str, float]) -> str:
+    """Values beside the gates that they have to pass, as markdown."""
+    gates = {gate.name: gate for gate in GATES}
+    rows = []
+    for name, value in values.items():
+        gate = gates.get(name)
+        bound = "" if gate is None else f"{'>=' if gate.at_least else '<='} {gate.bound:g}"
+        verdict = "" if gate is None else ("pass" if gate.passed(value) else "FAIL")
+        rows.append({"measured": name, "value": f"{value:.2f}", "gate": bound, "verdict": verdict})
+    return markdown(rows)
+
+
 def rounded(values: dict[str, float]) -> dict[str, float]:
     """Without the digits that mean nothing."""
     return {name: round(value, 2) for name, value in values.items()}
 
 
-def report(config: Config, training: Training) -> dict[str, Any]:
-    """Settings, versions and held-out figures, ready for JSON."""
-    backbone = Backbone(training.average.cpu().eval(), "vit_digits", VIT_DIGITS.sites)
-    found = {
-        split: {
+def held_out(config: Config, backbone: Backbone) -> dict[str, Any]:
+    """Gates and accuracy by the digit's side on both held-out splits, ready for JSON."""
+    found = {}
+    for split in ("validation", "test"):
+        scenes = Digits(split, config.eval_images, EVAL_SEED)
+        found[split] = {
             "scenes": config.eval_images,
             "seed": EVAL_SEED,
             "gates": rounded(measure(backbone, scenes)),
             "accuracy by side": rounded(accuracy_by_side(backbone, scenes)),
         }
-        for split in ("validation", "test")
-        for scenes in [Digits(split, config.eval_images, EVAL_SEED)]
-    }
+    return found
+
+
+def report(config: Config, training: Training) -> dict[str, Any]:
+    """Settings, versions and held-out figures, ready for JSON."""
+    found = held_out(config, Backbone(training.average.cpu().eval(), "vit_digits", VIT_DIGITS.sites))
     return {
         "preset": asdict(VIT_DIGITS),
         "recipe": recipe(config),
@@ -268,10 +414,8 @@ def report(config: Config, training: Training) -> dict[str, Any]:
     }
 
 
-def main(config: Config) -> None:
-    """Train, measure, write."""
-    config = quick(config) if config.quick else config
-    torch.set_num_threads(config.threads)
+def train(config: Config) -> dict[str, Any]:
+    """Train, or go on; weights and report are in the output folder."""
     config.output.mkdir(parents=True, exist_ok=True)
     training, checkpoint = Training(config), config.output / "checkpoint.pt"
     if config.resume and checkpoint.exists():
@@ -280,11 +424,23 @@ def main(config: Config) -> None:
     save_file(training.average.state_dict(), config.output / "vit_digits.safetensors")
     figures = report(config, training)
     (config.output / "vit_digits.json").write_text(json.dumps(figures, indent=2) + "\n")
-    console = Console()
-    for split, found in figures["held out"].items():
-        console.print(table(f"vit_digits, {split}", found["gates"]))
-        console.print(table("accuracy by side of the digit", found["accuracy by side"]))
+    return figures["held out"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train or check, print what was measured."""
+    config = read_flags(Config, argv, __doc__)
+    config = quick(config) if config.quick else config
+    torch.set_num_threads(config.threads)
+    if config.check:
+        shipped = Backbone(load_vit_digits(config.weights), "vit_digits", VIT_DIGITS.sites)
+        found = held_out(config, shipped)
+    else:
+        found = train(config)
+    for split, values in found.items():
+        print(f"\nvit_digits, {split}\n\n{table(values['gates'])}\n\n{table(values['accuracy by side'])}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with explained():
+        main(sys.argv[1:])

@@ -2,27 +2,38 @@
 
 Every patch token is an agent, every pruning site a step, 0 = prune, 1 = keep. See `TokenGame` for the rules,
 `parallel_env` for the PettingZoo environment, `vitprune_env.agents` for learning, `vitprune_env.baselines` for the
-policies to beat.
+policies to beat, `benchmark` for comparing all of them.
+
+Names are loaded when they are first used, so that `vitprune --help` answers at once.
 """
 
-from vitprune_env.deploy.policy_files import load_policy, save_policy
-from vitprune_env.deploy.pruned_vit import PrunedViT, load_pruned
-from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
-from vitprune_env.envs.parallel import parallel_env, register_envs
-from vitprune_env.envs.vector import TokenVectorEnv
-from vitprune_env.files import __version__ as __version__
-from vitprune_env.game.policy_contract import check_policy
-from vitprune_env.game.rewards import PaperReward, SharedOutcome, TeamOutcome
-from vitprune_env.game.rollout import evaluate, play
-from vitprune_env.game.token_game import TokenGame
-from vitprune_env.models.load import load_backbone, register_backbone
-from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy
-from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vitprune_env.envs.registration import register_envs
+
+if TYPE_CHECKING:
+    from vitprune_env.benchmarking.comparison import benchmark
+    from vitprune_env.benchmarking.result import BenchmarkResult
+    from vitprune_env.deploy.policy_files import load_policy, save_policy
+    from vitprune_env.deploy.pruned_vit import PrunedViT, load_pruned
+    from vitprune_env.engine.backbone import Backbone
+    from vitprune_env.envs.gym import SingleAgentEnv
+    from vitprune_env.envs.parallel import parallel_env
+    from vitprune_env.envs.vector import TokenVectorEnv
+    from vitprune_env.files import __version__ as __version__
+    from vitprune_env.game.policy_contract import check_policy
+    from vitprune_env.game.rewards import PaperReward, SharedOutcome, TeamOutcome
+    from vitprune_env.game.rollout import evaluate, play
+    from vitprune_env.game.token_game import TokenGame
+    from vitprune_env.models.load import load_backbone, register_backbone
+    from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy
+    from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 
 __all__ = [
     "Backbone",
     "BasePolicy",
+    "BenchmarkResult",
     "Decision",
     "Episode",
     "KeepAll",
@@ -37,6 +48,7 @@ __all__ = [
     "TeamOutcome",
     "TokenGame",
     "TokenVectorEnv",
+    "benchmark",
     "check_policy",
     "evaluate",
     "load_backbone",
@@ -49,5 +61,38 @@ __all__ = [
     "save_policy",
 ]
 
+_HOMES = {
+    "benchmarking.comparison": ("benchmark",),
+    "benchmarking.result": ("BenchmarkResult",),
+    "deploy.policy_files": ("load_policy", "save_policy"),
+    "deploy.pruned_vit": ("PrunedViT", "load_pruned"),
+    "engine.backbone": ("Backbone",),
+    "envs.gym": ("SingleAgentEnv",),
+    "envs.parallel": ("parallel_env",),
+    "envs.vector": ("TokenVectorEnv",),
+    "files": ("__version__",),
+    "game.policy_contract": ("check_policy",),
+    "game.rewards": ("PaperReward", "SharedOutcome", "TeamOutcome"),
+    "game.rollout": ("evaluate", "play"),
+    "game.token_game": ("TokenGame",),
+    "models.load": ("load_backbone", "register_backbone"),
+    "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),
+    "types": ("Decision", "Episode", "Observation", "Outcome", "Site"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 register_envs()
-register_gym_env()

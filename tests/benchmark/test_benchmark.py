@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import decision_overhead
 import numpy as np
 import pytest
 import torch
 
-import benchmark
-import benchmark_measure
-import benchmark_players
-import benchmark_report
-import common
-import decision_overhead
-from benchmark_measure import Result, difference, interval
-from vitprune_env import TokenGame, load_backbone
+from vitprune_env import BasePolicy, Decision, KeepAll, Observation, TokenGame, benchmark, load_backbone, play
 from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, save_policy
+from vitprune_env.baselines import EViT, RandomDrop, ToMe
+from vitprune_env.benchmarking import BenchmarkResult, Row, Timing, difference, interval, measure
+from vitprune_env.benchmarking.contestants import Contestant, Task, contestants_of
+from vitprune_env.benchmarking.images import set_aside
+from vitprune_env.benchmarking.store import Store, write_json
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
 
 
-def marks(seeds: int, images: int, share: float, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).random((seeds, images)) < share).astype(float)
+def marks(runs: int, images: int, share: float, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random((runs, images)) < share).astype(float)
 
 
 def test_wilson_interval_by_hand() -> None:
@@ -36,6 +35,9 @@ def test_wilson_interval_by_hand() -> None:
     assert interval(correct) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     low, high = interval(np.ones((1, 20)))
     assert (low, high) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    for images in range(1, 60):  # the accuracy itself is never outside, whatever is rounded
+        assert interval(np.ones((1, images)))[1] == 1 or images == 1
+        assert interval(np.zeros((1, images)))[0] == 0 or images == 1
 
 
 def test_interval_of_several_seeds_covers_the_spread_of_images_and_of_seeds() -> None:
@@ -47,6 +49,28 @@ def test_interval_of_several_seeds_covers_the_spread_of_images_and_of_seeds() ->
     low, high = interval(apart)
     assert low < 0.1
     assert high > 0.9
+
+
+def test_interval_of_runs_on_given_images_is_students_and_stays_within_0_and_1() -> None:
+    accuracies = np.array([[0.974], [0.972], [0.976], [0.973], [0.975]])
+    low, high = interval(accuracies)
+    half = 2.776 * accuracies.std(ddof=1) / 5**0.5  # Student's quantile for 4 degrees of freedom
+    assert (low, high) == pytest.approx((0.974 - half, 0.974 + half), abs=2e-4)
+    low, high = interval(np.array([[0.95], [0.55]]))  # two runs say next to nothing
+    assert 0 <= low < 0.1
+    assert 0.95 < high <= 1
+    assert np.isnan(interval(np.array([[0.9]]))).all()
+    assert interval(np.array([[0.9], [0.9]])) == pytest.approx((0.9, 0.9))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        luck = generator.normal(0.8, 0.05, size=(5, 1))  # of each run
+        low, high = interval((generator.random((5, 200)) < luck).astype(float))
+        hits += low < 0.8 < high
+    assert 0.92 < hits / 300 <= 1
 
 
 def test_differences_are_paired() -> None:
@@ -61,78 +85,106 @@ def test_differences_are_paired() -> None:
     assert (back, below, above) == pytest.approx((-gain, -high, -low))
 
 
-def result(method: str, share: float, accuracy: float = 0.8, group: str = "baseline", **changes: object) -> Result:
+def row(name: str, share: float | None, accuracy: float = 0.8, group: str = "baseline", **changes: Any) -> Row:
     count = round(20 * accuracy)
-    base = Result(
-        method, group, share, gmacs=share * 0.03, policy_gmacs=0.0003, correct=("1" * count + "0" * (20 - count),),
-        keep_per_site=(0.5, 0.25), sites=("1", "3"), images_per_s=200.0, dense_images_per_s=100.0, speedup=2.0,
+    base = Row(
+        name, cast(Any, group), share, gmacs=(share or 1) * 0.03, policy_gmacs=0.0003,
+        correct=("1" * count + "0" * (20 - count),), keep_per_site=(0.5, 0.25), sites=("1", "3"), images_per_s=200.0,
+        dense_images_per_s=100.0, speedup=2.0,
     )  # fmt: skip
     return replace(base, **changes)
 
 
+DENSE = row("dense", None, 0.95, "control", speedup=1.0)
 SETTINGS = {"seed": 0, "images": 20, "sites": "backbone"}
 
 
 def test_results_are_kept_and_found_again(tmp_path: Path) -> None:
-    store = benchmark_report.Store(tmp_path, SETTINGS, resume=False)
-    first, second = result("evit", 0.25, source=((0, 0, -1),), predicted=(3,)), result("evit", 0.5)
+    store = Store(tmp_path, SETTINGS)
+    first, second = row("evit", 0.25, source=((0, 0, -1),), predicted=(3,)), row("evit", 0.5)
     store.add(first)
     store.add(second)
-    again = benchmark_report.Store(tmp_path, SETTINGS, resume=True)
-    assert again.results == [first, second]
-    assert again.find("evit", 0.25, "") == first
-    assert again.find("evit", 0.35, "") is None
+    again = Store(tmp_path, SETTINGS, resume=True)
+    assert again.rows == [first, second]
+    assert again.find("evit", 0.25) == first
+    assert again.find("evit", 0.35) is None
     assert again.find("evit", 0.25, "another checkpoint") is None
     better = replace(first, gmacs=0.1)
     again.add(better)
-    assert again.results == [second, better]
-    assert benchmark_report.Store(tmp_path, SETTINGS, resume=False).results == []
+    assert again.rows == [second, better]
+    assert Store(tmp_path, SETTINGS).rows == []
+    assert BenchmarkResult.load(tmp_path / "results.json").rows == (second, better)
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
-    benchmark_report.Store(tmp_path, SETTINGS, resume=False).add(result("evit", 0.25))
+    Store(tmp_path, SETTINGS).add(row("evit", 0.25))
     with pytest.raises(CheckpointError, match=r"same settings to resume, got other images 20 \(now 30\)"):
-        benchmark_report.Store(tmp_path, SETTINGS | {"images": 30}, resume=True)
+        Store(tmp_path, SETTINGS | {"images": 30}, resume=True)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected results of the benchmark"):
-        benchmark_report.Store(tmp_path, SETTINGS, resume=True)
+        Store(tmp_path, SETTINGS, resume=True)
 
 
-def test_table_ranks_by_accuracy_and_names_what_is_out_of_reach() -> None:
-    rows = [
-        result("dense", 1.0, 0.95, "control", speedup=1.0),
-        result("random", 0.25, 0.5, "control"),
-        result("poor", 0.25, 0.4),
-        result("good", 0.25, 0.9),
-        Result("stuck", "baseline", 0.25, out_of_reach="reaches 0.02 to 0.03 GMACs"),
-    ]
-    text = benchmark_report.tables(rows, 0.03)
+def test_table_ranks_by_accuracy_says_where_and_names_what_is_out_of_reach() -> None:
+    rows = (
+        DENSE,
+        row("random", 0.25, 0.5, "control"),
+        row("poor", 0.25, 0.4, sites=tuple(f"{block}.attn" for block in range(1, 9))),
+        row("good", 0.25, 0.9),
+        Row("stuck", "baseline", 0.25, out_of_reach="reaches 0.02 to 0.03 GMACs"),
+        row("own", None, 0.7),
+    )
+    text = BenchmarkResult(rows).table()
     assert "### 25% of the dense GMACs (0.00750)" in text
-    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
+    asked, own = text.split("### At a cost of their own")
+    names = [line.split("|")[1].strip() for line in asked.splitlines() if line.startswith("|")][2:]
     assert names == ["*dense*", "good", "*random*", "poor"]
+    assert "| own |" in own
     good = next(line for line in text.splitlines() if line.startswith("| good"))
-    low, high = (100 * value for value in interval(rows[3].table))
+    low, high = (100 * value for value in interval(rows[3].marks))
+    assert good.startswith("| good | 1, 3 |")
+    assert "| poor | 1.attn to 8.attn |" in text
     assert f"| 90.0 ({low:.1f} to {high:.1f}) | +40.0 (" in good
     assert "| 0.00750 | 25.0 | 1.0 | 50 / 25 | 200 | 2.00x |" in good
     assert "- stuck: reaches 0.02 to 0.03 GMACs" in text
-    assert all(line.count("|") == 10 for line in text.splitlines() if line.startswith("|"))
+    assert all(line.count("|") == 11 for line in text.splitlines() if line.startswith("|"))
 
 
 def test_csv_has_a_line_per_method_and_budget(tmp_path: Path) -> None:
-    rows = [result("evit", 0.25), Result("stuck", "baseline", 0.25, out_of_reach="why")]
-    benchmark_report.write_csv(rows, tmp_path / "results.csv")
-    with (tmp_path / "results.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [row["method"] for row in found] == ["evit", "stuck"]
+    rows = (row("evit", 0.25), Row("stuck", "baseline", 0.25, out_of_reach="why"))
+    text = BenchmarkResult(rows).csv(tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_bytes().decode() == text
+    found = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [line["name"] for line in found] == ["evit", "stuck"]
     assert float(found[0]["accuracy"]) == 0.8
     assert float(found[0]["accuracy_low"]) < 0.8 < float(found[0]["accuracy_high"])
     assert (found[1]["accuracy"], found[1]["out_of_reach"]) == ("", "why")
 
 
+def test_latex_is_a_booktabs_table_with_the_best_in_bold() -> None:
+    rows = (
+        DENSE,
+        row("random", 0.25, 1.0, "control"),
+        row("a_b", 0.25, 0.9),
+        row("other", 0.25, 0.5),
+        row("other", 0.5, 0.95),
+    )
+    text = BenchmarkResult(rows).latex()
+    lines = text.splitlines()
+    assert (lines[0], lines[1], lines[-2]) == (r"\begin{tabular}{lccc}", r"\toprule", r"\bottomrule")
+    assert r"25\,\% (0.0075 GMACs)" in text
+    assert r"a\_b & 1, 3 & \textbf{90.0} {\scriptsize (" in text
+    assert r"\emph{random} & 1, 3 & 100.0 " in text  # a control is never the best
+    assert r"other & 1, 3 & 50.0 " in text
+    assert r"\textbf{95.0}" in text
+    assert text.count(r"\midrule") == 3
+    body = [line for line in lines if line.endswith(r"\\")]
+    assert {line.count("&") for line in body} == {3}
+
+
 def test_pareto_figure_has_a_line_per_method() -> None:
-    rows = [result("dense", 1.0, 0.95, "control"), result("evit", 0.5, 0.9), result("evit", 0.25, 0.7),
-            result("random", 0.25, 0.4, "control")]  # fmt: skip
-    figure = benchmark_report.pareto(rows, 0.03, "title")
+    rows = (DENSE, row("evit", 0.5, 0.9), row("evit", 0.25, 0.7), row("random", 0.25, 0.4, "control"))
+    figure = BenchmarkResult(rows).plot()
     figure.canvas.draw()
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["dense 95.0%", "evit", "random"]
@@ -142,24 +194,55 @@ def test_pareto_figure_has_a_line_per_method() -> None:
     assert drawn["evit"] == pytest.approx(np.array([[0.25, 0.7], [0.5, 0.9]]))
 
 
-def test_budgets_and_counts_are_checked() -> None:
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"good": 1}
+    write_json(tmp_path / "a.json", content)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"bad": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == content
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_arguments_are_checked_before_time_is_spent(backbone: Any, tmp_path: Path) -> None:
+    def compare(policies: Any = ("topk",), **options: Any) -> BenchmarkResult:
+        return benchmark(policies, backbone, Digits("validation", 8), **options)
+
     with pytest.raises(ValueError, match=r"budgets: expected shares .* got 1\.5"):
-        benchmark.checked(benchmark.Args(budgets=(0.3, 1.5)))
-    with pytest.raises(ValueError, match="images: expected 1 or more, got 0"):
-        benchmark.checked(benchmark.Args(images=0))
-    assert benchmark.checked(benchmark.Args(split="val")).settings["split"] == "validation"
+        compare(budgets=(0.3, 1.5))
+    with pytest.raises(ValueError, match="budgets: expected at least one"):
+        compare(budgets=())
+    with pytest.raises(ValueError, match="seeds: expected 1 or more, got 0"):
+        compare(seeds=0)
+    with pytest.raises(ValueError, match="sites: expected 'published', sites or None, got 'publishd'"):
+        compare(sites="publishd")
+    with pytest.raises(ValueError, match="fit: expected training images, which dynamicvit need, got None"):
+        compare(["dynamicvit"])
+    with pytest.raises(ValueError, match="policies: expected different labels, got 'EViT' twice"):
+        compare([EViT(0.5), EViT(0.7)])
+    with pytest.raises(TypeError, match=r"policies: expected names of baselines, .* got 3 as 'int'"):
+        compare([3])
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
+        compare([tmp_path / "nowhere.safetensors"])
+    with pytest.raises(ValueError, match="resume: expected an output folder"):
+        compare(resume=True)
 
 
 def test_controls_take_part_whatever_is_asked_for() -> None:
-    names = [player.name for player in benchmark_players.contestants(["topk"], [])]
+    names = [contestant.name for contestant in contestants_of(["topk"])]
     assert names == ["random", "untrained actor", "topk"]
+    assert [contestant.name for contestant in contestants_of("topk", controls=False)] == ["topk"]
     with pytest.raises(UnknownNameError, match="did you mean evit"):
-        benchmark_players.contestants(["evt"], [])
+        contestants_of(["evt"])
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
-    backbone, found = load_backbone("vit_digits"), {}
+def backbone() -> Any:
+    return load_backbone("vit_digits")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
+    found = {}
     dense = TokenGame(backbone).cost.dense()
     for share in (0.3, 0.6):
         actor = TokenActor(backbone.embed_dim, generator=torch.Generator().manual_seed(round(10 * share)))
@@ -168,35 +251,39 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
     return found
 
 
-def small_task(tmp_path: Path) -> benchmark_players.Task:
-    return benchmark_players.Task(
-        load_backbone("vit_digits"), Digits("train", 32), batches_of(Digits("train", 16, seed=1), 16),
-        batches_of(Digits("validation", 24, seed=2), 16), seed=0, seeds=2, published_sites=False, output=tmp_path,
-        resume=False, quick=True,
+@pytest.fixture
+def task(backbone: Any, tmp_path: Path) -> Task:
+    return Task(
+        backbone, batches_of(Digits("validation", 24, seed=2), 16), batches_of(Digits("train", 16, seed=1), 16),
+        Digits("train", 32), seeds=2, output=tmp_path, quick=True,
     )  # fmt: skip
 
 
-def test_of_several_checkpoints_the_nearest_budgets_play(checkpoints: dict[float, Path], tmp_path: Path) -> None:
-    paths = [str(checkpoints[0.6].parent), str(checkpoints[0.3]), f"other={checkpoints[0.3]}"]
-    ours, other = benchmark_players.contestants(["evit"], paths)[-2:]
+def played(line: Contestant, task: Task, share: float) -> Row:
+    policies = line.at(task, share * task.dense_gmacs)
+    return measure(line.name, task.backbone, policies, task.test, sites=line.sites(task))
+
+
+def test_of_several_checkpoints_the_nearest_budgets_play(checkpoints: dict[float, Path], task: Task) -> None:
+    paths: dict[str, Any] = {"MAPPO": [checkpoints[0.6].parent, str(checkpoints[0.3])], "other": checkpoints[0.3]}
+    ours, other = contestants_of({"evit": "evit", **paths})[-2:]
     assert (ours.name, other.name, ours.group) == ("MAPPO", "other", "learned")
     assert ours.origin != other.origin
-    task = small_task(tmp_path)
     for share in (0.3, 0.6):
-        (policy,) = cast(Any, ours).policies(task, 1.05 * share * task.dense_gmacs)
+        (policy,) = cast(Any, ours).at(task, 1.05 * share * task.dense_gmacs)
         assert policy.info["target_macs"] == pytest.approx(share * task.dense_gmacs * 1e9)
         game = TokenGame.for_policy(task.backbone, policy)
-        outcome = benchmark_measure.play(game, policy, task.tune[0][0]).outcome
+        outcome = play(game, policy, task.tune[0][0]).outcome
         assert float(outcome.macs.mean()) == pytest.approx(1.05 * share * task.dense_gmacs * 1e9, rel=0.05)
 
 
-def test_policies_for_a_range_of_budgets_are_told_the_asked_one(tmp_path: Path) -> None:
-    task, path = small_task(tmp_path), tmp_path / "policy.safetensors"
+def test_policies_for_a_range_of_budgets_are_told_the_asked_one(task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
     actor = TokenActor(task.backbone.embed_dim + 1, generator=torch.Generator().manual_seed(0))
     save_policy(AdaptivePolicy(actor, (0.3, 0.6), (0.0, 0.0), info={"target_macs": 0.6}), path)
-    player = benchmark_players.contestants([], [str(path)])[-1]
+    line = contestants_of([path])[-1]
     for share, told in ((0.4, 0.4), (0.25, 0.3)):
-        (policy,) = cast(Any, player.policies(task, share * task.dense_gmacs))
+        (policy,) = cast(Any, line.at(task, share * task.dense_gmacs))
         assert policy.share == pytest.approx(told)
 
 
@@ -204,81 +291,157 @@ def test_policies_with_a_network_of_their_own_are_refused(tmp_path: Path) -> Non
     actor = TokenActor(64, generator=torch.Generator().manual_seed(0))
     save_policy(TokenPolicy(actor, info={"finetune": "after"}), tmp_path / "policy.safetensors")
     with pytest.raises(CheckpointError, match="got one with a fine-tuned network of its own"):
-        benchmark_players.contestants([], [str(tmp_path)])
+        contestants_of([tmp_path])
 
 
-def test_measured_is_what_was_played(tmp_path: Path) -> None:
-    task = small_task(tmp_path)
-    player = next(entry for entry in benchmark_players.contestants([], []) if entry.name == "random")
-    found = benchmark_measure.measure(player, 0.4, task, pairs=1, timed=4)
+def test_measured_is_what_was_played(task: Task) -> None:
+    found = played(contestants_of([])[0], task, 0.4)
+    assert found.name == "random"
     assert len(found.correct) == 2
-    assert {len(row) for row in found.correct} == {24}
+    assert {len(run) for run in found.correct} == {24}
     assert found.gmacs == pytest.approx(0.4 * task.dense_gmacs, rel=0.03)
     assert found.keep_per_site[0] > found.keep_per_site[1] > found.keep_per_site[2] > 0
     source = torch.tensor(found.source)
     assert source.shape == (8, task.backbone.num_patches)
     alive = (source == torch.arange(task.backbone.num_patches)).sum(dim=1)
     assert alive.float().mean() / task.backbone.num_patches == pytest.approx(found.keep_per_site[-1])
-    assert found.speedup > 0
-    assert Result.load(json.loads(json.dumps(asdict(found)))) == found
+    assert Row.load(json.loads(json.dumps(asdict(found)))) == found
 
 
-def test_fitted_methods_are_fitted_for_the_budget_and_brought_to_it(tmp_path: Path) -> None:
-    task = small_task(tmp_path)
-    fitted, unfitted = benchmark_players.contestants(["life_regression"], [])[-1:1:-1]
+def test_rows_of_several_runs_are_averaged_with_the_spread_as_error() -> None:
+    found = row("a", 0.5, correct=("1" * 5 + "0" * 5, "1" * 7 + "0" * 3))
+    assert found.accuracy == pytest.approx(0.6)
+    assert found.stderr == pytest.approx(0.1)
+    single = row("a", 0.5, correct=("1" * 5 + "0" * 5,))
+    assert single.stderr == pytest.approx((0.25 / 10) ** 0.5)
+
+
+def test_fitted_methods_are_fitted_for_the_budget_and_brought_to_it(task: Task, tmp_path: Path) -> None:
+    fitted, unfitted = contestants_of(["life_regression"])[-1:1:-1]
     assert (fitted.name, unfitted.name) == ("life_regression", "life_regression (unfitted)")
-    (policy,) = fitted.policies(task, 0.4 * task.dense_gmacs)
+    found = played(fitted, task, 0.4)
     assert list((tmp_path / "fits").glob("life_regression-0.4/*.safetensors"))
-    found = benchmark_measure.measure(replace(fitted, policies=lambda *_: [policy]), 0.4, task, pairs=1, timed=4)
     assert found.gmacs == pytest.approx(0.4 * task.dense_gmacs, rel=0.03)
-    assert len(unfitted.policies(task, 0.4 * task.dense_gmacs)) == task.seeds
+    assert len(unfitted.at(task, 0.4 * task.dense_gmacs)) == task.seeds
 
 
-def test_overhead_of_every_method_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--quick", "--rounds", "1", "--methods", "evit", "tome", "dpc_mlp", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["decision_overhead.py", *flags])
-    common.run(decision_overhead.main)
-    rows = {row["method"]: row for row in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
-    assert set(rows) == {"evit", "tome", "dpc_mlp"}
-    for row in rows.values():
-        assert min(row["half_ms"], row["decide_ms"], row["reduce_ms"]) > 0
-    assert rows["evit"]["sites"] == ["1", "3", "5"]
-    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+class KeepLoud(BasePolicy):
+    """Has nothing to turn."""
+
+    def decide(self, obs: Observation) -> Decision:
+        norms = obs.scatter(obs.tokens.norm(dim=1))
+        return Decision(keep=obs.alive & (norms >= (norms.sum(1) / obs.num_alive.clamp(min=1))[:, None]))
 
 
-def test_parameters_follow_a_name(tmp_path: Path) -> None:
-    player = benchmark_players.contestants(["dpc:strategy=cluster,clusters=2"], [])[-1]
-    (policy,) = cast(Any, player.policies(small_task(tmp_path), 0.012))
-    assert (player.name, policy.strategy, policy.clusters) == ("dpc:strategy=cluster,clusters=2", "cluster", 2)
+class Half(RandomDrop):
+    """A class of the caller's own, made from a keep rate, with a seed."""
+
+
+def test_every_kind_of_policy_is_brought_to_the_budget(task: Task) -> None:
+    entries: dict[str, Any] = {
+        "object": EViT(0.9, fuse=False),
+        "schedule": ToMe(8),
+        "class": EViT,
+        "own class": Half,
+        "function": lambda rate: EViT(rate),
+        "as it is": KeepLoud,
+        "the same": KeepLoud(),
+    }
+    lines = {line.name: line for line in contestants_of(entries, controls=False)}
+    for name in ("object", "schedule", "class", "own class", "function"):
+        found = played(lines[name], task, 0.5)
+        assert found.gmacs == pytest.approx(0.5 * task.dense_gmacs, rel=0.04), name
+        wanted = tuple(f"{block}.attn" for block in range(1, 9)) if name == "schedule" else ("1", "3", "5")
+        assert found.sites == wanted
+        assert len(found.correct) == (2 if name == "own class" else 1)
+    (policy,) = cast(Any, lines["object"].at(task, 0.5 * task.dense_gmacs))
+    assert policy.fuse is False
+    assert lines["object"].setting(policy).startswith("keep_rate=0.6")
+    assert lines["as it is"].fixed
+    assert lines["the same"].fixed
+
+
+def test_sites_are_equal_published_or_given(task: Task) -> None:
+    lines = contestants_of({"evit": "evit", "tome": "tome", "class": EViT, "object": EViT(0.5)})
+    random, untrained, evit, tome, made, given = lines
+
+    def sites(line: Contestant, task: Task) -> tuple[str, ...]:
+        return played(line, task, 0.7).sites
+
+    published = replace(task, sites="published")
+    assert sites(evit, published) == sites(made, published) == sites(given, published) != sites(evit, task)
+    fixed = replace(task, sites=(2, 4, 6))
+    for line in (random, untrained, evit, tome, made, given):
+        assert sites(line, fixed) == ("2", "4", "6"), line.name
+
+
+def test_parameters_follow_a_name(task: Task) -> None:
+    line = contestants_of(["dpc:strategy=cluster,clusters=2"])[-1]
+    (policy,) = cast(Any, line.at(task, 0.012))
+    assert (line.name, policy.strategy, policy.clusters) == ("dpc:strategy=cluster,clusters=2", "cluster", 2)
     with pytest.raises(ParameterError, match=r"strategi: no parameter of 'dpc', .* did you mean strategy"):
-        benchmark_players.contestants(["dpc:strategi=cluster"], [])
+        contestants_of(["dpc:strategi=cluster"])
 
 
-def test_out_of_reach_is_a_result(tmp_path: Path) -> None:
-    player = next(entry for entry in benchmark_players.contestants([], []) if entry.name == "evit")
-    found = benchmark_measure.measure(player, 0.01, small_task(tmp_path), pairs=1, timed=4)
+def test_images_to_calibrate_on_are_set_aside() -> None:
+    test, tune = cast(Any, set_aside(Digits("validation", 40)))
+    assert (len(test), len(tune)) == (30, 10)
+    together = sorted([*test.rows, *tune.rows])
+    assert together == list(range(40))
+    images, labels = Digits("validation", 40).batch(range(40))
+    test, tune = cast(Any, set_aside([(images[:25], labels[:25]), (images[25:], labels[25:])]))
+    assert (len(test), len(tune)) == (30, 10)
+    found, classes = tune.batch([0, 9])
+    assert torch.equal(found, images[[tune.rows[0], tune.rows[9]]])
+    assert torch.equal(classes, labels[[tune.rows[0], tune.rows[9]]])
+    with pytest.raises(ValueError, match="data: expected at least two images"):
+        set_aside(Digits("validation", 1))
+
+
+def test_a_whole_comparison_is_written_resumed_and_extended(
+    backbone: Any, checkpoints: dict[float, Path], tmp_path: Path
+) -> None:
+    def compare(policies: dict[str, Any], **options: Any) -> BenchmarkResult:
+        return benchmark(
+            policies, backbone, Digits("validation", 20), budgets=(0.4,), seeds=2, timing=Timing(2, 8),
+            output=tmp_path, progress=False, **options,
+        )  # fmt: skip
+
+    first = compare({"topk": "topk", "dense again": KeepAll()})
+    assert [(found.name, found.share) for found in first.rows] == [
+        ("dense", None), ("random", 0.4), ("untrained actor", 0.4), ("topk", 0.4), ("dense again", None),
+    ]  # fmt: skip
+    assert (first.row("topk").speedup or 0) > 0
+    again = compare({"topk": "topk", "dense again": KeepAll(), "MAPPO": checkpoints[0.6]}, resume=True)
+    assert again.rows[:5] == first.rows  # nothing was measured again
+    assert [(found.name, found.share) for found in again.rows[5:]] == [("MAPPO", 0.4)]
+    assert (tmp_path / "table.md").read_text() == again.table()
+    assert (tmp_path / "table.tex").read_text() == again.latex()
+    for name in ("pareto.png", "tokens-40.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    loaded = BenchmarkResult.load(tmp_path / "results.json")
+    assert (loaded.rows, loaded.table()) == (again.rows, again.table())
+    with pytest.raises(ValueError, match="scenes: expected a result with images"):
+        loaded.plot_tokens(0.4)
+    with pytest.raises(CheckpointError, match=r"settings to resume, got other seed 0 \(now 1\)"):
+        compare({"topk": "topk"}, seed=1, resume=True)
+
+
+def test_out_of_reach_is_a_result(backbone: Any) -> None:
+    found = benchmark(
+        ["evit"], backbone, Digits("validation", 8), tune=Digits("train", 8), budgets=(0.01,), timing=None,
+        controls=False, progress=False,
+    ).row("evit")  # fmt: skip
     assert re.search(r"target_gmacs: EViT reaches .* to .* GMACs here", found.out_of_reach)
     assert not found.correct
 
 
-def test_a_whole_run_is_resumed_and_extended(
-    checkpoints: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(*flags: object) -> list[dict]:
-        line = ["benchmark.py", "--quick", "--methods", "topk", "--output", tmp_path, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, line)))
-        common.run(benchmark.main)
-        return json.loads((tmp_path / "results.json").read_text())["results"]
-
-    first = command("--budgets", 0.4)
-    assert [row["method"] for row in first] == ["dense", "random", "untrained actor", "topk"]
+def test_overhead_of_every_method_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["evit", "tome", "dpc_mlp"]
+    decision_overhead.main(["--quick", "--rounds", "1", "--methods", *methods, "--output", str(tmp_path)])
+    rows = {found["method"]: found for found in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
+    assert set(rows) == {"evit", "tome", "dpc_mlp"}
+    for found in rows.values():
+        assert min(found["half_ms"], found["decide_ms"], found["reduce_ms"]) > 0
+    assert rows["evit"]["sites"] == ["1", "3", "5"]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-    rows = command("--budgets", 0.4, "--checkpoints", checkpoints[0.6], "--resume")
-    assert rows[:4] == first  # nothing was measured again
-    assert [(row["method"], row["share"]) for row in rows[4:]] == [("MAPPO", 0.4)]
-    for name in ("pareto.png", "tokens-40.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match=r"error: .* settings to resume, got other seed 0 \(now 1\)"):
-        command("--resume", "--seed", 1)

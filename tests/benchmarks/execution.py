@@ -9,20 +9,16 @@ overhead exceeds what is allowed.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-from speedup import Scripted
 from vitprune_env import Backbone, KeepAll, PrunedViT, TokenGame, load_backbone, play
+from vitprune_env.benchmarking.speed import ScriptedCounts
 from vitprune_env.engine.tokens import TokenState
 
 OVERHEAD = 1.03  # of a game in which everybody stays, over the plain forward pass
@@ -83,7 +79,7 @@ def against_padding(backbone: Backbone, batch: int, args: Args) -> float:
     """Median of padded over packed."""
     images = torch.randn(batch, backbone.in_chans, *backbone.image_size)
     packed, padded = (
-        kind(backbone, Scripted((0.70, 0.49, 0.34), 0.2, args.seed)).eval() for kind in (PrunedViT, PaddedViT)
+        kind(backbone, ScriptedCounts((0.70, 0.49, 0.34), 0.2, args.seed)).eval() for kind in (PrunedViT, PaddedViT)
     )
     torch.testing.assert_close(packed(images), padded(images), atol=1e-4, rtol=1e-4)
     return statistics.median(ratios(lambda: padded(images), lambda: packed(images), args.pairs))

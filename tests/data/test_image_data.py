@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset as TimmDataset
 
-from make_image_folder import write_scenes
 from vitprune_env import Backbone, load_backbone
+from vitprune_env.cli.digits_folder import write_scenes
 from vitprune_env.data import Digits, ImageFiles, batches_of, data_config, fetch, open_images
 from vitprune_env.errors import UnreadableImageError
 

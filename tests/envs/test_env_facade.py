@@ -16,7 +16,8 @@ from envs import BACKBONES, CLASS_TOKEN, images_for, make_env, rollout, total
 from helpers import toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.envs import parallel
-from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, TokenPruningEnv, env, parallel_env, register_envs
+from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env, parallel_env
+from vitprune_env.envs.registration import ENV_ID, register_envs
 from vitprune_env.errors import DecisionError, EvidenceError
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame

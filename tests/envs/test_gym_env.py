@@ -20,8 +20,8 @@ from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, draw_arrows, images_f
 from helpers import toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.envs import parallel
-from vitprune_env.envs.gym import SingleAgentEnv, register_gym_env
-from vitprune_env.envs.parallel import ENV_ID
+from vitprune_env.envs.gym import SingleAgentEnv
+from vitprune_env.envs.registration import ENV_ID, register_envs
 from vitprune_env.game.rewards import RewardFn, SharedOutcome, TeamOutcome, log_probability
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -56,8 +56,8 @@ def test_gymnasium_check_env(name: str, options: dict[str, Any]) -> None:
 def test_registered_once_under_the_same_name_as_in_pettingzoo() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        register_gym_env()
-        register_gym_env()
+        register_envs()
+        register_envs()
     spec = gymnasium.spec("vitprune/TokenPruning-v0")
     assert spec.id == ENV_ID
     assert ENV_ID in pettingzoo.parallel_registry

@@ -18,7 +18,8 @@ from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test, ren
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, draw_arrows, images_for, make_env, merge_env
 from helpers import toy
 from vitprune_env.envs.actions import KeepActions, MergeActions, action_kind
-from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, env, parallel_env
+from vitprune_env.envs.parallel import PRUNE_MODES, env, parallel_env
+from vitprune_env.envs.registration import ENV_ID
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame

@@ -25,7 +25,8 @@ from vitprune_env.baselines import EvoViT, RandomDrop, TopK
 from vitprune_env.envs import parallel
 from vitprune_env.envs.actions import MergeActions
 from vitprune_env.envs.gym import SingleAgentEnv
-from vitprune_env.envs.parallel import ENV_ID, PRUNE_MODES, TokenPruningEnv, env
+from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env
+from vitprune_env.envs.registration import ENV_ID
 from vitprune_env.envs.vector import TokenVectorEnv
 from vitprune_env.game.rewards import RewardFn, SharedOutcome, log_probability
 from vitprune_env.game.rollout import play

@@ -1,11 +1,11 @@
-"""The commands of the README, end to end at small size, as a user runs them."""
+"""The examples, end to end at small size, in one process; and the first of them as a user runs it."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +13,10 @@ from typing import Any
 
 import pytest
 
-import common
-import evaluate
-import train_mappo
-from places import EXAMPLES
-from vitprune_env.agents import PRESETS, GMACs
+from places import EXAMPLES, ROOT
+from vitprune_env.cli import explained
 
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 KEYS = {
     "dense_accuracy",
     "accuracy",
@@ -38,19 +35,22 @@ KEYS = {
 }
 
 
-def command(script: str, *flags: object) -> str:
-    """Run an example; its output, or what went wrong."""
-    line = [sys.executable, str(EXAMPLES / script), *map(str, flags)]
-    paths = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def example(script: str, *flags: object) -> None:
+    """Run an example as its command line would."""
+    module: Any = importlib.import_module(f"vitprune_env.examples.{script}")
+    with explained():
+        module.main(list(map(str, flags)))
+
+
+def first_column(table: str) -> list[str]:
+    """The names in a markdown table."""
+    return [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "run"
-    command("train_mappo.py", "--quick", "--seed", 3, "--output", output)
+    example("train_mappo", "--quick", "--seed", 3, "--output", output)
     return output
 
 
@@ -63,6 +63,7 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
     assert abs(summary["gmacs"] / summary["target_gmacs"] - 1) < 0.1
     assert len(summary["keep_per_site"]) == 3
     assert [row["name"].split(" ")[0] for row in summary["rows"]] == ["dense", "random", "untrained", "EViT", "MAPPO"]
+    assert {tuple(row["sites"]) for row in summary["rows"]} == {("1", "3", "5")}  # a fair comparison
     for name in ("tokens.png", "learning_curve.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
     assert list((trained / "tensorboard").glob("events*"))
@@ -72,7 +73,7 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
 def test_resuming_a_finished_run_changes_nothing(trained: Path) -> None:
     before = (trained / "policy.safetensors").read_bytes()
     first = json.loads((trained / "summary.json").read_text())
-    command("train_mappo.py", "--quick", "--seed", 3, "--output", trained, "--resume")
+    example("train_mappo", "--quick", "--seed", 3, "--output", trained, "--resume")
     again = json.loads((trained / "summary.json").read_text())
     assert (trained / "policy.safetensors").read_bytes() == before
     assert [again[key] for key in ("accuracy", "gmacs", "evit_accuracy")] == [
@@ -80,94 +81,98 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path) -> None:
     ]
 
 
-def test_evaluate_reloads_the_policy(trained: Path, tmp_path: Path) -> None:
-    shown = command("evaluate.py", "--quick", "--checkpoint", trained, "--output", tmp_path)
-    results = json.loads((tmp_path / "evaluation.json").read_text())
+def test_evaluate_reloads_the_policy(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("evaluate", "--quick", "--checkpoint", trained)
     summary = json.loads((trained / "summary.json").read_text())
-    assert results["rows"][1]["gmacs"] == pytest.approx(summary["gmacs"], rel=1e-9)
-    assert results["rows"][1]["accuracy"] == summary["accuracy"]  # the same held-out scenes
-    assert "| policy |" in shown
-    assert (tmp_path / "tokens.png").is_file()
+    pruned = capsys.readouterr().out.splitlines()[1]
+    assert pruned.startswith(f"pruned: {100 * summary['accuracy']:.1f} % correct, {summary['gmacs']:.5f} GMACs")
+    example("evaluate", "--quick", "--checkpoint", trained, "--target-share", 0.6)
+    share = float(re.findall(r"pruned: .* correct, ([\d.]+) GMACs", capsys.readouterr().out)[0])
+    assert share == pytest.approx(0.6 * summary["dense_gmacs"], rel=0.03)
 
 
-def test_custom_algorithm_is_compared_with_mappo(trained: Path, tmp_path: Path) -> None:
-    shown = command("custom_algorithm.py", "--quick", "--checkpoint", trained, "--output", tmp_path)
-    assert [line.split("|")[1].strip() for line in shown.splitlines()[2:]] == ["dense", "REINFORCE", "EViT", "MAPPO"]
+def test_custom_algorithm_is_compared_with_mappo(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("custom_algorithm", "--quick", "--checkpoint", trained, "--output", trained.parent / "custom")
+    names = first_column(capsys.readouterr().out)
+    assert {"*dense*", "REINFORCE", "EViT", "MAPPO"} <= set(names)
     assert len((EXAMPLES / "custom_algorithm.py").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag(script: str) -> None:
-    shown = command(script, "--help")
-    assert "--seed" in shown
-    assert "usage" in shown
+def test_a_policy_with_evidence_of_its_own_goes_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("custom_policy", "--quick", "--output", tmp_path)
+    names = first_column(capsys.readouterr().out)
+    assert {"key norms", "EViT", "TopK"} <= set(names)
+    assert (tmp_path / "pareto.png").is_file()
 
 
-def test_preset_decides_defaults_and_flags_win() -> None:
-    args = train_mappo.parse(["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"])
-    paper = PRESETS["rl4evit"]
-    assert (args.reward, args.epochs, args.paper_sizes) == ("paper", paper.learner.epochs, True)
-    assert (args.updates, args.keep_cost, args.outcome_bonus) == (7, 2.5, 1.5)
-    assert train_mappo.parse(["--preset=rl4evit"]).config == paper
-    config, default = train_mappo.parse([]).config, PRESETS["default"]
-    assert (config.budget, config.learner, config.run) == (default.budget, default.learner, default.run)
-    assert config.reward == default.learner.default_reward()
-    assert train_mappo.parse(["--target-gmacs", "0.01"]).config.budget == GMACs(0.01)
+def test_a_learner_and_a_reward_of_ones_own_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("custom_learner", "--quick", "--output", tmp_path / "coma")
+    assert re.search(r"COMA: accuracy [\d.]+% at (3[3-6])\.\d% of the dense MACs", capsys.readouterr().out)
+    example("custom_reward", "--quick", "--output", tmp_path / "reward")
+    first, *_, last = re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[0])
+    assert first != last  # the price follows the budget
 
 
-@pytest.mark.parametrize("mode", ["alternate", "after"])
-def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
-    config = train_mappo.parse(["--quick", "--finetune", mode]).config
-    assert config.finetune.every <= config.run.updates
-    assert config.finetune.steps <= 4
+def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("custom_backbone", "--quick", "--output", tmp_path)
+    assert "the same logits: True" in capsys.readouterr().out
 
 
-def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(trained: Path, tmp_path: Path) -> None:
-    shutil.copy(trained / "policy.safetensors", tmp_path)
-    (tmp_path / "backbone.safetensors").write_bytes(b"left by a run that fine-tuned its network")
-    _, backbone = evaluate.load(evaluate.Args(checkpoint=tmp_path))
-    assert backbone.name == "vit_digits"
+def test_a_trained_policy_is_deployed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("deploy", "--quick", "--output", tmp_path)
+    assert "exported program: class" in capsys.readouterr().out
+    assert (tmp_path / "model.pt2").is_file()
 
 
-def test_rows_are_averaged_with_the_spread_as_error() -> None:
-    rows = [
-        common.Row("a", accuracy, 0.1, gmacs, 0.0, (rate,)) for accuracy, gmacs, rate in ((0.5, 1, 0.2), (0.7, 3, 0.4))
-    ]
-    mean = common.Row.mean("mean", rows)
-    assert (mean.accuracy, mean.gmacs, *mean.keep_per_site) == pytest.approx((0.6, 2.0, 0.3))
-    assert mean.stderr == pytest.approx(0.1)
+def test_policies_are_compared_in_one_call(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("benchmark", "--quick", "--checkpoint", trained, "--output", tmp_path)
+    shown = capsys.readouterr().out
+    assert {"EViT", "EViT, not fused", "ToMe", "TopK", "MAPPO"} <= set(first_column(shown))
+    assert "best at 35 %: " in shown
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    content: dict[str, Any] = {"good": 1}
-    common.write_json(tmp_path / "a.json", content)
-    with pytest.raises(TypeError):
-        common.write_json(tmp_path / "a.json", {"bad": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == content
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("train_mappo.py", "--target-share", "0.1"), r"error: budget: expected above 0.00495"),
-        (("train_mappo.py", "--sites", "3", "99"), r"error: sites: expected blocks 1 to 8, got '99'"),
-        (("evaluate.py", "--checkpoint", "nowhere"), r"error: .*nowhere.*expected a policy file, found none"),
-    ],
-)
-def test_mistakes_are_said_in_one_line(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    line = [sys.executable, str(EXAMPLES / flags[0]), *flags[1:], "--output", str(tmp_path)]
-    paths = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
-    assert done.returncode != 0
-    assert re.search(message, done.stderr)
-    assert "Traceback" not in done.stderr
-
-
-def test_a_baseline_is_fine_tuned_for(tmp_path: Path) -> None:
-    shown = command("finetune.py", "--quick", "--policy", "topk", "--target-share", 0.5, "--output", tmp_path)
-    assert "| topk, fine-tuned |" in shown
+def test_a_baseline_is_fine_tuned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("finetune", "--quick", "--policy", "topk", "--target-share", 0.5, "--output", tmp_path)
+    assert "topk, after fine-tuning: " in capsys.readouterr().out
     assert (tmp_path / "backbone.safetensors").exists()
-    rates = [json.loads(line)["keep_rate"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert rates[0] == 1.0
-    assert rates[-1] < 1.0
+
+
+def test_variants_are_compared_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--quick", "--output", tmp_path, "--variants", "mappo", "random")
+    example("ablation", *flags)
+    first = capsys.readouterr().out
+    assert [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| 25")] == ["mappo", "random"]
+    results = (tmp_path / "results.json").read_bytes()
+    example("ablation", *flags, "--resume")
+    assert (tmp_path / "results.json").read_bytes() == results
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit):
+        example("ablation", *flags, "--variants", "mapo")
+    assert "error: variants: expected some of mappo, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        example(script, "--help")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(flag in shown for flag in ("usage", "--seed", "--device", "--output", "--resume", "--quick"))
+
+
+def test_examples_are_few_and_know_only_the_package() -> None:
+    assert len(SCRIPTS) <= 12
+    for script in SCRIPTS:
+        text = (EXAMPLES / f"{script}.py").read_text(encoding="utf-8")
+        assert "vitprune_env.examples" not in text
+        for other in SCRIPTS:
+            assert not re.search(rf"^(from|import) {other}\b", text, flags=re.MULTILINE)
+
+
+def test_mistakes_are_said_in_one_line_before_time_is_spent(tmp_path: Path) -> None:
+    line = [sys.executable, str(EXAMPLES / "train_mappo.py"), "--target-share", "0.1", "--output", str(tmp_path)]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 2
+    assert re.search("error: budget: expected above 0.00495", done.stderr)
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """The shipped backbone: it is accurate, it needs its tokens, and its training is reproducible."""
 
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -11,18 +10,25 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from places import EXAMPLES
 from vitprune_env.data import Digits
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import CheckpointError, NumericalError
+from vitprune_env.examples.train_backbone import (
+    GATES,
+    Config,
+    DropAll,
+    Scored,
+    Training,
+    around_digit,
+    far_looking,
+    ink_per_patch,
+    measure,
+    train,
+)
 from vitprune_env.game.rollout import evaluate, play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.vit_digits import VIT_DIGITS, WEIGHTS, create_vit_digits, load_vit_digits
-
-sys.path.append(str(EXAMPLES))  # scripts, not a package
-from backbone_gates import GATES, DropAll, Scored, ink_per_patch, measure
-from train_backbone import Config, Training, around_digit, far_looking, main
 
 TINY = {"steps": 6, "batch_size": 4, "eval_images": 20, "checkpoint_every": 2}
 
@@ -137,13 +143,13 @@ def test_far_looking_is_minus_the_log_share_of_near_attention() -> None:
 
 
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    main(Config(output=tmp_path / "whole", **TINY))
+    train(Config(output=tmp_path / "whole", **TINY))
     cut = Training(Config(output=tmp_path / "cut", **TINY))
     (tmp_path / "cut").mkdir()
     for _ in range(3):
         cut.advance()
     cut.save(tmp_path / "cut" / "checkpoint.pt")
-    main(Config(output=tmp_path / "cut", resume=True, **TINY))
+    train(Config(output=tmp_path / "cut", resume=True, **TINY))
     whole, resumed = (load_file(tmp_path / name / "vit_digits.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     fresh = create_vit_digits().state_dict()
@@ -155,7 +161,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     training = Training(Config(output=tmp_path, **TINY))
     training.save(tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="seed"):
-        main(Config(output=tmp_path, resume=True, seed=1, **TINY))
+        train(Config(output=tmp_path, resume=True, seed=1, **TINY))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ import vitprune_env
 from places import ROOT
 from vitprune_env.files import versions
 
+LINKS = ("agents", "baselines", "examples")  # in vitprune_env, to the folders beside it
 FOLDERS = ("vitprune_env", "agents", "baselines", "examples", "tests")
 SOURCES = sorted(  # reached through their folders, not through the links
     path
     for folder in FOLDERS
     for path in (ROOT / folder).rglob("*.py")
-    if path.relative_to(ROOT).parts[:2] not in (("vitprune_env", "agents"), ("vitprune_env", "baselines"))
+    if path.relative_to(ROOT).parts[:2] not in [("vitprune_env", link) for link in LINKS]
 )
 LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] not in ("examples", "tests")]
 
@@ -86,11 +87,11 @@ def test_no_machine_paths() -> None:
 
 
 def test_links_are_relative_and_reach_the_folders() -> None:
-    for name in ("agents", "baselines"):
+    for name in LINKS:
         link = ROOT / "vitprune_env" / name
         assert link.is_symlink()
         assert link.readlink() == Path("..") / name
-        assert (link / "__init__.py").is_file()
+        assert list(link.glob("*.py"))
 
 
 def test_top_level_folders_are_the_fixed_ones() -> None:
@@ -166,7 +167,7 @@ def test_wheel_and_sdist_carry_real_files(tmp_path: Path) -> None:
         "--exclude=dist",
         "--exclude=.venv",
         "--exclude=*.egg-info",
-        "--exclude=runs",
+        "--exclude=./runs",
     )
     source.mkdir()
     packed = subprocess.run(["tar", "-C", str(ROOT), *skip, "-cf", "-", "."], capture_output=True, check=True)
@@ -179,17 +180,27 @@ def test_wheel_and_sdist_carry_real_files(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vitprune_env"}
     with tarfile.open(sdist) as file:
         members = {member.name.partition("/")[2]: member for member in file.getmembers()}
-    for name in ("__init__.py", "py.typed", "agents/__init__.py", "baselines/__init__.py", "baselines/evit.py"):
+    for name in ("__init__.py", "py.typed", "agents/__init__.py", "baselines/evit.py", "examples/train_mappo.py"):
         assert f"vitprune_env/{name}" in names
         assert members[f"vitprune_env/{name}"].isfile()
     weights = {path.name for path in (ROOT / "vitprune_env/models/weights").glob("*") if path.is_file()}
     assert weights == {Path(name).name for name in names if name.startswith("vitprune_env/models/weights/")}
-    unpacked = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(unpacked)
-    check = "import vitprune_env, vitprune_env.agents, vitprune_env.baselines; print(vitprune_env.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd=unpacked, env={"PYTHONPATH": str(unpacked), "PATH": ""}, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert str(unpacked) in done.stdout
+    site = tmp_path / "site"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    assert (site / "bin" / "vitprune").is_file()
+    for code in (
+        "import vitprune_env, vitprune_env.agents, vitprune_env.baselines; print(vitprune_env.__file__)",
+        "from vitprune_env import benchmark as b; print(b.__globals__['__file__'])",
+        "import runpy, sys; sys.argv = ['train', '--help']\n"
+        "import vitprune_env.examples.train_mappo as m; print(m.__file__)\n"
+        "runpy.run_module('vitprune_env.examples.train_mappo', run_name='__main__')",
+        "from vitprune_env.cli import main; import vitprune_env; print(vitprune_env.__file__)\n"
+        "main(['evaluate', '--quick', '--images', '20', '--policy', 'evit'])",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=out, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert str(site) in done.stdout.splitlines()[0]

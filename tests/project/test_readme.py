@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from places import ROOT
-from training_flags import TrainingFlags
+from vitprune_env.cli import main as vitprune
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-COMMANDS = re.findall(r"^python (examples/\w+\.py)(.*)$", TEXT, flags=re.MULTILINE)
+DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+COMMANDS = sorted(
+    {
+        (name, flags.partition("#")[0].strip())
+        for line in re.findall(r"^(?:\$ )?((?:python examples|vitprune ).*)$", TEXT + DOCS, flags=re.MULTILINE)
+        for name, flags in re.findall(r"(examples/\w+\.py|vitprune [\w-]+)([^&`]*)", line)
+    }
+)
 
 
 def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -30,14 +41,25 @@ def test_snippets_of_the_training_docs_run() -> None:
         exec(snippet, {"__name__": "docs"})
 
 
-def test_commands_name_scripts_and_flags_that_exist() -> None:
-    assert len(COMMANDS) >= 5
-    for script, rest in COMMANDS:
-        files = (script, "examples/common.py", "examples/image_task.py")
-        source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-        for flag in re.findall(r"--([\w-]+)", rest.partition("#")[0]):
-            name = flag.replace("-", "_")
-            assert flag == "help" or re.search(rf"\b{name}: ", source) or hasattr(TrainingFlags(), name), (script, flag)
+@cache
+def shown_by_help(command: str) -> str:
+    """What `--help` of an example or of a command of `vitprune` prints."""
+    run, words, shown = vitprune, command.split()[1:], io.StringIO()
+    if not words:
+        run = importlib.import_module(f"vitprune_env.examples.{Path(command).stem}").main
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        run([*words, "--help"])
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize(("command", "flags"), COMMANDS)
+def test_commands_and_their_flags_exist(command: str, flags: str) -> None:
+    for flag in re.findall(r"--[a-z][\w-]*", flags):
+        assert re.search(rf"{flag}\b", shown_by_help(command)), flag
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(COMMANDS) >= 20
 
 
 def test_both_set_up_commands_are_the_first_two() -> None:

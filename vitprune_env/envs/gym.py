@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.actions import ActionKind
-from vitprune_env.envs.parallel import ENV_ID, Action, parallel_env
+from vitprune_env.envs.parallel import Action, parallel_env
 from vitprune_env.game.rewards import RewardFn, TeamOutcome
 from vitprune_env.plots.render import RENDER_MODES
 from vitprune_env.policy import Policy
@@ -180,9 +180,3 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """The agents' infos as one array per name."""
         names = next(iter(infos.values()))
         return {name: np.stack([np.asarray(info[name]) for info in infos.values()]) for name in names}
-
-
-def register_gym_env() -> None:
-    """Register the environment for `gymnasium.make("vitprune/TokenPruning-v0")`; further calls do nothing."""
-    if ENV_ID not in gymnasium.registry:
-        gymnasium.register(ENV_ID, entry_point=f"{__name__}:{SingleAgentEnv.__name__}")

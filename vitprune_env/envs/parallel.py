@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pettingzoo
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 from pettingzoo.utils import AECEnv, ParallelEnv, wrappers
@@ -24,7 +23,6 @@ from vitprune_env.plots.render import RENDER_MODES, Scene, Viewer, to_rgb
 from vitprune_env.policy import Policy
 from vitprune_env.types import Decision, Observation, Outcome, Site
 
-ENV_ID = "vitprune/TokenPruning-v0"
 PRUNE_MODES = ("noop", "terminate")
 BUILT_IN_IMAGES = 4096  # scenes of the built-in task that episodes are drawn from
 
@@ -324,14 +322,6 @@ raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); 
 def env(**kwargs: Any) -> AECEnv[str, np.ndarray, Action | None]:
     """`raw_env` with PettingZoo's usual checks; takes the arguments of `parallel_env`."""
     return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))
-
-
-def register_envs() -> None:
-    """Register the environment for `pettingzoo.make(..., "vitprune/TokenPruning-v0")`; further calls do nothing."""
-    if ENV_ID not in pettingzoo.parallel_registry:
-        pettingzoo.register("parallel", ENV_ID, entry_point=f"{__name__}:parallel_env")
-    if ENV_ID not in pettingzoo.aec_registry:
-        pettingzoo.register("aec", ENV_ID, entry_point=f"{__name__}:env")
 
 
 def _rows(tokens: Tensor) -> np.ndarray:

@@ -7,7 +7,6 @@ import doctest
 import pytest
 import torch
 
-from custom_reward import Confidence
 from games import NAME, OwnLabels
 from helpers import toy
 from runs import TINY, but
@@ -23,6 +22,7 @@ from vitprune_env.agents import (
     train,
 )
 from vitprune_env.agents.learners.exploration import ExploringPolicy
+from vitprune_env.examples.custom_reward import Confidence
 from vitprune_env.game.rewards import PaperReward, SharedOutcome
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import runs
-from custom_learner import COMAConfig
 from games import NAME, OwnLabels, Teacher, toy_game
 from helpers import random_images, toy
 from stay_drop_wait import StayDropWait
@@ -30,6 +29,7 @@ from vitprune_env.agents.learners.advantage import generalized_advantage
 from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.envs.actions import ActionKind, KeepActions, MergeActions
+from vitprune_env.examples.custom_learner import COMAConfig
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Decision, Observation

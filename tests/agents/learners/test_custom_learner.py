@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import runs
-from custom_learner import COMA, COMAConfig
 from games import NAME, OwnLabels, explored, toy_game
 from helpers import toy
 from places import EXAMPLES
@@ -20,6 +19,7 @@ from vitprune_env.agents.learners.buffer import Trajectory
 from vitprune_env.agents.learners.learner import Learner
 from vitprune_env.envs.actions import KeepActions
 from vitprune_env.errors import NumericalError
+from vitprune_env.examples.custom_learner import COMA, COMAConfig
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 

@@ -18,13 +18,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import DATA, assert_same, run
 
-from common import CommonArgs
 from failures import Hostile, fill_the_disk
 from games import OwnLabels
 from places import SUPPORT
 from runs import TINY, but
 from vitprune_env.agents import MAPPO
 from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
+from vitprune_env.cli.flags import CommonFlags
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
 from vitprune_env.files import load_state
 
@@ -134,7 +134,7 @@ def test_an_unwritable_folder_is_noticed_before_training(tmp_path: Path, monkeyp
     with pytest.raises(StorageError, match="output: expected a folder that can be written"):
         run(output=tmp_path / "file" / "run")
     with pytest.raises(StorageError, match=r"output: expected a folder, got .*Not a directory"):
-        CommonArgs(output=tmp_path / "file" / "run").prepare()
+        CommonFlags(output=tmp_path / "file" / "run").prepare()
     fill_the_disk(monkeypatch, tmp_path)
     with pytest.raises(StorageError, match="No space left"):
         run(output=tmp_path / "new")

@@ -1,22 +1,33 @@
-"""The examples on an image folder, from training with a paper's preset to evaluation, with random weights."""
+"""The commands on an image folder, from training with a paper's preset to evaluation, with random weights."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-import evaluate
-import train_mappo
-from make_image_folder import main as make_image_folder
-from presets import PUBLISHED, TRAINING
-from vitprune_env import TokenGame, load_backbone
-from vitprune_env.agents import RunConfig, Share, TokenActor, TokenPolicy, load_policy, save_policy, train
+from vitprune_env import Backbone, PaperReward, TokenGame, load_backbone
+from vitprune_env.agents import (
+    PRESETS,
+    GMACs,
+    MAPPOConfig,
+    RunConfig,
+    Share,
+    TokenActor,
+    TokenPolicy,
+    load_policy,
+    save_policy,
+    train,
+)
 from vitprune_env.baselines import EViT
+from vitprune_env.benchmarking.presets import PUBLISHED
+from vitprune_env.cli import evaluate, main
+from vitprune_env.cli import train as train_command
 from vitprune_env.data import open_images
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.types import parse_sites
@@ -25,17 +36,20 @@ SMALL = ["--img-size", "48", "--num-classes", "10", "--workers", "0", "--quick"]
 BUDGET = 0.048  # GMACs, of 0.056
 
 
-def run(monkeypatch: pytest.MonkeyPatch, main: Any, *argv: object) -> None:
-    """Call an example as its command line would."""
-    monkeypatch.setattr(sys, "argv", ["example", *map(str, argv)])
-    main()
+@cache
+def stock_network(name: str) -> Backbone:
+    return load_backbone(name)
+
+
+def vitprune(*argv: object) -> None:
+    """Run a command."""
+    main(list(map(str, argv)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits")
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, make_image_folder, "--output", root, "--train", 40, "--val", 60)
+    vitprune("digits-folder", "--output", root, "--train", 40, "--val", 60)
     return root
 
 
@@ -44,9 +58,8 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the preset of DeiT-S leaves behind, on a smaller network and a few images."""
     output = tmp_path_factory.mktemp("runs")
     network = ["--model", "deit_tiny_patch16_224", "--no-pretrained", *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, train_mappo.main, "--preset", "rl4evit-deit-s", "--data-dir", folder, "--target-gmacs", BUDGET,
-            "--output", output, *network)  # fmt: skip
+    vitprune("train", "--preset", "rl4evit-deit-s", "--data-dir", folder, "--target-gmacs", BUDGET, "--output", output,
+             *network)  # fmt: skip
     return output
 
 
@@ -57,7 +70,7 @@ def results(output: Path, name: str = "evaluation.json") -> dict[str, Any]:
 def test_training_on_a_folder_leaves_a_policy_and_its_comparison(trained: Path) -> None:
     summary, policy = results(trained, "summary.json"), load_policy(trained / "policy.safetensors")
     assert policy.info["backbone"] == "deit_tiny_patch16_224"
-    assert policy.actor.hidden == (1536, 256, 64)
+    assert policy.actor.hidden == (4 * 192, 256, 64)  # the widths that the paper prints, of this network
     assert [site.label for site in policy.sites or ()] == ["3", "6", "9"]
     assert [row["name"] for row in summary["rows"]][0::3] == ["dense", "EViT"]
     assert summary["gmacs"] == pytest.approx(BUDGET, rel=0.05)
@@ -75,10 +88,8 @@ def test_training_reads_files_as_it_goes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_its_checkpoint_is_evaluated(
-    trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
-) -> None:
-    run(monkeypatch, evaluate.main, "--checkpoint", trained, "--data-dir", folder, "--amp", amp, "--output", tmp_path,
+def test_its_checkpoint_is_evaluated(trained: Path, folder: Path, tmp_path: Path, amp: str) -> None:
+    vitprune("evaluate", "--checkpoint", trained, "--data-dir", folder, "--amp", amp, "--output", tmp_path,
         *SMALL)  # fmt: skip
     found, before = results(tmp_path), results(trained, "summary.json")
     dense, policy = found["rows"]
@@ -90,28 +101,30 @@ def test_its_checkpoint_is_evaluated(
 
 
 def test_the_built_in_network_reads_its_task_from_files(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = folder / "val" / "0" / "broken.png"
     broken.write_bytes(b"nothing")
     options = ["--data-dir", folder, "--model", "vit_digits", "--policy", "evit", "--keep-rate", 0.8, "--workers", 0]
     try:
-        run(monkeypatch, evaluate.main, *options, "--quick", "--output", tmp_path)
-        with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
-            run(monkeypatch, evaluate.main, *options, "--quick", "--on-corrupt", "fail", "--output", tmp_path)
+        vitprune("evaluate", *options, "--quick", "--output", tmp_path)
+        shown = capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            vitprune("evaluate", *options, "--quick", "--on-corrupt", "fail", "--output", tmp_path)
+        assert "broken.png: not a readable image" in capsys.readouterr().err
     finally:
         broken.unlink()
     dense, evit = results(tmp_path)["rows"]
     assert dense["accuracy"] > 0.9  # trained on scenes, read from PNG files
     assert evit["gmacs"] < 0.8 * dense["gmacs"]
     assert results(tmp_path)["skipped"] == [str(broken)]
-    assert "1 unreadable images were left out" in capsys.readouterr().out
+    assert "1 unreadable images were left out" in shown
 
 
-def test_the_built_in_task_needs_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_built_in_task_needs_no_files(tmp_path: Path) -> None:
     policy = TokenPolicy(TokenActor(48), info={"backbone": "vit_digits"})
     save_policy(policy, tmp_path / "policy.safetensors")
-    run(monkeypatch, evaluate.main, "--checkpoint", tmp_path, "--quick", "--output", tmp_path, "--target-share", 0.7)
+    vitprune("evaluate", "--checkpoint", tmp_path, "--quick", "--output", tmp_path, "--target-share", 0.7)
     dense, policy_row = results(tmp_path)["rows"]
     assert dense["accuracy"] > 0.9
     assert policy_row["gmacs"] == pytest.approx(0.7 * dense["gmacs"], rel=0.03)
@@ -125,22 +138,30 @@ def test_the_built_in_task_needs_no_files(tmp_path: Path, monkeypatch: pytest.Mo
         (["--policy", "evit", "--target-share", "0.5"], "target_share: expected a trained policy"),
     ],
 )
-def test_flags_that_make_no_sense(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(monkeypatch, evaluate.main, *argv, "--quick")
+def test_flags_that_make_no_sense(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        vitprune("evaluate", *argv, "--quick", "--output", tmp_path)
+    assert stopped.value.code == 2
+    assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
-def test_a_policy_of_another_width_is_refused(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_of_another_width_is_refused(trained: Path, folder: Path) -> None:
+    args = evaluate.parse(["--checkpoint", str(trained), "--data-dir", str(folder), "--model", "vit_digits"])
     with pytest.raises(ValueError, match=r"trained on deit_tiny_patch16_224 \(width 192\), vit_digits has width 48"):
-        run(monkeypatch, evaluate.main, "--checkpoint", trained, "--data-dir", folder, "--model", "vit_digits")
+        evaluate.load(args)
 
 
 def test_presets_give_way_to_flags() -> None:
     args = evaluate.parse(["--preset", "evit-deit-b-0.7", "--keep-rate", "0.5", "--no-pretrained"])
-    assert (args.model, args.policy, args.keep_rate, args.pretrained) == ("deit_base_patch16_224", "evit", 0.5, False)
-    train = train_mappo.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
-    assert (train.model, train.pretrained, train.lr, train.epochs) == ("deit_base_patch16_224", True, 1e-4, 15)
-    assert train.actor_hidden == train.critic_hidden == (3072, 256, 64)
+    assert (args.source.model, args.source.pretrained) == ("deit_base_patch16_224", False)
+    assert (args.policy, args.keep_rate) == ("evit", 0.5)
+    train = train_command.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
+    assert (train.images.model, train.images.pretrained) == ("deit_base_patch16_224", True)
+    learner = cast(MAPPOConfig, train.settings.learner)
+    assert (learner.lr, learner.epochs) == (1e-4, 15)
+    assert learner.networks.actor_widths(768) == learner.networks.critic_widths(768) == (3072, 256, 64)
 
 
 def test_local_weights_win_over_the_preset(folder: Path, tmp_path: Path) -> None:
@@ -163,20 +184,22 @@ def test_local_weights_win_over_the_preset(folder: Path, tmp_path: Path) -> None
 
 def test_presets_are_what_the_papers_print() -> None:
     """Widths are four times the network's, sites its quarters; budgets lie where the network can be."""
-    for preset in (TRAINING["rl4evit-deit-s"], TRAINING["rl4evit-deit-b"]):
+    for preset in (PRESETS["rl4evit-deit-s"], PRESETS["rl4evit-deit-b"]):
         assert preset.model is not None
-        backbone, config = load_backbone(preset.model), preset.config
-        assert config.actor_hidden[0] == 4 * backbone.embed_dim
-        assert list(config.sites) == [site.label for site in backbone.default_sites]
-        assert (config.lr, config.epochs, config.reward) == (5e-5, 15, "paper")
-        game = TokenGame(backbone, config.sites)
-        assert game.cost.floor(game.sites) < 1e9 * (config.target_gmacs or 0) < game.cost.dense()
+        backbone, learner = stock_network(preset.model), cast(MAPPOConfig, preset.learner)
+        assert learner.networks.actor_widths(backbone.embed_dim)[0] == 4 * backbone.embed_dim
+        assert preset.sites is not None
+        assert list(map(str, preset.sites)) == [site.label for site in backbone.default_sites]
+        assert (learner.lr, learner.epochs, type(preset.reward)) == (5e-5, 15, PaperReward)
+        game = TokenGame(backbone, preset.sites)
+        assert isinstance(preset.budget, GMACs)
+        assert game.cost.floor(game.sites) < 1e9 * preset.budget.gmacs < game.cost.dense()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_cost_what_was_printed(name: str) -> None:
     published = PUBLISHED[name]
-    cost = CostModel.of(load_backbone(published.model))
+    cost = CostModel.of(stock_network(published.model))
     policy, n, counts = EViT(published.keep_rate), cost.num_patches, []
     for _ in range(3):
         n = -int(-n * published.keep_rate // 1) + 1

@@ -1,9 +1,9 @@
 """What a policy's own decision costs in time, beside the half-block that it sits in.
 
-    python examples/decision_overhead.py                                   # all baselines on vit_digits
-    python examples/decision_overhead.py --model deit_small_patch16_224    # random weights
-    python examples/decision_overhead.py --methods evit tome --budget 0.5
-    python examples/decision_overhead.py --quick
+    python tests/benchmarks/decision_overhead.py                                   # all baselines on vit_digits
+    python tests/benchmarks/decision_overhead.py --model deit_small_patch16_224    # random weights
+    python tests/benchmarks/decision_overhead.py --methods evit tome --budget 0.5
+    python tests/benchmarks/decision_overhead.py --quick
 
 Every method is calibrated to the same budget and plays the same images. At each of its sites are measured, in turn in
 one process: the half-block just before the site, without anything extra; what the block's attention takes longer
@@ -15,21 +15,25 @@ as a share of the first. Writes overhead.json and table.md.
 from __future__ import annotations
 
 import statistics
-import time
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from common import CommonArgs, run, versions, write_json
-from train_mappo import TUNE_SEED
 from vitprune_env import Backbone, Policy, load_backbone
 from vitprune_env.baselines import available, calibrate, describe
+from vitprune_env.benchmarking.result import sites_text
+from vitprune_env.benchmarking.speed import Stopwatch
+from vitprune_env.benchmarking.store import versions, write_json
+from vitprune_env.benchmarking.tables import markdown
+from vitprune_env.cli import explained
+from vitprune_env.cli.flags import TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.engine.reduction import reduce_tokens
@@ -39,14 +43,13 @@ from vitprune_env.types import Decision, Site, parse_sites
 
 T = TypeVar("T")
 WARM_UP = 2  # rounds that do not count; an even number, so that either attention comes first equally often
-MAX_NAMED_SITES = 3
 
 
 @dataclass(frozen=True)
-class Args(CommonArgs):
+class Args(CommonFlags):
     """What to time."""
 
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/overhead")
+    output: Path = Path("runs/overhead")
     """Folder for results; made if it does not exist."""
     methods: tuple[str, ...] = ()
     """Baselines to time; none: all."""
@@ -89,27 +92,6 @@ class Player:
     sites: tuple[Site, ...]
 
 
-class Stopwatch:
-    """Adds up the seconds of the calls that go through it, by name."""
-
-    def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
-        self.device, self._now = device, time.process_time if cpu_time else time.perf_counter
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str, call: Callable[..., T], *args: Any) -> T:
-        """Time a call."""
-        self._wait()
-        start = self._now()
-        result = call(*args)
-        self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
-        return result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 @torch.inference_mode()
 def one_round(
     backbone: Backbone, player: Player, images: Tensor, evidence_first: bool, cpu_time: bool = False
@@ -125,7 +107,14 @@ def one_round(
         cpu_time: whether to count CPU time instead of the clock's.
     """
     policy, sites = player.policy, player.sites
-    watch, log_size = Stopwatch(images.device, cpu_time), policy.attention_bias == "log_size"
+    stopwatch, log_size = Stopwatch(images.device, cpu_time), policy.attention_bias == "log_size"
+    seconds: defaultdict[str, float] = defaultdict(float)
+
+    def watch(name: str, call: Callable[..., T], *arguments: Any) -> T:
+        result, spent = stopwatch.time(call, *arguments)
+        seconds[name] += spent
+        return result
+
     nothing: tuple[frozenset[str], bool] = (frozenset(), False)
     state = backbone.embed(images)
     policy.reset(len(images), backbone.num_patches)
@@ -143,7 +132,7 @@ def one_round(
 
         decision = watch("decide", look_and_decide, state, site, step, evidence)
         state = watch("reduce", reduce_tokens, state, decision, backbone.needs_patches)
-    spent = {name: 1e3 * value for name, value in watch.seconds.items()}
+    spent = {name: 1e3 * value for name, value in seconds.items()}
     return {
         "half_ms": spent["plain"] if sites[0].inside else spent["mlp"],
         "evidence_ms": spent["asked"] - spent["plain"] if policy.needs or log_size else 0.0,
@@ -193,24 +182,26 @@ def _median(player: Player, rounds: Sequence[dict[str, float]]) -> Overhead:
 
 def table(rows: Sequence[Overhead]) -> str:
     """The overheads as a markdown table, the cheapest first."""
-    lines = [
-        "| method | sites | half-blocks ms | evidence ms | decide ms | apply ms | overhead % of the half-blocks |",
-        "|---|---|---|---|---|---|---|",
-    ]
     timed = sorted((row for row in rows if not row.out_of_reach), key=lambda row: row.share)
-    for row in timed:
-        sites = ", ".join(row.sites) if len(row.sites) <= MAX_NAMED_SITES else f"{row.sites[0]} to {row.sites[-1]}"
-        lines.append(
-            f"| {row.method} | {sites} | {row.half_ms:.2f} | {row.evidence_ms:.2f} | {row.decide_ms:.2f} "
-            f"| {row.reduce_ms:.2f} | {100 * row.share:.0f} |"
-        )
+    cells = [
+        {
+            "method": row.method,
+            "sites": sites_text(row.sites),
+            "half-blocks ms": f"{row.half_ms:.2f}",
+            "evidence ms": f"{row.evidence_ms:.2f}",
+            "decide ms": f"{row.decide_ms:.2f}",
+            "apply ms": f"{row.reduce_ms:.2f}",
+            "overhead % of the half-blocks": f"{100 * row.share:.0f}",
+        }
+        for row in timed
+    ]
     missing = [f"- {row.method}: {row.out_of_reach}" for row in rows if row.out_of_reach]
-    return "\n".join([*lines, "", *missing]).strip() + "\n"
+    return "\n".join([markdown(cells), "", *missing]).strip() + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate, time, report."""
-    args = tyro.cli(Args, description=__doc__)
+    args = read_flags(Args, argv, __doc__)
     if args.quick:
         args = replace(args, batch_size=8, rounds=3)
     args.prepare(built_in=args.model == "vit_digits")
@@ -228,4 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    with explained():
+        main(sys.argv[1:])

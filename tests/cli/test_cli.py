@@ -1,0 +1,212 @@
+"""The command `vitprune`: its subcommands, their flags, and what they say of mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from places import ROOT
+from vitprune_env import PaperReward, PrunedViT, TeamOutcome
+from vitprune_env.agents import (
+    PRESETS,
+    BudgetRange,
+    Equilibrium,
+    GMACs,
+    KeepRate,
+    PPOSingleConfig,
+    Share,
+    TokenActor,
+    TokenPolicy,
+    save_policy,
+)
+from vitprune_env.cli import COMMANDS, benchmark, evaluate, main
+from vitprune_env.cli.train import parse
+from vitprune_env.data import Digits
+from vitprune_env.errors import SettingsError
+
+
+def vitprune(*argv: object) -> None:
+    """Run a command."""
+    main(list(map(str, argv)))
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that a wrong command line gets."""
+    with pytest.raises(SystemExit) as stopped:
+        vitprune(*argv)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    actor = TokenActor(48, generator=torch.Generator().manual_seed(0))
+    save_policy(TokenPolicy(actor, info={"backbone": "vit_digits", "target_macs": 1e7}), folder / "policy.safetensors")
+    return folder
+
+
+def test_the_list_of_commands_comes_without_loading_torch() -> None:
+    code = (
+        "import sys\nfrom vitprune_env.cli import main\nmain(['--help'])\n"
+        "print(*sorted({'torch', 'timm', 'tianshou', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)), 'loaded')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    *shown, loaded = done.stdout.splitlines()
+    assert loaded.strip() == "loaded"
+    assert all(re.search(rf"^  {name} +\w", "\n".join(shown), flags=re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_flags_in_groups_with_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        vitprune(command, "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: vitprune {command}" in shown
+    _, *groups = re.split(r"^\W*(?:[\w.]+ )?options\W*$", shown, flags=re.MULTILINE)
+    assert all("(default:" in group for group in groups)
+    assert max(len(re.findall(r"^\W* --", group, flags=re.MULTILINE)) for group in groups) <= 20
+
+
+def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vitprune("train", "--help")
+    shown = capsys.readouterr().out
+    names = (
+        "target-share target-gmacs target-keep preset keep-cost outcome-bonus adaptive finetune algorithm reward "
+        "outcome resume output quick seed device threads amp data-dir model pretrained weights sites split lr updates "
+        "images minibatch precision update-chunk cache-images checkpoint-every log-images-every wandb actor-hidden "
+        "distill finetune-every discount charge-overhead test-images"
+    )
+    for name in names.split():
+        assert re.search(rf"--{name}\b", shown), name
+
+
+def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown command 'trian'; did you mean train?" in mistake(capsys, "trian")
+    line = mistake(capsys, "train", "--quick", "--sites", 3, 99, "--output", tmp_path)
+    assert line == "error: sites: expected blocks 1 to 8, got '99'"
+    line = mistake(capsys, "train", "--quick", "--target-share", 0.1, "--output", tmp_path)
+    assert line.startswith("error: budget: expected above 0.00495")
+    line = mistake(capsys, "train", "--epochs", 0, "--output", tmp_path)
+    assert line == "error: epochs: expected at least 1, got 0"
+    line = mistake(capsys, "evaluate", "--checkpoint", "nowhere", "--output", tmp_path)
+    assert re.search("error: .*nowhere.*expected a policy file, found none", line)
+    line = mistake(capsys, "benchmark", "--methods", "evt", "--output", tmp_path)
+    assert "did you mean evit" in line
+    line = mistake(capsys, "benchmark", "--images", 0, "--output", tmp_path)
+    assert line == "error: images: expected 1 or more, got 0"
+    line = mistake(capsys, "benchmark", "--quick", "--budgets", 1.5, "--methods", "evit", "--output", tmp_path)
+    assert "budgets: expected shares of the dense GMACs between 0 and 1, got 1.5" in line
+    (tmp_path / "file").touch()
+    assert "output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
+    assert "did you mean evit" in mistake(capsys, "info", "--method", "evt")
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitprune_env.cli.info.about_method", lambda _: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        vitprune("info", "--method", "evit")
+
+
+def test_preset_decides_defaults_and_flags_win() -> None:
+    argv = ["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"]
+    settings, paper = parse(argv).settings, PRESETS["rl4evit"]
+    assert settings.reward == PaperReward(keep_cost=2.5, outcome_bonus=1.5)
+    assert (settings.learner, settings.run) == (paper.learner, replace(paper.run, updates=7))
+    assert isinstance(settings.budget, Equilibrium)  # two weights and no budget
+    assert parse(["--preset=rl4evit"]).settings == paper
+    settings, default = parse([]).settings, PRESETS["default"]
+    assert (settings.budget, settings.learner, settings.run) == (default.budget, default.learner, default.run)
+    assert settings.reward == default.learner.default_reward()
+    assert parse(["--target-gmacs", "0.01"]).settings.budget == GMACs(0.01)
+    assert parse(["--target-keep", "0.6", "--price-rate", "0.1"]).settings.budget == KeepRate(0.6, price_rate=0.1)
+    assert parse(["--adaptive", "0.2", "0.6"]).settings.budget == BudgetRange(0.2, 0.6)
+    assert parse(["--paper-sizes"]).settings.budget == Share(0.6)
+    single = parse(["--algorithm", "ppo_single"]).settings
+    assert (single.learner, type(single.reward)) == (PPOSingleConfig(), TeamOutcome)
+    assert parse(["--preset", "rl4evit-deit-s", "--target-gmacs", "2"]).settings.budget == GMACs(2.0, anneal_from=0.7)
+    for argv in (["--target-gmacs", "0.01", "--target-share", "0.3"], ["--adaptive", "0.2"]):
+        with pytest.raises(SettingsError, match="expected"):
+            _ = parse(argv).settings
+
+
+@pytest.mark.parametrize("mode", ["alternate", "after"])
+def test_quick_runs_have_time_for_fine_tuning(mode: str) -> None:
+    settings = parse(["--quick", "--finetune", mode]).settings
+    assert settings.finetune is not None
+    assert settings.finetune.when == mode
+    assert settings.finetune.every <= settings.run.updates
+    assert settings.finetune.steps <= 4
+
+
+def test_weights_of_another_run_are_not_taken_for_fine_tuned_ones(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint / "policy.safetensors", tmp_path)
+    (tmp_path / "backbone.safetensors").write_bytes(b"left by a run that fine-tuned its network")
+    _, backbone = evaluate.load(evaluate.Args(checkpoint=tmp_path))
+    assert backbone.name == "vit_digits"
+
+
+def test_a_network_is_fine_tuned_for_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vitprune("finetune", "--quick", "--policy", "topk", "--target-share", 0.5, "--output", tmp_path)
+    assert "| topk, fine-tuned |" in capsys.readouterr().out
+    assert (tmp_path / "backbone.safetensors").exists()
+    rates = [json.loads(line)["keep_rate"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert rates[0] == 1.0
+    assert rates[-1] < 1.0
+
+
+def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--quick", "--methods", "topk", "--budgets", 0.4, "--sites", 2, 4, "--output", tmp_path)
+    vitprune("benchmark", *flags, "--seeds", 1, "--checkpoints", f"mine={checkpoint}")
+    shown = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in shown.splitlines() if line[:2] == "| "}
+    assert {rows[name] for name in ("topk", "*random*", "*untrained actor*")} == {"2, 4"}
+    assert rows["mine"] == "1, 3, 5"  # trained there
+    assert (tmp_path / "table.md").read_text() in shown
+
+
+def test_policies_of_a_label_share_a_line() -> None:
+    args = benchmark.parse(["--methods", "topk", "--checkpoints", "a", "b", "mine=c"])
+    assert benchmark.entries(args) == {"topk": "topk", "MAPPO": ["a", "b"], "mine": ["c"]}
+
+
+def test_the_speed_of_a_trained_policy_is_measured(checkpoint: Path, tmp_path: Path) -> None:
+    vitprune("speedup", "--quick", "--dtypes", "fp32", "--checkpoint", checkpoint, "--output", tmp_path)
+    cases = json.loads((tmp_path / "speedup.json").read_text())["timings"]
+    assert [case["batch"] for case in cases] == [1, 8]
+    assert all(case["speedup"] > 0 and case["ideal"] > 0.9 for case in cases)
+    assert len((tmp_path / "speedup.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pruned_model_is_exported(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _ = Digits("test", size=3).batch(range(3))
+    vitprune("export", "--checkpoint", checkpoint, "--output", tmp_path)
+    assert PrunedViT.from_pretrained(tmp_path)(images).shape == (3, 10)
+    asked: list[object] = []
+    monkeypatch.setattr("vitprune_env.deploy.export.export_onnx", lambda _, path, batch: asked.append((path, batch)))
+    vitprune("export", "--to", "onnx", "--checkpoint", checkpoint, "--output", tmp_path)
+    vitprune("export", "--to", "onnx", "--policy", "evit", "--output", tmp_path)
+    assert asked == [(tmp_path / "model.onnx", 1), (tmp_path / "model.onnx", None)]  # ragged: one image at a time
+
+
+def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vitprune("info")
+    shown = capsys.readouterr().out
+    assert re.search(r"^torch +\d", shown, flags=re.MULTILINE)
+    assert "baseline tome" in shown
+    vitprune("info", "--method", "dynamicvit", "--checkpoint", checkpoint)
+    shown = capsys.readouterr().out
+    assert "Rao et al., 2021" in shown
+    assert re.search(r"^backbone +vit_digits", shown, flags=re.MULTILINE)

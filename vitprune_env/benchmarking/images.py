@@ -1,0 +1,135 @@
+"""Images to compare policies on, as batches that can be gone through more than once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitprune_env.data import ImageDataset, ImageFiles, batches_of, fetch
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, C, H, W] and labels [B]; iterated more than once
+Images = ImageDataset | ImageFiles | Sequence[tuple[Tensor, Tensor]]
+
+IN_MEMORY = 1 << 30  # bytes of images that are kept rather than read again
+TUNE_IMAGES = 256  # images that policies are calibrated on, unless they are given
+TUNE_SHARE = 4  # at most one in so many images is set aside for that
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some items of a dataset."""
+
+    dataset: ImageDataset
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.rows[index]]
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Several items at once, the way the dataset does it best."""
+        return fetch(self.dataset, [self.rows[int(index)] for index in indices])
+
+
+@dataclass(frozen=True)
+class _ReadAgain:
+    """Batches of a dataset that is too large to be kept: every pass reads it again."""
+
+    dataset: ImageDataset
+    size: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.dataset), self.size):
+            images, labels = fetch(self.dataset, range(start, min(start + self.size, len(self.dataset))))
+            yield images.to(self.device), labels.to(self.device)
+
+
+def as_batches(data: Images, size: int, device: torch.device) -> Batches:
+    """Images of any kind as batches on a device.
+
+    Args:
+        data: a dataset of (image, label) pairs, image files, or batches, which are only moved.
+        size: images per batch of a dataset.
+        device: where the batches are wanted.
+
+    Raises:
+        ValueError: for no images.
+    """
+    if isinstance(data, ImageFiles):
+        return data.batches(size, device)
+    if isinstance(data, Sequence):
+        batches = [(images.to(device), labels.to(device)) for images, labels in data]
+        if not batches:
+            raise ValueError("data: expected at least one image, got none")
+        return batches
+    if not len(data):
+        raise ValueError("data: expected at least one image, got none")
+    image, _ = fetch(data, [0])
+    if image.nbytes * len(data) > IN_MEMORY:
+        return _ReadAgain(data, size, device)
+    return batches_of(data, size, device)
+
+
+def set_aside(data: Images) -> tuple[Images, Images]:
+    """Images to report on and images to calibrate on, without overlap, out of one set.
+
+    At most a quarter of the images, and at most 256, are set aside, evenly spread over the set.
+
+    Raises:
+        ValueError: for fewer than two images.
+    """
+    if isinstance(data, Sequence):
+        whole: Any = _Pairs(data)
+    else:
+        whole = data
+    count = len(whole)
+    if count < 2:
+        raise ValueError(f"data: expected at least two images, one to calibrate on; got {count}")
+    aside = max(1, min(TUNE_IMAGES, count // TUNE_SHARE))
+    chosen = [index * count // aside for index in range(aside)]
+    taken = set(chosen)
+    return _Rows(whole, [index for index in range(count) if index not in taken]), _Rows(whole, chosen)
+
+
+class _Pairs:
+    """Batches as a dataset of single images."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+        self.place = [(batch, row) for batch, (_, labels) in enumerate(batches) for row in range(len(labels))]
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        batch, row = self.place[index]
+        images, labels = self.batches[batch]
+        return images[row], int(labels[row])
+
+
+def first_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images and labels of some batches, fewer if there are not as many."""
+    images, labels, found = [], [], 0
+    for batch, targets in batches:
+        images.append(batch)
+        labels.append(targets)
+        found += len(targets)
+        if found >= count:
+            break
+    return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
+def digest(*tensors: Tensor) -> str:
+    """A short name for the content of some tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

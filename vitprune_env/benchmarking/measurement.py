@@ -1,0 +1,182 @@
+"""What is measured of a policy on a network: accuracy, cost, speed, and where its tokens go."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from vitprune_env.benchmarking.images import Batches, first_images
+from vitprune_env.benchmarking.intervals import interval
+from vitprune_env.benchmarking.speed import Stopwatch
+from vitprune_env.deploy.pruned_vit import PrunedViT
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.game.rollout import play
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.policy import Policy
+from vitprune_env.types import Site
+
+Group = Literal["control", "baseline", "learned"]
+Sites = Sequence[int | str | Site]
+SHOWN = 8  # images whose tokens are kept for a figure
+
+
+class Timing(NamedTuple):
+    """How speed is measured: dense and pruned model run in turn on the same images."""
+
+    pairs: int = 9  # runs of each
+    images: int = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at one budget, in one or several runs; everything else is computed from this."""
+
+    name: str
+    group: Group = "baseline"
+    share: float | None = None  # of the dense GMACs, as asked for; None: no budget was asked for
+    gmacs: float = 0.0  # mean per image, policy included
+    policy_gmacs: float = 0.0  # the policy's and its evidence's part
+    correct: tuple[str, ...] = ()  # per run: a character per image, 1 where it is classified correctly
+    top5: float = 0.0  # share of images whose class is among the five with the largest logits
+    keep_per_site: tuple[float, ...] = ()  # mean fraction of the tokens left after each site
+    sites: tuple[str, ...] = ()
+    setting: str = ""  # of the parameter that was turned to meet the budget
+    images_per_s: float | None = None  # measured
+    dense_images_per_s: float | None = None  # measured in turn with it
+    speedup: float | None = None  # median over pairs
+    source: tuple[tuple[int, ...], ...] = ()  # of the first images, where every patch ended up (see `Outcome`)
+    predicted: tuple[int, ...] = ()  # of the first images
+    out_of_reach: str = ""  # why there are no numbers
+    origin: str = ""  # tells saved policies of the same name apart
+    seconds: float = 0.0  # spent on fitting, calibrating and measuring
+
+    @classmethod
+    def load(cls, row: dict[str, Any]) -> Row:
+        """The row that `asdict` and JSON made this of."""
+        return cls(**{name: _as_tuple(value) for name, value in row.items()})
+
+    @property
+    def marks(self) -> np.ndarray:
+        """`[runs, images]` float, 1 where correct."""
+        return np.array([[float(mark) for mark in run] for run in self.correct])
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over runs and images, 0 to 1."""
+        return float(self.marks.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy: over the runs, or over the images of a single run."""
+        runs = self.marks.mean(axis=1).tolist()
+        if len(runs) > 1:
+            return statistics.stdev(runs) / len(runs) ** 0.5
+        return (runs[0] * (1 - runs[0]) / len(self.correct[0])) ** 0.5
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return interval(self.marks)
+
+    def numbers(self) -> dict[str, Any]:
+        """The row without what belongs to single images, with accuracy, standard error and interval."""
+        hidden = ("correct", "source", "predicted")
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in hidden}
+        low, high = self.interval if self.correct else (None, None)
+        accuracy, stderr = (self.accuracy, self.stderr) if self.correct else (None, None)
+        return {**found, "accuracy": accuracy, "stderr": stderr, "accuracy_low": low, "accuracy_high": high,
+                "runs": len(self.correct)}  # fmt: skip
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+@torch.inference_mode()
+def measure(
+    name: str,
+    backbone: Backbone,
+    policies: Policy | Sequence[Policy],
+    test: Batches,
+    *,
+    sites: Sites | None = None,
+    timing: Timing | None = None,
+    **facts: Any,
+) -> Row:
+    """Let a policy classify labelled images, once or in several runs.
+
+    Args:
+        name: of the row.
+        backbone: the network.
+        policies: the policy, or one per run, such as the same method with different seeds.
+        test: labelled images.
+        sites: where to prune; None: where the policy wants to, else the backbone's own sites.
+        timing: how to measure speed, with the first policy; None: not at all.
+        **facts: further fields of the row.
+    """
+    runs = list(policies) if isinstance(policies, Sequence) else [policies]
+    found = [_play(backbone, policy, test, sites) for policy in runs]
+    averaged = ("gmacs", "policy_gmacs", "top5")
+    keep = zip(*(run["keep_per_site"] for run in found), strict=True)
+    return Row(
+        name,
+        **{key: statistics.mean(run[key] for run in found) for key in averaged},
+        correct=tuple(run["correct"] for run in found),
+        keep_per_site=tuple(statistics.mean(site) for site in keep),
+        sites=found[0]["sites"],
+        source=found[0]["source"],
+        predicted=found[0]["predicted"],
+        **({} if timing is None else _speed(backbone, runs[0], test, sites, timing)),
+        **facts,
+    )
+
+
+def game_of(backbone: Backbone, policy: Policy, sites: Sites | None = None) -> TokenGame:
+    """The game of a policy, at the given sites or where the policy wants to act."""
+    return TokenGame.for_policy(backbone, policy, **({} if sites is None else {"sites": sites}))
+
+
+def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None) -> dict[str, Any]:
+    """One run over all images."""
+    game = game_of(backbone, policy, sites)
+    marks, macs, own, kept, five = [], [], [], [], 0
+    source: list[list[int]] = []
+    predicted: list[int] = []
+    for images, labels in test:
+        outcome = play(game, policy, images, labels).outcome
+        marks += [int(mark) for mark in outcome.logits.argmax(dim=1) == labels]
+        best = outcome.logits.topk(min(5, outcome.logits.shape[1]), dim=1).indices
+        five += int((best == labels[:, None]).sum())
+        macs.append(outcome.macs)
+        own.append(outcome.policy_macs)
+        kept.append(outcome.n_kept)
+        if len(predicted) < SHOWN:
+            room = SHOWN - len(predicted)
+            source += outcome.source[:room].tolist()
+            predicted += outcome.logits[:room].argmax(dim=1).tolist()
+    if not marks:
+        raise ValueError("test: expected at least one batch of labelled images, got an empty dataset")
+    return {
+        "correct": "".join(map(str, marks)),
+        "gmacs": float(torch.cat(macs).mean()) / 1e9,
+        "policy_gmacs": float(torch.cat(own).mean()) / 1e9,
+        "top5": five / len(marks),
+        "keep_per_site": (torch.cat(kept).double().mean(dim=0) / game.num_agents).tolist(),
+        "sites": tuple(site.label for site in game.sites),
+        "source": _as_tuple(source),
+        "predicted": tuple(predicted),
+    }
+
+
+def _speed(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None, timing: Timing) -> dict[str, float]:
+    """Images per second of the deployable model beside the dense one."""
+    images, _ = first_images(test, timing.images)
+    model = PrunedViT(backbone, policy, sites).eval()
+    times = Stopwatch(images.device).race(lambda: backbone(images), lambda: model(images), timing.pairs)
+    dense, pruned = statistics.median(times.first), statistics.median(times.second)
+    return {"images_per_s": len(images) / pruned, "dense_images_per_s": len(images) / dense, "speedup": times.ratio}

@@ -1,0 +1,237 @@
+"""What a benchmark found: tables, figures and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitprune_env.benchmarking.intervals import difference
+from vitprune_env.benchmarking.measurement import Row
+from vitprune_env.benchmarking.store import json_text, read_results, results_content
+from vitprune_env.benchmarking.tables import booktabs, comma_separated, escape, markdown
+from vitprune_env.files import PathLike, replace_file
+from vitprune_env.plots.figures import Point, fates_figure, pareto_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_NAMED_SITES = 3
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The images whose tokens are drawn: `[B, C, H, W]`, labels `[B]`, and how they were normalised."""
+
+    images: Tensor
+    labels: Tensor
+    grid_size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Policies at the same mean GMACs, and the dense model.
+
+    Attributes:
+        rows: one per policy and budget; the first is the dense model.
+        settings: what the numbers depend on.
+        scenes: a few of the images, for `plot_tokens`; None for results read from a file.
+    """
+
+    rows: tuple[Row, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    scenes: Scenes | None = None
+
+    @classmethod
+    def load(cls, path: PathLike) -> BenchmarkResult:
+        """Read what `json` or a run with `output` wrote.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        settings, rows = read_results(Path(path))
+        return cls(tuple(rows), settings)
+
+    @property
+    def dense(self) -> Row:
+        """The unpruned network."""
+        return next(row for row in self.rows if row.name == "dense")
+
+    @property
+    def shares(self) -> list[float]:
+        """Budgets, as shares of the dense GMACs."""
+        return sorted({row.share for row in self.rows if row.share is not None})
+
+    @property
+    def title(self) -> str:
+        """What was compared on what."""
+        images = len(self.dense.correct[0]) if self.dense.correct else 0
+        split = self.settings.get("split", "")
+        return f"{self.settings.get('backbone', '')}, {images} {split} images".replace("  ", " ").strip(", ")
+
+    def row(self, name: str, share: float | None = None) -> Row:
+        """The row of a policy at a budget (None: the only one that it has).
+
+        Raises:
+            KeyError: for a row that is not there.
+        """
+        found = [row for row in self.rows if row.name == name and (share is None or row.share == share)]
+        if len(found) != 1:
+            raise KeyError(
+                f"name: expected one of {[(row.name, row.share) for row in self.rows]}, got {name!r}, {share}"
+            )
+        return found[0]
+
+    def at(self, share: float | None) -> list[Row]:
+        """The rows of a budget that have numbers, the most accurate first."""
+        rows = [row for row in self.rows if row.share == share and row.correct and row.name != "dense"]
+        return sorted(rows, key=lambda row: -row.accuracy)
+
+    def table(self) -> str:
+        """One markdown table per budget, the most accurate first; controls in italics."""
+        parts = []
+        for share in self.shares:
+            parts.append(f"### {share:.0%} of the dense GMACs ({share * self.dense.gmacs:.5f})\n")
+            parts += self._table(share)
+        if self.at(None):
+            parts += ["### At a cost of their own\n", *self._table(None)]
+        return "\n".join(parts).replace("\n\n\n", "\n\n").strip() + "\n"
+
+    def _table(self, share: float | None) -> list[str]:
+        rows = self.at(share)
+        random = next((row for row in rows if row.name == "random"), None)
+        missing = [row for row in self.rows if row.share == share and row.out_of_reach]
+        lines = [markdown([self._cells(row, random) for row in (self.dense, *rows)]), ""]
+        return [*lines, *(f"- {row.name}: {row.out_of_reach}" for row in missing), ""]
+
+    def _cells(self, row: Row, random: Row | None) -> dict[str, str]:
+        low, high = row.interval
+        gain = ""
+        if random is not None and row.name not in ("dense", "random"):
+            points, least, most = (100 * value for value in difference(row.marks, random.marks))
+            gain = f"{points:+.1f} ({least:+.1f} to {most:+.1f})"
+        return {
+            "method": f"*{row.name}*" if row.group == "control" else row.name,
+            "sites": "" if row.name == "dense" else sites_text(row.sites),
+            "accuracy % (95 %)": f"{100 * row.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+            "over random (95 %)": gain,
+            "GMACs": f"{row.gmacs:.5f}",
+            "of dense %": f"{100 * row.gmacs / self.dense.gmacs:.1f}",
+            "decision %": f"{100 * row.policy_gmacs / self.dense.gmacs:.1f}",
+            "kept per site %": " / ".join(f"{100 * rate:.0f}" for rate in row.keep_per_site),
+            "images/s": "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
+            "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",
+        }
+
+    def csv(self, path: PathLike | None = None) -> str:
+        """All numbers as CSV, one line per policy and budget; written to a file if a path is given."""
+        rows = [
+            {
+                **row.numbers(),
+                "keep_per_site": " ".join(f"{rate:.4f}" for rate in row.keep_per_site),
+                "sites": " ".join(row.sites),
+            }
+            for row in self.rows
+        ]
+        return _written(comma_separated(rows), path)
+
+    def json(self, path: PathLike | None = None) -> str:
+        """Everything as JSON, for `load`; written to a file if a path is given."""
+        return _written(json_text(results_content(self.settings, list(self.rows))), path)
+
+    def latex(self, path: PathLike | None = None) -> str:
+        """A booktabs table: a line per policy, a column per budget with accuracy and interval in per cent.
+
+        The most accurate policy of each budget is bold, controls are italic; written to a file if a path is given.
+        """
+        best = {share: max((row.accuracy for row in self.at(share) if row.group != "control"), default=2.0)
+                for share in self.shares}  # fmt: skip
+
+        def cell(name: str, share: float) -> str:
+            row = next((row for row in self.at(share) if row.name == name), None)
+            if row is None:
+                return "--"
+            low, high = (f"{100 * end:.1f}" for end in row.interval)
+            accuracy = f"{100 * row.accuracy:.1f}"
+            if row.group != "control" and row.accuracy == best[share]:
+                accuracy = rf"\textbf{{{accuracy}}}"
+            return rf"{accuracy} {{\scriptsize ({low}--{high})}}"
+
+        def line(row: Row) -> list[str]:
+            name = escape(row.name)
+            name = rf"\emph{{{name}}}" if row.group == "control" else name
+            return [name, escape(sites_text(row.sites)), *(cell(row.name, share) for share in self.shares)]
+
+        first = {row.name: row for row in self.rows if row.name != "dense" and row.share is not None}
+        low, high = (f"{100 * end:.1f}" for end in self.dense.interval)
+        dense = rf"{100 * self.dense.accuracy:.1f} {{\scriptsize ({low}--{high})}}"
+        groups = [
+            [[r"\emph{dense}", "", *[dense] * len(self.shares)]],
+            [line(row) for row in first.values() if row.group == "control"],
+            [line(row) for row in first.values() if row.group != "control"],
+        ]
+        columns = [rf"{100 * share:g}\,\% ({share * self.dense.gmacs:.3g} GMACs)" for share in self.shares]
+        return _written(booktabs(groups, ["policy", "sites", *columns]), path)
+
+    def plot(self) -> Figure:
+        """Accuracy over GMACs of all policies."""
+        lines: dict[str, list[Point]] = {}
+        for row in self.rows:
+            if row.correct and row.name != "dense":
+                point = Point(row.gmacs / self.dense.gmacs, row.accuracy, *row.interval)
+                lines.setdefault(row.name, []).append(point)
+        controls = {row.name for row in self.rows if row.group == "control"}
+        return pareto_figure(lines, reference=("dense", self.dense.accuracy), muted=controls, title=self.title)
+
+    def plot_tokens(self, share: float) -> Figure:
+        """What every policy leaves of the same images at one budget.
+
+        Raises:
+            ValueError: for results that were read from a file, which has no images.
+        """
+        if self.scenes is None:
+            raise ValueError("scenes: expected a result with images, got one that was read from a file")
+        shown = [row for row in self.at(share) if row.source]
+        return fates_figure(
+            self.scenes.images,
+            {row.name: torch.tensor(row.source) for row in shown},
+            self.scenes.grid_size,
+            labels=self.scenes.labels.tolist(),
+            predicted={row.name: row.predicted for row in shown},
+            mean=self.scenes.mean,
+            std=self.scenes.std,
+        )
+
+    def save(self, folder: PathLike) -> None:
+        """Write table.md, table.tex, results.csv, results.json, pareto.png and a token figure for each budget.
+
+        Raises:
+            StorageError: if the folder cannot be written.
+        """
+        folder = Path(folder)
+        _written(self.table(), folder / "table.md")
+        self.latex(folder / "table.tex")
+        self.csv(folder / "results.csv")
+        self.json(folder / "results.json")
+        if any(row.correct for row in self.rows if row.name != "dense"):
+            self.plot().savefig(folder / "pareto.png", dpi=150)
+        for share in self.shares:
+            if self.scenes is not None and self.at(share):
+                self.plot_tokens(share).savefig(folder / f"tokens-{100 * share:g}.png", dpi=150)
+
+
+def sites_text(sites: Sequence[str]) -> str:
+    """Where a policy acts, in few words."""
+    return ", ".join(sites) if len(sites) <= MAX_NAMED_SITES else f"{sites[0]} to {sites[-1]}"
+
+
+def _written(text: str, path: PathLike | None) -> str:
+    if path is not None:
+        replace_file(Path(path), text.encode())
+    return text

@@ -1,0 +1,174 @@
+"""A policy fresh from training beside what it has to beat, at the GMACs that it uses: table, figures and summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vitprune_env.agents import AdaptivePolicy, TrainResult
+from vitprune_env.baselines import EViT, RandomDrop, calibrate
+from vitprune_env.benchmarking.contestants import Task, untrained_policies
+from vitprune_env.benchmarking.images import Batches, first_images
+from vitprune_env.benchmarking.measurement import Row, Timing, game_of, measure
+from vitprune_env.benchmarking.store import versions
+from vitprune_env.benchmarking.tables import markdown
+from vitprune_env.data import data_config
+from vitprune_env.engine.backbone import Backbone
+from vitprune_env.files import PathLike, replace_file
+from vitprune_env.game.rollout import play
+from vitprune_env.plots.figures import learning_curve_figure, tokens_figure
+from vitprune_env.policy import KeepAll, Policy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEW = 32  # images of a batch that suffice to calibrate methods which keep the same number of tokens in every image
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Rows of a comparison: dense, random, untrained actor, EViT, the trained policy, then further ones."""
+
+    rows: tuple[Row, ...]
+    result: TrainResult
+    test: Batches
+
+    def table(self) -> str:
+        """The comparison as markdown."""
+        return comparison_table(self.rows)
+
+    def summary(self) -> dict[str, Any]:
+        """What other programs read."""
+        dense, random, untrained, evit, learned, *_ = self.rows
+        return {
+            "dense_accuracy": dense.accuracy,
+            "accuracy": learned.accuracy,
+            "random_accuracy": random.accuracy,
+            "untrained_accuracy": untrained.accuracy,
+            "evit_accuracy": evit.accuracy,
+            "dense_gmacs": dense.gmacs,
+            "gmacs": learned.gmacs,
+            "policy_gmacs": learned.policy_gmacs,
+            "target_gmacs": self.result.target_macs / 1e9,
+            "mac_ratio": learned.gmacs / dense.gmacs,
+            "keep_per_site": learned.keep_per_site,
+            "speedup": learned.speedup,
+            "versions": versions(),
+            "rows": [row.numbers() for row in self.rows],
+        }
+
+    def learning_curve(self) -> Figure:
+        """How accuracy and cost went while the policy explored."""
+        dense = self.rows[0]
+        columns = ([row[name] for row in self.result.history] for name in ("update", "accuracy", "share"))
+        target = self.result.target_macs / (dense.gmacs * 1e9)
+        return learning_curve_figure(*columns, references={"dense": dense.accuracy}, budget=target)
+
+    def save(self, folder: PathLike) -> None:
+        """Write table.md, tokens.png and learning_curve.png.
+
+        Raises:
+            StorageError: if the folder cannot be written.
+        """
+        folder = Path(folder)
+        replace_file(folder / "table.md", (self.table() + "\n").encode())
+        shown = first_images(self.test, 8)
+        figure_of_tokens(self.result.backbone, self.result.policy, *shown).savefig(folder / "tokens.png", dpi=150)
+        self.learning_curve().savefig(folder / "learning_curve.png", dpi=150)
+
+
+def compare_trained(
+    result: TrainResult,
+    backbone: Backbone,
+    tune: Sequence[tuple[Tensor, Tensor]],
+    test: Batches,
+    *,
+    name: str = "MAPPO",
+    seed: int = 0,
+    untrained_actors: int = 5,
+    timing: Timing | None = None,
+) -> TrainingReport:
+    """A trained policy beside the dense network, dropping at random, untrained actors and EViT, at its own GMACs.
+
+    All act at the sites of the trained policy.
+
+    Args:
+        result: what `train` returned.
+        backbone: the network that was given to it.
+        tune: images to calibrate the others on.
+        test: images to report on.
+        name: of the trained policy's row.
+        seed: of dropping at random and of the untrained actors.
+        untrained_actors: how many of them to average.
+        timing: how speed is measured; None: not at all.
+    """
+    policy = result.policy
+    sites = backbone.default_sites if policy.sites is None else policy.sites
+    learned = measure(name, result.backbone, policy, test, sites=sites, timing=timing, group="learned")
+    few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
+    task = Task(backbone, test, tune, sites=sites, seed=seed, seeds=untrained_actors)
+    controls = untrained_policies(task, learned.gmacs, hidden=policy.actor.hidden)
+    random = calibrate(lambda rate: RandomDrop(rate, seed), learned.gmacs, backbone, few, sites=sites)
+    evit = calibrate(EViT, learned.gmacs, backbone, few, sites=sites)
+    dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
+    untrained = f"untrained actor (mean of {untrained_actors})"
+    rows = [
+        dense if timing is None else replace(dense, speedup=1.0),
+        measure("random", backbone, random, test, sites=sites, timing=timing, group="control"),
+        measure(untrained, backbone, controls, test, group="control"),
+        measure("EViT", backbone, evit, test, sites=sites, timing=timing),
+        learned,
+    ]
+    return TrainingReport((*rows, *_further_rows(result, test)), result, test)
+
+
+def _further_rows(result: TrainResult, test: Batches) -> list[Row]:
+    """The fine-tuned network without pruning, and a policy for many budgets at other ones."""
+    policy, backbone, rows = result.policy, result.backbone, []
+    if policy.info.get("finetune", "off") != "off":
+        rows.append(measure("fine-tuned, not pruned", backbone, KeepAll(), test))
+    if isinstance(policy, AdaptivePolicy):
+        others = [policy.at(share) for share in policy.shares]
+        rows += [measure(f"the same at {100 * other.share:.0f} %", backbone, other, test) for other in others]
+    return rows
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """Rows beside the first of them, the dense model, as a markdown table."""
+    dense = rows[0].gmacs
+
+    def cells(row: Row) -> dict[str, str]:
+        return {
+            "policy": row.name,
+            "accuracy %": f"{100 * row.accuracy:.1f} ± {100 * row.stderr:.1f}",
+            "GMACs": f"{row.gmacs:.5f}",
+            "of dense %": f"{100 * row.gmacs / dense:.1f}",
+            "without policy %": f"{100 * (row.gmacs - row.policy_gmacs) / dense:.1f}",
+            "kept per site %": " / ".join(f"{100 * rate:.0f}" for rate in row.keep_per_site),
+            "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",
+        }
+
+    return markdown([cells(row) for row in rows])
+
+
+def figure_of_tokens(backbone: Backbone, policy: Policy, images: Tensor, labels: Tensor) -> Figure:
+    """At most eight images and what is left of them after each site.
+
+    Args:
+        backbone: the network.
+        policy: decides which tokens stay.
+        images: `[B, C, H, W]`, normalised.
+        labels: `[B]`, written beside the images with what they were read as.
+    """
+    game = game_of(backbone, policy)
+    episode = play(game, policy, images, labels)
+    predicted = episode.outcome.logits.argmax(dim=1)
+    captions = [f"{int(label)} read as {int(guess)}" for label, guess in zip(labels, predicted, strict=True)]
+    sites = [site.label for site in game.sites]
+    config = data_config(backbone)
+    look = {"mean": config["mean"], "std": config["std"]}
+    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2, **look)

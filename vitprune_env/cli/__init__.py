@@ -1,0 +1,76 @@
+"""The command `vitprune`: one file per subcommand, each of which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a token policy for a budget, and compare it with what it has to beat",
+    "evaluate": "measure a trained policy, or a method of the papers, on held-out images",
+    "benchmark": "compare policies at equal cost: tables, intervals, figures",
+    "finetune": "fine-tune a network for a policy that prunes it",
+    "speedup": "time dense and pruned model side by side",
+    "export": "write a pruned model as a folder, a torch program or an ONNX file",
+    "info": "show versions, networks, baselines, or what a saved policy is",
+    "digits-folder": "write the built-in task as a folder of PNG images",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand.
+
+    Args:
+        argv: command line without the program's name; None: that of the process.
+
+    Raises:
+        SystemExit: with code 2 for what was asked for wrongly, after one line on stderr.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        _fail(f"unknown command {name!r}; {hint}")
+    module = import_module(f"vitprune_env.cli.{name.replace('-', '_')}")
+    with explained():
+        module.main(rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return f"""usage: vitprune COMMAND [FLAGS]
+
+Token pruning of Vision Transformers as a multi-agent game.
+
+{commands}
+
+`vitprune COMMAND --help` explains the flags of a command."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an error about what was asked for into one line on stderr and exit code 2, without a traceback."""
+    from vitprune_env.errors import VitPruneError
+
+    try:
+        yield
+    except (VitPruneError, ConnectionError) as error:
+        _fail(str(error))
+    except ValueError as error:
+        if re.match(r"\w[\w.\[\]]*: expected", str(error)):  # the sentence that all checks of arguments speak
+            _fail(str(error))
+        raise
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

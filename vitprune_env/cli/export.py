@@ -1,0 +1,66 @@
+"""Write a pruned model for use elsewhere: a folder that loads again, a torch program, or an ONNX file.
+
+    vitprune export --checkpoint runs/mappo                       # folder: safetensors and JSON
+    vitprune export --checkpoint runs/mappo --to program          # torch.export, one image at a time
+    vitprune export --policy evit --keep-rate 0.5 --to onnx       # any batch size
+
+`PrunedViT.from_pretrained(folder)` reads the folder, `torch.export.load(file)` the program. A learnt policy keeps as
+many tokens as each image needs, so its graph takes one image at a time; methods that keep a fixed number of tokens take
+any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vitprune_env.cli.evaluate import Args as EvaluateArgs
+from vitprune_env.cli.evaluate import load
+from vitprune_env.cli.flags import CommonFlags, ImageFlags, read_flags
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to write."""
+
+    to: Literal["folder", "program", "onnx"] = "folder"
+    """A folder for `PrunedViT.from_pretrained`, a program of torch.export, or an ONNX file (needs onnx, onnxscript)."""
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
+    """Output folder of a training run, or a policy file; used unless a policy is named."""
+    policy: str | None = None
+    """A baseline without training that has a keep rate (evit, topk, ...), instead of a checkpoint."""
+    keep_rate: float = 0.7
+    """Fraction of the tokens that the named policy keeps at every site."""
+    max_batch: int | None = None
+    """Largest batch that a graph must take; None: one image for learnt policies, any number for the others."""
+    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/export")))
+    source: ImageFlags = field(default_factory=ImageFlags)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, prune, write."""
+    args = read_flags(Args, argv, __doc__, prog="vitprune export")
+    import torch
+
+    from vitprune_env.deploy.export import export_onnx, export_program
+    from vitprune_env.deploy.pruned_vit import PrunedViT
+
+    common = args.common
+    common.prepare()
+    wanted = EvaluateArgs(args.checkpoint, args.policy, args.keep_rate, common=common, source=args.source)
+    policy, backbone = load(wanted)
+    model = PrunedViT(backbone, policy).eval()
+    max_batch = 1 if args.max_batch is None and args.policy is None else args.max_batch
+    path = common.output
+    if args.to == "folder":
+        model.save_pretrained(path)
+    elif args.to == "onnx":
+        path = export_onnx(model, common.output / "model.onnx", max_batch)
+    else:
+        path = common.output / "model.pt2"
+        torch.export.save(export_program(model, max_batch), path)
+    print(f"the pruned model is in {path}")

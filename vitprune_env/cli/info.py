@@ -1,0 +1,86 @@
+"""Show versions, the built-in network, all baselines, or what a saved policy is.
+
+vitprune info
+vitprune info --method evit
+vitprune info --checkpoint runs/mappo
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vitprune_env.cli.flags import read_flags
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to show; without any of these versions and lists of names."""
+
+    method: str | None = None
+    """A baseline, by its registry name."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Output folder of a training run, or a policy file."""
+
+
+def overview() -> dict[str, Any]:
+    """Versions, devices, and names to use elsewhere."""
+    import torch
+
+    from vitprune_env.agents import PRESETS
+    from vitprune_env.baselines import available, describe
+    from vitprune_env.benchmarking.presets import PUBLISHED
+    from vitprune_env.benchmarking.store import versions
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        **versions(),
+        "CPU threads": torch.get_num_threads(),
+        "GPUs": ", ".join(gpus) or "none",
+        "presets of train": ", ".join(PRESETS),
+        "presets of evaluate": ", ".join(PUBLISHED),
+        **{f"baseline {name}": describe(name).summary for name in available()},
+    }
+
+
+def about_method(name: str) -> dict[str, Any]:
+    """A baseline: what it does, where it comes from, its parameters."""
+    from vitprune_env.baselines import describe
+
+    method = describe(name)
+    return {
+        "summary": method.summary,
+        "source": method.source,
+        "budget set by": method.knob.name,
+        "trained": "no" if method.recipe is None else "yes",
+        **{f"parameter {key}": str(value) for key, value in method.parameters.items()},
+    }
+
+
+def about_policy(path: Path) -> dict[str, Any]:
+    """A saved policy: its class, settings and origin."""
+    from vitprune_env.deploy.descriptions import describe_policy
+    from vitprune_env.deploy.policy_files import load_policy
+
+    policy = load_policy(path / "policy.safetensors" if path.is_dir() else path)
+    description = describe_policy(policy)
+    settings = {name: value for name, value in description["config"].items() if name != "info"}
+    return {"policy": description["name"], **settings, **getattr(policy, "info", {})}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Collect and print."""
+    args = read_flags(Args, argv, __doc__, prog="vitprune info")
+    found: dict[str, Any] = {}
+    if args.method is not None:
+        found |= about_method(args.method)
+    if args.checkpoint is not None:
+        found |= about_policy(args.checkpoint)
+    found = found or overview()
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")

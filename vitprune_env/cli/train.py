@@ -1,0 +1,159 @@
+"""Train a token policy for a budget, and compare it with what it has to beat, at equal GMACs.
+
+    vitprune train                            # 35 % of the dense model's MACs, a minute or two on one CPU core
+    vitprune train --target-share 0.25        # a tighter budget
+    vitprune train --algorithm ppo_single     # one agent decides for all tokens of an image
+    vitprune train --adaptive 0.2 0.6         # one policy for all budgets in between
+    vitprune train --finetune after           # the network learns, too, from what the policy leaves
+    vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT
+    vitprune train --resume                   # goes on after Ctrl-C, a crash or a power cut, to the same bits
+
+The output folder holds summary.json, table.md, figures, history.jsonl, TensorBoard logs, the checkpoint and the policy.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from vitprune_env.agents import PRESETS, Preset, TrainResult, launched, train
+from vitprune_env.benchmarking.images import Batches
+from vitprune_env.benchmarking.measurement import Timing
+from vitprune_env.benchmarking.store import write_json
+from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.train_flags import TrainingFlags
+from vitprune_env.data import Digits, ImageFiles, batches_of
+from vitprune_env.engine.backbone import Backbone
+
+TUNE_IMAGES = 256
+LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a token policy for a budget."""
+
+    preset: Literal["default", "rl4evit", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
+    """Where the other settings start from; flags given beside it win."""
+    split: str | None = None
+    """Held-out images to report on; None: test of the built-in task, validation of image files."""
+    test_images: int = 2000
+    """How many held-out images to report on."""
+    batch_size: int = 250
+    """Images per batch when reporting."""
+    untrained_actors: int = 5
+    """Untrained actors to average for the control row."""
+    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/mappo")))
+    training: TrainingFlags = field(default_factory=TrainingFlags)
+    images: ImageFlags = field(default_factory=ImageFlags)
+
+    @property
+    def settings(self) -> Preset:
+        """The settings of the training proper."""
+        return self.training.settings(PRESETS[self.preset], self.common.seed)
+
+    def on(self, device: str) -> Args:
+        """The same on the device of this process, with the output folder made and the number of threads set."""
+        common = replace(self.common, device=device)
+        common.prepare(built_in=not self.images.reads_files)
+        return replace(self, common=common)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images to train on, to calibrate baselines on and to report on."""
+
+    training: Digits | ImageFiles
+    tune: Sequence[tuple[Tensor, Tensor]]
+    test: Batches
+
+
+def parse(argv: Sequence[str] | None, prog: str | None = None, description: str | None = __doc__) -> Args:
+    """Read the command line; `--preset` decides the defaults of all other flags."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    names = [word.split("=", 1)[-1] for word in words if word.startswith("--preset=")]
+    names += [after for word, after in zip(words, words[1:], strict=False) if word == "--preset"]
+    preset = PRESETS.get(names[-1] if names else "default", PRESETS["default"])
+    network = ImageFlags(model=preset.model, pretrained=preset.pretrained)
+    default = Args(training=TrainingFlags.of(preset), images=network)
+    args = read_flags(Args, words, description, prog, default)
+    return _small(args) if args.common.quick else args
+
+
+def _small(args: Args) -> Args:
+    """The same run in miniature."""
+    training = args.training
+    small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 64, "checkpoint_every": 2}
+    finetune = replace(
+        training.finetune,
+        finetune_every=min(training.finetune.finetune_every, 2),
+        finetune_steps=min(training.finetune.finetune_steps, 4),
+    )
+    learner = replace(training.learner, epochs=min(training.learner.epochs, 2))
+    training = replace(training, run=replace(training.run, **small), learner=learner, finetune=finetune)
+    return replace(args, training=training, test_images=100, untrained_actors=2)
+
+
+def open_task(args: Args, backbone: Backbone) -> Task:
+    """The images of the flags; those of different purpose never coincide."""
+    images, common, run = args.images, args.common, args.training.run
+    if images.reads_files:
+        training = images.open(backbone, "train", None, common.seed)
+    else:
+        training = Digits("train", size=max(run.cache_images, run.calibration_images), seed=common.seed)
+    tune = images.open(backbone, "train", 32 if common.quick else TUNE_IMAGES, TUNE_SEED)
+    split = images.held_out_split(args.split)
+    test = images.batches(backbone, split, args.test_images, TEST_SEED, args.batch_size, common.device)
+    return Task(training, batches_of(tune, TUNE_IMAGES, common.device), test)
+
+
+def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> TrainingReport:
+    """The trained policy beside what it has to beat, at its measured GMACs."""
+    return compare_trained(
+        result,
+        backbone,
+        task.tune,
+        task.test,
+        name=LEARNERS[args.training.learner.algorithm],
+        seed=args.common.seed,
+        untrained_actors=args.untrained_actors,
+        timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
+    )
+
+
+def report(args: Args, comparison: TrainingReport, seconds: float) -> None:
+    """Write and print the comparison."""
+    output = args.common.output
+    comparison.save(output)
+    settings = {name: str(value) for name, value in {**vars(args.settings), **vars(args.images)}.items()}
+    about = {"wall_seconds": seconds, "seed": args.common.seed, "settings": settings}
+    write_json(output / "summary.json", {**comparison.summary(), **about})
+    print(f"\n{comparison.table()}\n\n{seconds:.0f} s; figures, logs, policy and summary.json are in {output}/")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, over all processes that a launcher started; the first of them compares and reports."""
+    start = time.perf_counter()
+    args = parse(argv, prog="vitprune train")
+    with launched(args.common.device) as (processes, device):
+        args = args.on(device)
+        backbone = args.images.network(args.common.seed, device)
+        task = open_task(args, backbone)
+        result = train(
+            backbone,
+            task.training,
+            **args.settings.arguments,
+            output=args.common.output,
+            device=device,
+            resume=args.common.resume,
+            processes=processes,
+        )
+    if processes.is_main:
+        report(args, compare(args, backbone, result, task), time.perf_counter() - start)

@@ -1,0 +1,295 @@
+"""The flags of training, in groups, and the settings objects that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from vitprune_env.agents import (
+    Budget,
+    BudgetRange,
+    Equilibrium,
+    FinetuneConfig,
+    GMACs,
+    KeepRate,
+    LightNetworks,
+    MAPPOConfig,
+    PaperNetworks,
+    PPOSingleConfig,
+    Preset,
+    RunConfig,
+    Share,
+)
+from vitprune_env.errors import SettingsError
+from vitprune_env.game.rewards import (
+    START_PRICE,
+    Attribution,
+    PaperReward,
+    RewardFn,
+    SharedOutcome,
+    TeamOutcome,
+    correct,
+    log_probability,
+    margin,
+    probability,
+)
+from vitprune_env.types import Site
+
+OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability": probability, "margin": margin}
+
+
+@dataclass(frozen=True)
+class BudgetFlags:
+    """What the trained policy may cost, its own MACs included; give at most one of the first four."""
+
+    target_share: float | None = None
+    """Budget as a share of the dense network's MACs; without any budget 0.35, or 0.6 with --paper-sizes."""
+    target_gmacs: float | None = None
+    """Budget in GMACs per image, on average."""
+    target_keep: float | None = None
+    """Budget as a keep rate: what keeping this fraction of the tokens at every site costs."""
+    adaptive: tuple[float, ...] = ()
+    """Smallest and largest budget, as shares of dense, of one policy that serves all in between; empty: one budget."""
+    anneal_from: float = Budget.anneal_from
+    """Share of the dense MACs that the target starts from: about what the untrained policy costs."""
+    anneal_part: float = Budget.anneal_part
+    """Part of the updates over which the target moves to the budget, 0 to 1."""
+    price_rate: float = Budget.price_rate
+    """Relative change of the price per relative excess of MACs, each update."""
+
+    def budget(self, usual: Budget) -> Budget:
+        """The budget that the flags stand for; `usual` where they name none.
+
+        Raises:
+            SettingsError: for more than one budget, or a range without two ends.
+        """
+        names = ("anneal_from", "anneal_part", "price_rate")
+        follow = {**{name: getattr(self, name) for name in names}, "price_gain": usual.price_gain}
+        targets = {"target_share": Share, "target_gmacs": GMACs, "target_keep": KeepRate}
+        given = {name: getattr(self, name) for name in targets if getattr(self, name) is not None}
+        if len(given) + bool(self.adaptive) > 1:
+            raise SettingsError(f"budget: expected at most one of {', '.join(targets)} and adaptive, got {given}")
+        if self.adaptive:
+            if len(self.adaptive) != 2:
+                raise SettingsError(f"adaptive: expected the smallest and the largest share, got {self.adaptive}")
+            return BudgetRange(*self.adaptive, **follow)
+        for name, value in given.items():
+            return targets[name](value, **follow)
+        return replace(usual, **follow)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the flags name a budget."""
+        return bool(self.adaptive) or any(
+            value is not None for value in (self.target_share, self.target_gmacs, self.target_keep)
+        )
+
+
+@dataclass(frozen=True)
+class RewardFlags:
+    """Where tokens are pruned, and what agents are paid."""
+
+    sites: tuple[str, ...] = ()
+    """Where tokens are pruned, such as 3 6 9 or 4.attn; empty: the backbone's own sites."""
+    reward: Literal["shared_outcome", "paper", "attribution"] = "shared_outcome"
+    """The image's outcome, shared; RL4EViT's Eq. 2; or what a token contributed to the log-probability of the true
+    class, to first order."""
+    outcome: Literal["correct", "log_probability", "probability", "margin"] = "correct"
+    """What counts as outcome: 1 for a correct class, or of the true class the clamped log-probability, the probability,
+    or the clamped margin of its logit. Attribution needs a derivative; with `correct` it takes the log-probability
+    without a clamp."""
+    price: float = START_PRICE
+    """Price at the start of carrying one token through the whole network, in units of the outcome."""
+    charge_overhead: bool = False
+    """Shared outcome: whether agents pay for the MACs of the policy itself."""
+    outcome_bonus: float = 1.0
+    """Paper's reward: weight of the outcome (beta)."""
+    keep_cost: float | None = None
+    """Paper's reward: cost of keeping a token (alpha), reached by annealing; without a budget, the ratio of the two
+    alone decides how much is kept. None: follows from the budget."""
+
+    def made(self, joint: bool) -> RewardFn:
+        """The reward, for one agent that decides for all tokens or for an agent per token."""
+        outcome = OUTCOMES[self.outcome]
+        if self.reward == "paper":
+            cost: dict[str, Any] = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
+            return PaperReward(outcome_bonus=self.outcome_bonus, outcome=outcome, **cost)
+        if self.reward == "attribution":
+            return Attribution(self.price) if outcome is correct else Attribution(self.price, outcome)
+        return (TeamOutcome if joint else SharedOutcome)(self.price, outcome, charge_overhead=self.charge_overhead)
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    """Actor and critic."""
+
+    paper_sizes: bool = False
+    """Whether actor and critic have RL4EViT's hidden widths (4D, 256, 64)."""
+    actor_hidden: tuple[int, ...] = LightNetworks.actor_hidden
+    """Hidden widths of the actor; empty: (D / 2), or the paper's with --paper-sizes."""
+    critic_hidden: tuple[int, ...] = LightNetworks.critic_hidden
+    """Hidden widths of the critic, which is not deployed; empty: (64, 64), or the paper's with --paper-sizes."""
+    keep_bias: float = LightNetworks.keep_bias
+    """Log-odds of keeping a token at the start."""
+
+    def made(self) -> LightNetworks:
+        """The sizes of the networks."""
+        return (PaperNetworks if self.paper_sizes else LightNetworks)(
+            self.actor_hidden, self.critic_hidden, self.keep_bias
+        )
+
+
+@dataclass(frozen=True)
+class LearnerFlags:
+    """The algorithm and its updates."""
+
+    algorithm: Literal["mappo", "ppo_single"] = "mappo"
+    """Which agents learn: every token for itself (MAPPO), or one that decides for all tokens of an image."""
+    epochs: int = MAPPOConfig.epochs
+    """Passes over the agent-steps of an update (K in RL4EViT)."""
+    minibatch: int | None = MAPPOConfig.minibatch
+    """Agent-steps per gradient step; None: all at once."""
+    update_chunk: int | None = MAPPOConfig.update_chunk
+    """Agent-steps whose gradient is computed at once and summed over a minibatch: less memory, the same gradient. None:
+    as many as fit the cache."""
+    precision: Literal["fp32", "bf16"] = MAPPOConfig.precision
+    """Of the matrix products of an update; gradients in bf16 differ by per cents."""
+    lr: float = MAPPOConfig.lr
+    """Learning rate of Adam at the start."""
+    lr_final: float = MAPPOConfig.lr_final
+    """Fraction of it at the end; linear in between."""
+    clip: float = MAPPOConfig.clip
+    """Range of the probability ratio (Eq. 3)."""
+    value_clip: float | None = MAPPOConfig.value_clip
+    """Range of the new value around the old one (Eq. 4); None: no clipping."""
+    discount: float = MAPPOConfig.discount
+    """gamma, per site."""
+    trace: float = MAPPOConfig.trace
+    """lambda of the advantage estimate."""
+    entropy: float = MAPPOConfig.entropy
+    """Weight of the entropy bonus."""
+    max_grad_norm: float | None = MAPPOConfig.max_grad_norm
+    """Largest norm of the joint gradient; None: no clipping."""
+    normalize_advantages: bool = MAPPOConfig.normalize_advantages
+    """Whether advantages are standardised in every minibatch."""
+    value_norm: bool = MAPPOConfig.value_norm
+    """Whether the critic learns normalised returns."""
+    huber_delta: float | None = MAPPOConfig.huber_delta
+    """Error above which the value loss grows linearly; None: squared error."""
+
+    def made(self, networks: LightNetworks) -> MAPPOConfig:
+        """The learner."""
+        given = {name: value for name, value in vars(self).items() if name != "algorithm"}
+        return (PPOSingleConfig if self.algorithm == "ppo_single" else MAPPOConfig)(networks=networks, **given)
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """How long, and what is written when."""
+
+    updates: int = RunConfig.updates
+    """Updates; each plays one batch of games."""
+    images: int = RunConfig.images
+    """Images (games) per update."""
+    cache_images: int = RunConfig.cache_images
+    """Training images whose tokens up to the first site are computed once and kept in memory; 0: none."""
+    calibration_images: int = RunConfig.calibration_images
+    """Training images on which the threshold is set at the end."""
+    checkpoint_every: int = RunConfig.checkpoint_every
+    """Updates between checkpoints."""
+    amp: bool = RunConfig.amp
+    """Whether the backbone plays, and is fine-tuned, in bfloat16; actor, critic and calibration stay in full
+    precision."""
+    log_images_every: int = RunConfig.log_images_every
+    """Updates between pictures of what is pruned, in TensorBoard; 0: none."""
+    wandb: str | None = RunConfig.wandb
+    """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
+
+
+@dataclass(frozen=True)
+class FinetuneFlags:
+    """Whether the network learns, too (Algorithm 1). What comes before the first site stays as it is."""
+
+    finetune: Literal["off", "alternate", "after"] = "off"
+    """Never, every so many updates, or once the policy is trained."""
+    finetune_every: int = FinetuneConfig.every
+    """Updates between two phases, with `alternate`."""
+    finetune_steps: int = FinetuneConfig.steps
+    """Gradient steps on the network in all."""
+    finetune_batch: int = FinetuneConfig.batch_size
+    """Images per step."""
+    finetune_lr: float = FinetuneConfig.lr
+    """Learning rate of the network; cosine, with a warm-up."""
+    distill: float = FinetuneConfig.distill
+    """Weight of the dense model's soft labels against the true class, 0 to 1."""
+
+    def made(self, run: RunConfig) -> FinetuneConfig | None:
+        """The settings of fine-tuning; None: the network stays as it is."""
+        if self.finetune == "off":
+            return None
+        return FinetuneConfig(
+            when=self.finetune,
+            every=self.finetune_every,
+            steps=self.finetune_steps,
+            batch_size=self.finetune_batch,
+            lr=self.finetune_lr,
+            distill=self.distill,
+            cache_images=run.cache_images,
+            amp=run.amp,
+            seed=run.seed,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """All settings of training but the seed."""
+
+    budget: BudgetFlags = field(default_factory=BudgetFlags)
+    reward: RewardFlags = field(default_factory=RewardFlags)
+    run: RunFlags = field(default_factory=RunFlags)
+    learner: LearnerFlags = field(default_factory=LearnerFlags)
+    networks: NetworkFlags = field(default_factory=NetworkFlags)
+    finetune: FinetuneFlags = field(default_factory=FinetuneFlags)
+
+    @classmethod
+    def of(cls, preset: Preset) -> TrainingFlags:
+        """The flags whose defaults are a preset's settings; its budget stands where no flag names one."""
+        sizes = preset.learner.networks
+        return cls(
+            budget=_flags(BudgetFlags, preset.budget),
+            reward=RewardFlags(
+                sites=tuple(Site.parse(site).label for site in preset.sites or ()),
+                reward="paper" if isinstance(preset.reward, PaperReward) else "shared_outcome",
+            ),
+            run=_flags(RunFlags, preset.run),
+            learner=_flags(LearnerFlags, preset.learner),
+            networks=replace(_flags(NetworkFlags, sizes), paper_sizes=isinstance(sizes, PaperNetworks)),
+        )
+
+    def settings(self, preset: Preset, seed: int) -> Preset:
+        """The settings that the flags stand for, in the place of a preset's.
+
+        Raises:
+            ValueError: for settings out of range, or that do not fit together.
+        """
+        usual = preset.budget or Share(0.35)
+        if self.reward.keep_cost is not None and not self.budget.is_given:
+            usual = Equilibrium()
+        elif self.networks.paper_sizes and not isinstance(preset.learner.networks, PaperNetworks):
+            usual = Share(0.6)  # the paper's actor looking at every token once costs a quarter of the built-in backbone
+        learner, run = self.learner.made(self.networks.made()), RunConfig(seed=seed, **vars(self.run))
+        return replace(
+            preset,
+            budget=self.budget.budget(usual),
+            learner=learner,
+            reward=self.reward.made(learner.joint),
+            run=run,
+            finetune=self.finetune.made(run),
+            sites=self.reward.sites or None,
+        )
+
+
+def _flags(group: type[Any], settings: Any) -> Any:
+    """A group of flags with the values that a settings object has under the same names."""
+    shared = {each.name for each in fields(group)} & {each.name for each in fields(settings)}
+    return group(**{name: getattr(settings, name) for name in shared})
