@@ -43,7 +43,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         actions: ActionKind | None = None,
     ) -> None:
         super().__init__()
-        if actions is None and actor.num_actions != 2:
+        if actions is None and getattr(actor, "num_actions", 2) != 2:
             raise ValueError(f"actions: expected the kind of the actor's {actor.num_actions} actions, got None")
         self.actor = actor
         self.threshold = float(threshold)

@@ -79,10 +79,13 @@ _HOMES = {
     "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),
     "types": ("Decision", "Episode", "Observation", "Outcome", "Site"),
 }
+_FOLDERS = {"agents", "baselines", "data", "deploy", "engine", "envs", "game", "models", "plots", "soft"}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used."""
+    """Load a public name, or a folder of the package, when it is first used."""
+    if name in _FOLDERS:
+        return import_module(f"{__name__}.{name}")
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
