@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitprune_env.envs.gym import SingleAgentEnv
     from vitprune_env.envs.parallel import parallel_env
     from vitprune_env.envs.vector import TokenVectorEnv
+    from vitprune_env.files import __version__ as __version__
     from vitprune_env.game.policy_contract import check_policy
     from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, TeamOutcome
     from vitprune_env.game.rollout import evaluate, play
@@ -73,6 +74,7 @@ _HOMES = {
     "envs.gym": ("SingleAgentEnv",),
     "envs.parallel": ("parallel_env",),
     "envs.vector": ("TokenVectorEnv",),
+    "files": ("__version__",),
     "game.policy_contract": ("check_policy",),
     "game.rewards": ("Attribution", "PaperReward", "SharedOutcome", "TeamOutcome"),
     "game.rollout": ("evaluate", "play"),
@@ -81,10 +83,13 @@ _HOMES = {
     "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),
     "types": ("Decision", "Episode", "Observation", "Outcome", "Site"),
 }
+_FOLDERS = {"agents", "baselines", "data", "deploy", "engine", "envs", "game", "models", "plots", "soft"}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used."""
+    """Load a public name, or a folder of the package, when it is first used."""
+    if name in _FOLDERS:
+        return import_module(f"{__name__}.{name}")
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,11 @@ from torch import Tensor
 
 from vitprune_env.errors import CheckpointError, StorageError
 
+try:
+    __version__ = version("vitprune-env")
+except PackageNotFoundError:  # not installed, only on the path
+    __version__ = "unknown"
+
 FORMAT = 1
 HEADER = "vitprune_env"
 SUFFIX = ".vitprune.tmp"  # of temporary files
@@ -208,8 +213,4 @@ def read_file(
 
 def versions() -> dict[str, str]:
     """Versions of this package, torch and timm."""
-    try:
-        own = version("vitprune-env")
-    except PackageNotFoundError:  # a bare checkout
-        own = "unknown"
-    return {"vitprune_env": own, "torch": torch.__version__, "timm": timm.__version__}
+    return {"vitprune_env": __version__, "torch": torch.__version__, "timm": timm.__version__}

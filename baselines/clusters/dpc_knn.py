@@ -9,7 +9,7 @@ import torch
 from ...policy import BasePolicy, check_keep_rate, mean_weights
 from ...types import Decision, Observation
 from ..argument_checks import whole_number
-from .density_peaks import density_peaks
+from .peak_clustering import density_peaks
 from .token_lists import TokenLists
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...types import Observation
 from ..argument_checks import whole_number
 from .decouple import DecoupleAndMerge, Merged, Plan
-from .density_peaks import density_peaks
+from .peak_clustering import density_peaks
 from .token_lists import TokenLists
 
 STRATEGIES = ("preserve", "pack", "cluster", "match")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...types import Observation
 from ..argument_checks import whole_number
 from .decouple import DecoupleAndMerge, Merged
-from .density_peaks import nearest_of
+from .peak_clustering import nearest_of
 from .token_lists import TokenLists
 
 POOLINGS = ("average", "max", "spatial")

@@ -1,4 +1,4 @@
-"""Equations 1 and 2 of paper 000 and the shared outcome, against numbers worked out by hand."""
+"""RL4EViT, Eq. 1 and 2, and the shared outcome, against numbers worked out by hand."""
 
 from __future__ import annotations
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
 import tokenize
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import setup
+import vitprune_env
 from places import ROOT
+from vitprune_env.files import versions
 
 LINKS = ("agents", "baselines", "examples")  # in vitprune_env, to the folders beside it
 FOLDERS = ("vitprune_env", "agents", "baselines", "examples", "tests")
@@ -113,7 +118,6 @@ def test_importing_changes_nothing() -> None:
 
 
 def test_public_names() -> None:
-    import vitprune_env
     import vitprune_env.baselines
 
     promised = {"load_backbone", "TokenGame", "play", "Decision", "Observation", "Policy", "check_policy"}
@@ -129,6 +133,26 @@ def test_every_module_says_what_it_is() -> None:
     for path in LIBRARY:
         if text := path.read_text(encoding="utf-8").strip():
             assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} needs a docstring"
+
+
+def test_links_of_the_package_index_page_lead_somewhere() -> None:
+    readme, settings = ((ROOT / name).read_text("utf-8") for name in ("README.md", "setup.cfg"))
+    assert setup.repository(settings) is None, "then check that the links of the built description work"
+    relative = re.compile(r"\]\((?!https?://|#)")
+    assert relative.search(readme)
+    plain = setup.index_page(readme, None)
+    assert not relative.search(plain)
+    assert "![" not in plain
+    assert re.findall("```.*?```", plain, flags=re.DOTALL) == re.findall("```.*?```", readme, flags=re.DOTALL)
+    named = "[metadata]\nproject_urls =\n    Source = https://forge.example/a/b/\n"
+    linked = setup.index_page(readme, setup.repository(named))
+    assert not relative.search(linked)
+    assert "](https://forge.example/a/b/raw/HEAD/docs/tokens.png)" in linked
+    assert "](https://forge.example/a/b/blob/HEAD/docs/baselines.md)" in linked
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert vitprune_env.__version__ == versions()["vitprune_env"] == version("vitprune-env")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
 
@@ -71,7 +71,15 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         if getattr(args, name) < 1:
             raise SettingsError(f"{name}: expected 1 or more, got {getattr(args, name)}")
     args = replace(args, split="validation") if args.split == "val" else args
-    small = {"images": 64, "tune_images": 16, "fit_images": 256, "seeds": 2, "pairs": 2, "timed_images": 16}
+    small: dict[str, Any] = {
+        "images": 64,
+        "tune_images": 16,
+        "fit_images": 256,
+        "seeds": 2,
+        "pairs": 2,
+        "timed_images": 16,
+    }
+    small["budgets"] = (max(args.budgets),)  # which most methods can meet
     return replace(args, **small) if args.common.quick else args
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers import golden
-from vitprune_env.baselines.clusters.density_peaks import density_peaks, nearest_of, peak_scores
 from vitprune_env.baselines.clusters.pair_matching import match_pairs
+from vitprune_env.baselines.clusters.peak_clustering import density_peaks, nearest_of, peak_scores
 from vitprune_env.policy import mean_weights
 
 INF = float("inf")

@@ -1,0 +1,111 @@
+"""The docs agree with the code: snippets run, links lead somewhere, fields and evidence are in the glossary."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import pytest
+import torch
+
+from places import DOCS, ROOT
+from vitprune_env import policy, types
+from vitprune_env.engine import evidence, families
+from vitprune_env.models import load
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+PATHS = re.compile(r"(?<![\w/])(?:vitprune_env|agents|baselines|examples|tests)/[\w/]+(?:\.\w+)?")
+GLOSSARY = (DOCS / "glossary.md").read_text("utf-8")
+CONTAINERS = ("Observation", "Decision", "Step", "Outcome", "Episode")
+REGISTRIES: tuple[tuple[ModuleType, str], ...] = (
+    (evidence, "EVIDENCE"),
+    (families, "FAMILIES"),
+    (policy, "_CLASSES"),
+    (load, "_BUILDERS"),
+)
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a snippet registers is gone after it; what the packages register when they are imported stays."""
+    for package in policy.BUILT_IN:
+        import_module(package)
+    held = [cast(Any, getattr(module, name)) for module, name in REGISTRIES]
+    before = [each.copy() for each in held]
+    yield
+    for each, old in zip(held, before, strict=True):
+        each.clear()
+        each.update(old) if isinstance(each, dict) else each.extend(old)
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md"])
+def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)
+    assert snippets
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec", dont_inherit=True), namespace)  # without this file's __future__ import
+
+
+def anchors(page: Path) -> set[str]:
+    """Names under which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_map_names_every_page() -> None:
+    text = (DOCS / "index.md").read_text("utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert page.name == "index.md" or f"]({page.relative_to(DOCS)})" in text, page
+
+
+def test_files_that_the_map_and_the_guide_name_exist() -> None:
+    for page in (DOCS / "index.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("decisions/*.md")):
+        for path in PATHS.findall(page.read_text("utf-8")):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def section(title: str) -> dict[str, list[str]]:
+    """Rows of the table under a heading of the glossary, by their first cell."""
+    body = re.split(r"^## ", GLOSSARY, flags=re.MULTILINE)
+    lines = next(part for part in body if part.startswith(f"{title}\n")).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_glossary_has_every_field_with_its_shape(name: str) -> None:
+    """Shapes are those of the comments in types.py."""
+    table, source = section(name), inspect.getsource(types)
+    (body,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = [node for node in body.body if isinstance(node, ast.AnnAssign)]
+    assert list(table) == [cast(ast.Name, node.target).id for node in fields]
+    for node, (cell, _) in zip(fields, table.values(), strict=True):
+        shape = re.search(r"# .*?(\[[^\]]*\])", source.splitlines()[node.lineno - 1])
+        assert re.findall(r"\[[^\]]*\]", cell) == ([shape[1]] if shape else []), cast(ast.Name, node.target).id
+
+
+def test_the_glossary_has_all_evidence_with_its_macs() -> None:
+    table, rows, width = section("Evidence"), torch.tensor([5.0, 7.0], dtype=torch.float64), 6
+    assert set(table) == set(evidence.EVIDENCE)
+    for name, (*_, macs) in table.items():
+        expected = eval(macs.strip("`"), {"rows": rows, "width": width}) + torch.zeros_like(rows)
+        assert torch.equal(evidence.EVIDENCE[name].macs(rows, width), expected), name
