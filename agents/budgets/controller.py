@@ -24,8 +24,7 @@ from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers
 from .calibration import calibrate_threshold
-from .collapse import CollapseDetector
-from .prices import DualPrice, FedForwardKeepCost, FixedReward, RewardSchedule
+from .prices import CollapseDetector, DualPrice, FedForwardKeepCost, FixedReward, RewardSchedule
 from .targets import PolicyCost, annealed, attainable
 
 Batches = Sequence[Tensor | TokenState]

@@ -1,7 +1,8 @@
-"""How the reward of the coming update follows from the play so far, so that play arrives at its budget."""
+"""How the reward follows from the play so far, so that play arrives at its budget; and the detection of collapse."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import exp
@@ -190,3 +191,45 @@ def start_price(reward: Any) -> float:
     if not is_number or not float(price) > 0:
         raise ValueError(f"price: expected one number above 0 for a budget to start from, got {price!r}")
     return float(price)
+
+
+class CollapseWarning(UserWarning):
+    """Play has settled where nothing can be learnt: every token pruned, or every token kept."""
+
+
+class CollapseDetector:
+    """Warns once when play has been at an extreme for several updates.
+
+    Args:
+        patience: updates in a row.
+    """
+
+    def __init__(self, patience: int = 5) -> None:
+        self.patience = patience
+        self.streak = 0
+
+    def observe(self, first: float, last: float, target_fraction: float, accuracy: float) -> bool:
+        """Look at an update.
+
+        Args:
+            first: share of the tokens left after the first site.
+            last: share of the tokens left after the last site.
+            target_fraction: what the target would leave if all pruning happened at the first site.
+            accuracy: of the games played.
+
+        Returns:
+            Whether play is collapsed.
+        """
+        empty = first < 0.1 * target_fraction
+        full = last > 0.99 and target_fraction < 0.9
+        self.streak = self.streak + 1 if empty or full else 0
+        if self.streak == self.patience:
+            what = "pruned nearly every token" if empty else "kept every token"
+            remedy = "lower keep_cost or price, or anneal the target more slowly" if empty else "raise the price"
+            warnings.warn(
+                f"training collapsed: the agents have {what} for {self.patience} updates (accuracy {accuracy:.1%}, "
+                f"{first:.1%} of the tokens left after the first site, target about {target_fraction:.1%}); {remedy}",
+                CollapseWarning,
+                stacklevel=2,
+            )
+        return self.streak >= self.patience

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Discrete
 from tianshou.algorithm.algorithm_base import OnPolicyAlgorithm, TrainingStats
+from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactory, OptimizerFactory
 from tianshou.data import ReplayBuffer, SequenceSummaryStats
 from tianshou.data.types import RolloutBatchProtocol
@@ -52,7 +53,6 @@ from ..shared.settings import check, check_numbers, check_type
 from .buffer import GameBuffer, Trajectory
 from .exploration import ExploringPolicy, View
 from .gradient import GradientStep
-from .tianshou_policy import ActorOnRows, TokenwisePolicy
 
 LIGHT = LightNetworks()
 
@@ -163,6 +163,26 @@ class LearnerStats(TrainingStats):
     def get_loss_stats_dict(self) -> dict[str, float]:
         """All numbers, by name."""
         return {"loss": self.loss.mean, "grad_norm": self.grad_norm, **self.metrics}
+
+
+class ActorOnRows(nn.Module):
+    """A `TokenActor` as tianshou calls actors: `(obs, state, info) -> (logits, state)`, `obs.token` `[rows, D]`."""
+
+    def __init__(self, actor: TokenActor) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
+        """Logits `[rows, A]`."""
+        return self.actor(obs.token), state
+
+
+class TokenwisePolicy(DiscreteActorPolicy):
+    """tianshou's policy without the compilation of numba kernels, which takes seconds and is not needed here."""
+
+    @staticmethod
+    def _compile() -> None:
+        """Nothing to compile."""
 
 
 class Learner(OnPolicyAlgorithm[TokenwisePolicy]):

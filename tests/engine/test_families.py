@@ -77,6 +77,17 @@ def test_weight_files_are_read_as_the_family_writes_them(name: str, tmp_path: Pa
 
 
 @torch.no_grad()
+def test_gated_attention() -> None:
+    backbone = make("vit_medium_patch16_rope_reg1_gap_256")
+    for block in backbone.model.blocks:
+        block.attn.gate = nn.Linear(48, 48)
+    images = random_images(backbone, 2)
+    logits = play(TokenGame(backbone, (1,)), KeepAll(), images).outcome.logits
+    torch.testing.assert_close(logits, backbone(images), atol=1e-6, rtol=1e-5)
+    assert backbone.family.attention_macs(backbone.block(1)) == 5 * 48 * 48
+
+
+@torch.no_grad()
 def test_a_merged_token_keeps_the_angles_of_its_target() -> None:
     """Two equal tokens merged into one are, but for the place, the first of them."""
     backbone = make("eva02_base_patch16_clip_224")

@@ -22,8 +22,7 @@ from vitprune_env.agents import (
     Share,
 )
 from vitprune_env.agents.budgets.calibration import calibrate_threshold
-from vitprune_env.agents.budgets.collapse import CollapseDetector, CollapseWarning
-from vitprune_env.agents.budgets.prices import DualPrice, FedForwardKeepCost
+from vitprune_env.agents.budgets.prices import CollapseDetector, CollapseWarning, DualPrice, FedForwardKeepCost
 from vitprune_env.agents.budgets.targets import PolicyCost, annealed
 from vitprune_env.agents.networks import TokenActor
 from vitprune_env.agents.policies import TokenPolicy
