@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from vitprune_env.deploy.policy_files import load_policy, save_policy
     from vitprune_env.deploy.pruned_vit import PrunedViT, load_pruned
     from vitprune_env.engine.backbone import Backbone
-    from vitprune_env.envs.actions import register_actions
+    from vitprune_env.engine.evidence import Evidence, register_evidence
+    from vitprune_env.engine.families import register_family
+    from vitprune_env.envs.actions import ActionKind, KeepActions, MergeActions, register_actions
     from vitprune_env.envs.gym import SingleAgentEnv
     from vitprune_env.envs.parallel import parallel_env
     from vitprune_env.envs.vector import TokenVectorEnv
@@ -32,13 +34,17 @@ if TYPE_CHECKING:
     from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 
 __all__ = [
+    "ActionKind",
     "Attribution",
     "Backbone",
     "BasePolicy",
     "BenchmarkResult",
     "Decision",
     "Episode",
+    "Evidence",
+    "KeepActions",
     "KeepAll",
+    "MergeActions",
     "Observation",
     "Outcome",
     "PaperReward",
@@ -60,6 +66,8 @@ __all__ = [
     "play",
     "register_actions",
     "register_backbone",
+    "register_evidence",
+    "register_family",
     "register_policy",
     "save_policy",
 ]
@@ -70,7 +78,9 @@ _HOMES = {
     "deploy.policy_files": ("load_policy", "save_policy"),
     "deploy.pruned_vit": ("PrunedViT", "load_pruned"),
     "engine.backbone": ("Backbone",),
-    "envs.actions": ("register_actions",),
+    "engine.evidence": ("Evidence", "register_evidence"),
+    "engine.families": ("register_family",),
+    "envs.actions": ("ActionKind", "KeepActions", "MergeActions", "register_actions"),
     "envs.gym": ("SingleAgentEnv",),
     "envs.parallel": ("parallel_env",),
     "envs.vector": ("TokenVectorEnv",),

@@ -122,6 +122,8 @@ def test_public_names() -> None:
 
     promised = {"load_backbone", "TokenGame", "play", "Decision", "Observation", "Policy", "check_policy"}
     assert promised <= set(vitprune_env.__all__)
+    homes = {name for names in vitprune_env._HOMES.values() for name in names}
+    assert homes == {*vitprune_env.__all__, "__version__"}
     assert {"RandomDrop", "TopK", "EViT"} <= set(vitprune_env.baselines.__all__)
     for package in (vitprune_env, vitprune_env.baselines):
         for name in package.__all__:

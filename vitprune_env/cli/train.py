@@ -121,7 +121,7 @@ def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> 
         backbone,
         task.tune,
         task.test,
-        name=LEARNERS[args.training.learner.algorithm],
+        name=LEARNERS[args.training.algorithm],
         seed=args.common.seed,
         untrained_actors=args.untrained_actors,
         timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import tyro
+
 from vitprune_env.agents import (
     Budget,
     BudgetRange,
@@ -35,6 +37,7 @@ from vitprune_env.game.rewards import (
 )
 from vitprune_env.types import Site
 
+LEARNERS = {"mappo": MAPPOConfig, "ppo_single": PPOSingleConfig}
 OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability": probability, "margin": margin}
 
 
@@ -140,70 +143,31 @@ class NetworkFlags:
 
 
 @dataclass(frozen=True)
-class LearnerFlags:
-    """The algorithm and its updates."""
+class LearnerFlags(MAPPOConfig):
+    """The algorithm and its updates: a flag for every setting of `MAPPOConfig`."""
 
-    algorithm: Literal["mappo", "ppo_single"] = "mappo"
-    """Which agents learn: every token for itself (MAPPO), or one that decides for all tokens of an image."""
-    epochs: int = MAPPOConfig.epochs
-    """Passes over the agent-steps of an update (K in RL4EViT)."""
-    minibatch: int | None = MAPPOConfig.minibatch
-    """Agent-steps per gradient step; None: all at once."""
-    update_chunk: int | None = MAPPOConfig.update_chunk
-    """Agent-steps whose gradient is computed at once and summed over a minibatch: less memory, the same gradient. None:
-    as many as fit the cache."""
-    precision: Literal["fp32", "bf16"] = MAPPOConfig.precision
-    """Of the matrix products of an update; gradients in bf16 differ by per cents."""
-    lr: float = MAPPOConfig.lr
-    """Learning rate of Adam at the start."""
-    lr_final: float = MAPPOConfig.lr_final
-    """Fraction of it at the end; linear in between."""
-    clip: float = MAPPOConfig.clip
-    """Range of the probability ratio (Eq. 3)."""
-    value_clip: float | None = MAPPOConfig.value_clip
-    """Range of the new value around the old one (Eq. 4); None: no clipping."""
-    discount: float = MAPPOConfig.discount
-    """gamma, per site."""
-    trace: float = MAPPOConfig.trace
-    """lambda of the advantage estimate."""
-    entropy: float = MAPPOConfig.entropy
-    """Weight of the entropy bonus."""
-    max_grad_norm: float | None = MAPPOConfig.max_grad_norm
-    """Largest norm of the joint gradient; None: no clipping."""
-    normalize_advantages: bool = MAPPOConfig.normalize_advantages
-    """Whether advantages are standardised in every minibatch."""
-    value_norm: bool = MAPPOConfig.value_norm
-    """Whether the critic learns normalised returns."""
-    huber_delta: float | None = MAPPOConfig.huber_delta
-    """Error above which the value loss grows linearly; None: squared error."""
+    networks: tyro.conf.Suppress[LightNetworks | PaperNetworks] = MAPPOConfig.networks  # has a group of its own
 
-    def made(self, networks: LightNetworks) -> MAPPOConfig:
-        """The learner."""
-        given = {name: value for name, value in vars(self).items() if name != "algorithm"}
-        return (PPOSingleConfig if self.algorithm == "ppo_single" else MAPPOConfig)(networks=networks, **given)
+    def __post_init__(self) -> None:
+        """Values are checked in `made`, whose errors are one line; the parser would print its own page."""
+
+    def made(self, kind: type[MAPPOConfig], networks: LightNetworks) -> MAPPOConfig:
+        """The learner, of a kind that has these settings."""
+        return kind(**{**values_of(self, MAPPOConfig), "networks": networks})
 
 
 @dataclass(frozen=True)
-class RunFlags:
-    """How long, and what is written when."""
+class RunFlags(RunConfig):
+    """How long, and what is written when: a flag for every setting of `RunConfig`."""
 
-    updates: int = RunConfig.updates
-    """Updates; each plays one batch of games."""
-    images: int = RunConfig.images
-    """Images (games) per update."""
-    cache_images: int = RunConfig.cache_images
-    """Training images whose tokens up to the first site are computed once and kept in memory; 0: none."""
-    calibration_images: int = RunConfig.calibration_images
-    """Training images on which the threshold is set at the end."""
-    checkpoint_every: int = RunConfig.checkpoint_every
-    """Updates between checkpoints."""
-    amp: bool = RunConfig.amp
-    """Whether the backbone plays, and is fine-tuned, in bfloat16; actor, critic and calibration stay in full
-    precision."""
-    log_images_every: int = RunConfig.log_images_every
-    """Updates between pictures of what is pruned, in TensorBoard; 0: none."""
-    wandb: str | None = RunConfig.wandb
-    """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
+    seed: tyro.conf.Suppress[int] = RunConfig.seed  # among the flags that all commands have
+
+    def __post_init__(self) -> None:
+        """Values are checked in `made`, whose errors are one line; the parser would print its own page."""
+
+    def made(self, seed: int) -> RunConfig:
+        """The settings of the run."""
+        return RunConfig(**{**values_of(self, RunConfig), "seed": seed})
 
 
 @dataclass(frozen=True)
@@ -244,6 +208,8 @@ class FinetuneFlags:
 class TrainingFlags:
     """All settings of training but the seed."""
 
+    algorithm: Literal["mappo", "ppo_single"] = "mappo"
+    """Which agents learn: every token for itself (MAPPO), or one that decides for all tokens of an image."""
     budget: BudgetFlags = field(default_factory=BudgetFlags)
     reward: RewardFlags = field(default_factory=RewardFlags)
     run: RunFlags = field(default_factory=RunFlags)
@@ -277,7 +243,7 @@ class TrainingFlags:
             usual = Equilibrium()
         elif self.networks.paper_sizes and not isinstance(preset.learner.networks, PaperNetworks):
             usual = Share(0.6)  # the paper's actor looking at every token once costs a quarter of the built-in backbone
-        learner, run = self.learner.made(self.networks.made()), RunConfig(seed=seed, **vars(self.run))
+        learner, run = self.learner.made(LEARNERS[self.algorithm], self.networks.made()), self.run.made(seed)
         return replace(
             preset,
             budget=self.budget.budget(usual),
@@ -287,6 +253,11 @@ class TrainingFlags:
             finetune=self.finetune.made(run),
             sites=self.reward.sites or None,
         )
+
+
+def values_of(flags: Any, settings: type[Any]) -> dict[str, Any]:
+    """The values that a group of flags has for the fields of a settings class."""
+    return {each.name: getattr(flags, each.name) for each in fields(settings)}
 
 
 def _flags(group: type[Any], settings: Any) -> Any:
