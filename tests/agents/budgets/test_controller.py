@@ -53,7 +53,9 @@ def test_every_budget_leads_a_loop_of_ones_own(budget: Share) -> None:
         prices.append(row["price"])
         assert set(row) == {"accuracy", "gmacs", "share", "target_share", "price", "collapsed"}
     assert len(set(prices)) > 1
+    controller.collapse.streak = 3  # as after three collapsed updates in a row
     twin.restore(controller.state())
+    assert twin.collapse.streak == 3
     assert (twin.target_share, twin.state()) == (controller.target_share, controller.state())
     policy = controller.calibrate(budget.greedy(actor, game.sites, explorer.kind), [DATA.images])
     macs = float(play(game, policy, DATA.images).outcome.macs.mean())

@@ -147,3 +147,23 @@ def test_the_start_does_not_depend_on_the_global_stream() -> None:
     assert torch.equal(one, two)
     assert torch.equal(before, torch.get_rng_state())
     assert isinstance(built(COMAConfig()).actor, TokenActor)
+
+
+def test_the_loss_gets_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+    prepare, loss, agreed = COMA.prepare, COMA.loss, []
+
+    def watched_prepare(self: COMA, games: Trajectory) -> Any:
+        prepared.append(prepare(self, games))
+        return prepared[-1]
+
+    def watched_loss(self: COMA, games: Trajectory, columns: Any, rows: torch.Tensor) -> Any:
+        agreed.append(all(torch.equal(columns[name], value) for name, value in prepared[-1].items()))
+        return loss(self, games, columns, rows)
+
+    monkeypatch.setattr(COMA, "prepare", watched_prepare)
+    monkeypatch.setattr(COMA, "loss", watched_loss)
+    run()
+    assert prepared[-1]["advantage"].abs().max() > 0
+    assert agreed
+    assert all(agreed)
