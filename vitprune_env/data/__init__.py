@@ -1,8 +1,9 @@
-"""Images and labels: the built-in task (`Digits`), image files (`open_images`), and batches of any dataset."""
+"""Images and labels: the built-in task (`Digits`), image files (`open_images`), random views of them, and batches of any dataset."""
 
 from vitprune_env.data.batches import ImageDataset, batches_of, fetch
 from vitprune_env.data.digits import Digits, DigitsConfig
 from vitprune_env.data.image_files import ImageBatches, ImageFiles, data_config, open_images
+from vitprune_env.data.views import RandomViews
 
 __all__ = [
     "Digits",
@@ -10,6 +11,7 @@ __all__ = [
     "ImageBatches",
     "ImageDataset",
     "ImageFiles",
+    "RandomViews",
     "batches_of",
     "data_config",
     "fetch",

@@ -95,8 +95,17 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised image `[C, H, W]` and label; those of the next readable image if this one is skipped."""
+        picture, label = self.picture(index)
+        return self.transform(picture), label
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """The image as it is in its file, and its label; those of the next readable one if this one is skipped.
+
+        Raises:
+            UnreadableImageError: for one that cannot be read, unless such are skipped; and if none can be read.
+        """
         for step in range(len(self)):
-            item = self.read((index + step) % len(self))
+            item = self._opened((index + step) % len(self))
             if not isinstance(item, UnreadableImageError):
                 return item
             self.report(item)
@@ -114,12 +123,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def read(self, index: int) -> tuple[Tensor, int] | UnreadableImageError:
         """Item `index`, or the error that says what is wrong with its file."""
-        row = int(self.rows[index])
-        try:
-            image, label = self._decode(row)
-        except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return UnreadableImageError(f"{self.name(index)}: not a readable image ({error})")
-        return self.transform(image), int(label)
+        item = self._opened(index)
+        return item if isinstance(item, UnreadableImageError) else (self.transform(item[0]), item[1])
 
     def report(self, error: UnreadableImageError) -> None:
         """Log a warning about an unreadable image, or raise the error if `on_corrupt` is `"fail"`."""
@@ -145,6 +150,14 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         reader = getattr(self.source, "reader", self.source)
         known = getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None)
         return len(known) if known else None
+
+    def _opened(self, index: int) -> tuple[Image.Image, int] | UnreadableImageError:
+        """Item `index` before it is prepared, or the error that says what is wrong with its file."""
+        try:
+            image, label = self._decode(int(self.rows[index]))
+        except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return UnreadableImageError(f"{self.name(index)}: not a readable image ({error})")
+        return image, int(label)
 
     def _decode(self, row: int) -> tuple[Image.Image, int]:
         mode = "L" if self.config["input_size"][0] == 1 else "RGB"
