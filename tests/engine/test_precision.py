@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vitprune_env.engine import precision
+from vitprune_env.engine.kernels import autocast, multiplies_bf16
 
 
 def dtype_of_product(amp: Any) -> torch.dtype:
-    with precision.autocast("cpu", amp):
+    with autocast("cpu", amp):
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
 
@@ -26,10 +26,10 @@ def test_auto_is_bf16_where_a_processor_has_units_for_it(
     monkeypatch: pytest.MonkeyPatch, units: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
-    assert precision.multiplies_bf16("cpu") == units
+    assert multiplies_bf16("cpu") == units
     assert dtype_of_product("auto") == dtype
 
 
 def test_refuses_another_precision() -> None:
     with pytest.raises(ValueError, match="amp: expected one of off, auto, bf16, fp16, got 'half'"):
-        precision.autocast("cpu", cast(Any, "half"))
+        autocast("cpu", cast(Any, "half"))

@@ -1,4 +1,4 @@
-"""Images and labels: the built-in task (`Digits`), image files (`open_images`), random views of them, and batches of any dataset."""
+"""Images and labels: the built-in task (`Digits`), image files (`open_images`) and views of them, batches of both."""
 
 from vitprune_env.data.batches import ImageDataset, batches_of, fetch
 from vitprune_env.data.digits import Digits, DigitsConfig

@@ -15,6 +15,8 @@ from torchvision.transforms.functional import InterpolationMode
 
 from vitprune_env.data.image_files import ImageFiles
 
+SPREAD = 2_654_435_761  # keeps the views of neighbouring seeds apart; torch's generator takes 32 bits of a seed
+
 
 class RandomViews(Dataset[tuple[Tensor, int]]):
     """Several random crops of every image, as a dataset of its own.
@@ -60,7 +62,7 @@ class RandomViews(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised view `[C, H, W]` and label; an unreadable image is replaced by the next readable one."""
         picture, label = self.files.picture(index % len(self.files))
-        return self._view(picture, torch.Generator().manual_seed(self.seed * 2**40 + index)), label
+        return self._view(picture, torch.Generator().manual_seed((self.seed * SPREAD + index) % 2**32)), label
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Several views at once: images `[B, C, H, W]` and labels `[B]` int64."""

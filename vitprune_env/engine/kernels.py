@@ -2,12 +2,13 @@
 
 `packed` is the fastest on a CPU. A GPU wants one call for all images: `varlen` in half precision, `nested` in single
 precision. `flex` needs `torch.compile` to be fast; `masked` computes all pairs of rows and is there to compare with.
+`autocast` says in which precision matrices are multiplied.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from vitprune_env.engine.attention import Kernel, Rows, packed
 from vitprune_env.errors import UnknownNameError
 
+Amp = Literal["off", "auto", "bf16", "fp16"]
+AMP = ("off", "auto", "bf16", "fp16")
 HALF = (torch.float16, torch.bfloat16)
 FLASH_CAPABILITY = (8, 0)  # variable-length flash attention needs tensor cores of this generation
 
@@ -137,3 +140,28 @@ def _refuse(name: str, key_bias: Tensor | None, dropout: float) -> None:
     what = "a bias per key (proportional attention)" if key_bias is not None else "attention dropout" if dropout else ""
     if what:
         raise ValueError(f"execution: {name!r} does not take {what}; use 'packed' or 'auto'")
+
+
+def multiplies_bf16(device: torch.device | str) -> bool:
+    """Whether matrix products in bfloat16 are faster there than in single precision.
+
+    On a GPU they are where the GPU knows the type; on a CPU only with matrix units for it (AMX): without them they are
+    several times slower.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of torch
+    return bool(capabilities.get("amx_bf16", False))
+
+
+def autocast(device: torch.device | str, amp: Amp = "off") -> torch.autocast:
+    """The context in which a network runs: `"bf16"`, `"fp16"`, `"off"`, or `"auto"` for bf16 where that is faster.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if amp not in AMP:
+        raise ValueError(f"amp: expected one of {', '.join(AMP)}, got {amp!r}")
+    device = torch.device(device)
+    enabled = amp in ("bf16", "fp16") or (amp == "auto" and multiplies_bf16(device))
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=enabled)
