@@ -22,16 +22,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vitprune_env.agents import PRESETS, Preset, TrainResult, launched, train
-from vitprune_env.benchmarking.images import Batches
+from vitprune_env.benchmarking.images import Batches, as_batches
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.train_flags import TrainingFlags
-from vitprune_env.data import Digits, ImageFiles, RandomViews, batches_of
+from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import autocast, multiplies_bf16
 from vitprune_env.errors import SettingsError
@@ -134,16 +135,27 @@ def _small(args: Args) -> Args:
 
 
 def open_task(args: Args, backbone: Backbone) -> Task:
-    """The images of the flags; those of different purpose never coincide."""
+    """The images of the flags; none to report on is learnt from or calibrated on."""
     images, common, run = args.images, args.common, args.training.run
+    tuned, split = 32 if common.quick else TUNE_IMAGES, images.held_out_split(args.split)
     if images.reads_files:
-        training = args.shown.of(images.open(backbone, "train", None, common.seed), common.seed)
+        parts = (split, args.test_images, TEST_SEED), ("train", None, common.seed)
+        held_out, files = images.open_apart(backbone, *parts)
+        training, tune = (args.shown.of(files, seed) for seed in (common.seed, TUNE_SEED))
     else:
-        training = Digits("train", size=max(run.cache_images, run.calibration_images), seed=common.seed)
-    tune = args.shown.of(images.open(backbone, "train", 32 if common.quick else TUNE_IMAGES, TUNE_SEED), TUNE_SEED)
-    split = images.held_out_split(args.split)
-    test = images.batches(backbone, split, args.test_images, TEST_SEED, args.batch_size, common.device)
-    return Task(training, batches_of(tune, TUNE_IMAGES, common.device, TUNE_IMAGES), test)
+        held_out = images.open(backbone, split, args.test_images, TEST_SEED)
+        size = max(run.cache_images, run.calibration_images)
+        training = args.shown.of(Digits("train", size=size, seed=common.seed), common.seed)
+        tune = images.open(backbone, "train", tuned, TUNE_SEED)
+    test = as_batches(held_out, args.batch_size, torch.device(common.device))
+    return Task(training, _some(tune, tuned, common.device), test)
+
+
+def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) -> Batches:
+    """That many images, evenly spread over all, as one batch."""
+    rows = [index * len(images) // count for index in range(min(count, len(images)))]
+    batch, labels = fetch(images, rows)
+    return [(batch.to(device), labels.to(device))]
 
 
 def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> TrainingReport:
