@@ -45,6 +45,11 @@ from vitprune_env.types import Decision, Site
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}  # D of a DeiT; its heads have 64 channels, its blocks are 12
 
 
+def named(value: object) -> str:
+    """For the names of tests: a policy's class, anything else as it is."""
+    return str(value) if isinstance(value, int) else type(value).__name__
+
+
 @dataclass(frozen=True)
 class Row:
     """One game."""
@@ -56,7 +61,7 @@ class Row:
     played: float | None = None  # what the game costs, where that is rounded to something else than what is printed
 
     def __str__(self) -> str:
-        return f"{self.size} {self.policy}"
+        return f"{self.size} {named(self.policy)} {self.gmacs}"
 
 
 def network_macs(width: int, halves: Sequence[int], left: Sequence[int]) -> int:
@@ -260,7 +265,7 @@ def test_dense(size: str, printed: float, derived: float) -> None:
         (DynamicViT(0.7), (196 + 137 + 96) * (147_456 + 73_728 + 18_432 + 192)),
         (LifeRegression(0.7), 147_456 + 196 * 384),
     ],
-    ids=str,
+    ids=named,
 )
 def test_decisions_on_deit_s_in_numbers(policy: Policy, macs: int) -> None:
     assert int(played(policy, "deit_small_patch16_224").policy_macs) == macs
@@ -271,7 +276,7 @@ def deit_t() -> Backbone:
     return Backbone(timm.create_model("deit_tiny_patch16_224").eval(), "deit_tiny_patch16_224")
 
 
-@pytest.mark.parametrize("policy", [EViT(0.7), DynamicViT(0.7), LifeRegression(0.7), ToMe(8)], ids=str)
+@pytest.mark.parametrize("policy", [EViT(0.7), DynamicViT(0.7), LifeRegression(0.7), ToMe(8)], ids=named)
 def test_a_network_with_weights_computes_as_much(policy: Policy, deit_t: Backbone) -> None:
     """Products that ran, counted by torch, are those of the game on the hollow network."""
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
 """Networks of full size whose blocks leave the tokens as they are.
 
-A game on one takes milliseconds. Policies decide at the true width on the true number of tokens, evidence comes out of
-true attention, and the books are those of the real network. Only what the tokens say is noise, on which the numbers of
-tokens of the methods that keep a fixed share do not depend.
+A game on one takes milliseconds. Policies decide at the true width on the true number of tokens, evidence comes from one
+head, and the books are those of the real network. Only what the tokens say is noise, on which the numbers of tokens of
+the methods that keep a fixed share do not depend.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class HollowFamily(ViTFamily):
         return torch.randn(len(images), tokens, model.embed_dim, generator=generator)
 
     def before_attention(self, block: Any, x: Tensor, position: Tensor | None) -> Projections:
-        """The rows themselves as queries, keys and values."""
-        rows = x.view(len(x), block.attn.num_heads, block.attn.head_dim)
+        """The first channels of the rows as queries, keys and values of a single head."""
+        rows = x[:, None, : block.attn.head_dim]
         return Projections(rows, rows, rows)
 
     def after_attention(self, block: Any, x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
