@@ -1,8 +1,8 @@
 """Networks of full size whose blocks leave the tokens as they are.
 
-A game on one takes milliseconds. Policies decide at the true width on the true number of tokens, evidence comes from one
-head, and the books are those of the real network. Only what the tokens say is noise, on which the numbers of tokens of
-the methods that keep a fixed share do not depend.
+A game on one takes milliseconds. Policies decide at the true width on the true number of tokens, evidence comes from
+one head, and the books are those of the real network. Only what the tokens say is noise, on which the numbers of tokens
+of the methods that keep a fixed share do not depend.
 """
 
 from __future__ import annotations
