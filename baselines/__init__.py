@@ -18,7 +18,13 @@ from .dynamicvit import DynamicViT, DynamicViTConfig, fit_dynamicvit
 from .evit import EViT, TriLevel
 from .evo_vit import EvoViT, read_from_patches
 from .fitting import FitConfig, Recipe
-from .life_regression import LifeConfig, LifeRegression, finetune_life_regression, fit_life_regression
+from .life_regression import (
+    LifeConfig,
+    LifeRegression,
+    finetune_life_regression,
+    fit_life_regression,
+    train_life_regression,
+)
 from .ltmp import LTMP, LTMPFitConfig, fit_ltmp
 from .random_drop import RandomDrop
 from .registry import Method, available, calibrate, describe, fit, make
@@ -63,4 +69,5 @@ __all__ = [
     "make",
     "read_from_patches",
     "save_fitted",
+    "train_life_regression",
 ]

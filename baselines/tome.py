@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site, every_block
 from .argument_checks import check_flag, check_range, per_site, whole_numbers
@@ -21,6 +23,11 @@ class ToMe(BasePolicy):
     pairs merge into means weighted by size. At most half of the current tokens merge, however large r is. Of pairs that
     are exactly equally similar the one whose sender has the lower patch number merges; the authors' code leaves that
     open.
+
+    The order of the tokens decides who sends and who receives in the next block. The senders that are left come first,
+    then the receivers in their old order. With a class token the senders that are left keep their old order, too;
+    without one they are ordered by their similarity, the most similar one first, as in the authors' code. Any other
+    prefix token (a register) counts as a class token here; the authors' code has none.
 
     Args:
         r: pairs to merge, the same at every site or one number per site.
@@ -56,6 +63,8 @@ class ToMe(BasePolicy):
         ranks = matching.score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         merges = (ranks < (obs.num_alive // 2).clamp(max=wanted)[:, None]) & matching.sends
         merge_into, weight, order = merge_senders(obs, matching, merges)
+        if not obs.num_prefix:
+            order = torch.where(matching.sends, ranks, order)
         count = None if obs.count is None else obs.count - min(wanted, obs.count // 2)
         return Decision(obs.alive & ~merges, merge_into, weight, order, matching.macs, count)
 

@@ -2,9 +2,11 @@
 
     python examples/finetune.py                       # EViT at 25 % of the dense MACs
     python examples/finetune.py --policy tome --target-share 0.35
+    python examples/finetune.py --policy life_regression
 
-The keep rate falls from 1 to its target over the first third, where the policy has one. `vitprune finetune` does the
-same on image files and for trained policies, with all settings as flags.
+What has to be trained of a policy is trained first. The keep rate falls from 1 to its target over the first third,
+where the policy has one. `vitprune finetune` does the same on image files and for trained policies, with all settings
+as flags.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from vitprune_env import TokenGame, evaluate, load_backbone
 from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
-from vitprune_env.baselines import calibrate, describe
+from vitprune_env.baselines import calibrate, describe, fit
 from vitprune_env.cli import explained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
 from vitprune_env.data import Digits, batches_of
@@ -39,15 +41,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_flags(Args, argv, __doc__)
     args.prepare()
     backbone = load_backbone("vit_digits").to(args.device)
-    sites = describe(args.policy).sites(backbone)
+    method, train = describe(args.policy), Digits("train", size=64 if args.quick else 4096, seed=args.seed)
+    sites = method.sites(backbone)
     budget = args.target_share * TokenGame(backbone).cost.dense() / 1e9  # GMACs per image
-    policy = calibrate(args.policy, budget, backbone, Digits("train", size=64, seed=TUNE_SEED), sites=sites)
+    if method.recipe is None:
+        policy = calibrate(args.policy, budget, backbone, Digits("train", size=64, seed=TUNE_SEED), sites=sites)
+    else:
+        config = method.recipe.config.quick() if args.quick else None
+        output, seed, resume = args.output / "fit", args.seed, args.resume
+        policy = fit(
+            method, backbone, train, budget, config=config, sites=sites, seed=seed, output=output, resume=resume
+        )
 
     keep_rate = getattr(policy, "keep_rate", None)
     result = finetune(
         backbone,
         policy,
-        Digits("train", size=64 if args.quick else 4096, seed=args.seed),
+        train,
         None if keep_rate is None else CosineKeepRate(keep_rate),
         FinetuneConfig(steps=5, batch_size=16, cache_images=32) if args.quick else FinetuneConfig(seed=args.seed),
         sites=sites,

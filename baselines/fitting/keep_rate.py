@@ -129,7 +129,18 @@ class KeepRateRecipe(Generic[M]):
         return self.sites(backbone)
 
     def task(self, problem: Problem) -> KeepRateTask[M]:
-        """The task at the keep rate of the budget, measured on one image: a keep rate costs the same for all.
+        """The task at the keep rate of the budget.
+
+        Raises:
+            BudgetError: if no keep rate meets the budget.
+        """
+        backbone, policy = problem.backbone, self.at_budget(problem)
+        data = inputs_of(backbone, problem.dataset, self.prepared(problem.sites[0]), problem.config.images)
+        game = TokenGame.for_policy(backbone, policy, sites=problem.sites, grad=True)
+        return self.make_task(policy, game, data, problem.config)
+
+    def at_budget(self, problem: Problem) -> M:
+        """The untrained policy at the keep rate of the budget, measured on one image: it costs the same for all.
 
         Raises:
             BudgetError: if no keep rate meets the budget.
@@ -137,7 +148,4 @@ class KeepRateRecipe(Generic[M]):
         backbone, device = problem.backbone, device_of(problem.backbone)
         start = cast(Any, self.untrained(problem)).to(device)
         image = batches_of(problem.dataset, 1, device, images=1)
-        policy = calibrate_policy(start.at, problem.target_gmacs, backbone, image, sites=problem.sites)
-        data = inputs_of(backbone, problem.dataset, self.prepared(problem.sites[0]), problem.config.images)
-        game = TokenGame.for_policy(backbone, policy, sites=problem.sites, grad=True)
-        return self.make_task(policy, game, data, problem.config)
+        return calibrate_policy(start.at, problem.target_gmacs, backbone, image, sites=problem.sites)

@@ -70,6 +70,7 @@ class LifeRegression(BasePolicy, nn.Module):
         sites: where it was trained to act; None: one block after each quarter of the network.
     """
 
+    norm: nn.LayerNorm | None
     weight: nn.Parameter | None
 
     def __init__(
@@ -84,7 +85,7 @@ class LifeRegression(BasePolicy, nn.Module):
         self.keep_rate = keep_rate
         self.seed = whole_number("seed", seed)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
-        self.norm: nn.LayerNorm | None = None
+        self.register_module("norm", None)  # so that copies made before `build` share both parts
         self.register_parameter("weight", None)
         self._importance: Tensor | None = None  # [B, N] of the current games
         if embed_dim is not None:

@@ -1,14 +1,25 @@
-"""How many of 196 patches every published method leaves, against the papers and their codes."""
+"""How many of 196 patches every published method leaves, from games on a DeiT-T whose blocks are left out.
+
+The numbers are those of the papers' codes. No paper prints them: they follow from printed rules and keep rates.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from decisions import counts_of
+from hollow import played
 from vitprune_env.baselines import DPCKNN, DPCMerge, DynamicViT, EViT, EvoViT, LifeRegression, ToMe, TopK, TriLevel
 from vitprune_env.baselines.life_regression.policy import LifeTable
 from vitprune_env.policy import Policy
 from vitprune_env.types import parse_sites
+
+
+def counts_of(
+    policy: Policy, sites: tuple[str, ...] | None = None, image_size: tuple[int, int] = (224, 224)
+) -> list[int]:
+    """Tokens that go on after each site of one image."""
+    return played(policy, "deit_tiny_patch16_224", sites, image_size).n_kept[0].tolist()
+
 
 OF_CURRENT = {
     0.9: [177, 160, 144],
@@ -43,18 +54,22 @@ def test_a_share_of_the_original_tokens(rate: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "tokens", "left"),
-    [(EViT(0.55, fuse=False), 100, 56), (EViT(0.56, fuse=False), 150, 85), (TriLevel(0.55), 100, 56)],
+    ("policy", "image_size", "left"),
+    [
+        (EViT(0.55, fuse=False), (160, 160), 56),
+        (EViT(0.56, fuse=False), (160, 240), 85),
+        (TriLevel(0.55), (160, 160), 56),
+    ],
     ids=str,
 )
-def test_the_ceiling_of_the_product_in_double_precision(policy: Policy, tokens: int, left: int) -> None:
+def test_the_ceiling_of_the_product_in_double_precision(policy: Policy, image_size: tuple[int, int], left: int) -> None:
     """0.55 * 100 is 55.00000000000001, 0.56 * 150 is 84.00000000000001."""
-    assert counts_of(policy, tokens, sites=("4.attn",)) == [left]
+    assert counts_of(policy, ("4.attn",), image_size) == [left]
 
 
 @pytest.mark.parametrize(("rate", "mean", "spread"), [(0.7, 8.25, 3.32), (0.8, 9.34, 3.20), (0.9, 10.59, 2.65)])
-def test_life_regression_has_the_printed_lives(rate: float, mean: float, spread: float) -> None:
-    """Rounded to the nearest; rounded down, 0.8 would give 9.32 and 3.22."""
+def test_lives_have_the_mean_and_spread_of_eqs_9_and_10(rate: float, mean: float, spread: float) -> None:
+    """Derived: Chen et al. print the equations. Rounded to the nearest; rounded down, 0.8 would give 9.32 and 3.22."""
     counts = counts_of(LifeRegression(rate))
     table = LifeTable.of(counts, 196, parse_sites((4, 7, 10), 12), 12)
     assert (round(table.mean, 2), round(table.spread, 2)) == (mean, spread)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import TIMM_MODELS, random_images, toy
-from matching import check_against_the_original, naive_match, observe, random_observation
+from matching import check_against_the_original, groups_after_each_step, naive_match, observe, random_observation
 from vitprune_env.baselines.tome import ToMe
 from vitprune_env.deploy.export import export_program
 from vitprune_env.deploy.pruned_vit import PrunedViT
@@ -72,6 +75,101 @@ def test_the_best_pairs_merge(seed: int, tokens: int, num_prefix: int, r: int) -
         expected = [pairs[token][0] if token in best else token for token in range(tokens)]
         assert decision.merge_into[image].tolist() == expected
         assert decision.keep[image].tolist() == [token not in best for token in range(tokens)]
+
+
+PREFIXES: dict[str, tuple[type[VisionTransformer], dict[str, Any]]] = {
+    "no class token": (VisionTransformer, {"class_token": False, "global_pool": "avg"}),
+    "class token": (VisionTransformer, {}),
+    "class and distillation token": (VisionTransformerDistilled, {}),
+}
+SIDES = {16: 32, 25: 40}  # tokens -> pixels, for patches of 8
+
+
+def small_vit(prefix: str, tokens: int) -> Backbone:
+    """A ViT of 6 blocks whose weights are large enough for keys to differ."""
+    build, options = PREFIXES[prefix]
+    sizes = {"img_size": SIDES[tokens], "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5}
+    model = build(**{**sizes, **options}).eval()
+    generator = torch.Generator().manual_seed(tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+    return Backbone(model, name=prefix)
+
+
+@dataclass
+class Token:
+    """One token of the sequence; a prefix token has no patches."""
+
+    row: Tensor  # [D]
+    patches: set[int]
+
+    @property
+    def size(self) -> int:
+        return max(1, len(self.patches))
+
+
+def one_by_one(model: Any, image: Tensor, r: int, proportional: bool) -> tuple[Tensor, list[list[set[int]]]]:
+    """ToMe as described in Bolya et al., 2023, and the order of the authors' code, one token at a time.
+
+    Returns:
+        The logits, and for each block the patches in each token, in the order of the sequence.
+    """
+    rows, prefix, heads = model._pos_embed(model.patch_embed(image[None]))[0], model.num_prefix_tokens, 3
+    tokens = [Token(row, set() if place < prefix else {place - prefix}) for place, row in enumerate(rows)]
+    sequences = []
+    for block in model.blocks:
+        x = torch.stack([token.row for token in tokens])
+        q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        sizes = torch.tensor([float(token.size) for token in tokens])
+        logits = q @ k.mT * block.attn.scale + (sizes.log() if proportional else 0)
+        x = x + block.attn.proj((logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1))
+        for token, row in zip(tokens, x, strict=True):
+            token.row = row
+        key = k.mean(dim=0)
+        senders = [place for place in range(len(tokens)) if place % 2 == 0 and place >= prefix]
+        receivers = [place for place in range(len(tokens)) if place % 2 == 1 and place >= prefix]
+        if receivers and r:
+            best = {}  # sender -> similarity, receiver
+            for sender in senders:
+                found = [(float(torch.cosine_similarity(key[sender], key[other], dim=0)), other) for other in receivers]
+                best[sender] = max(found)
+            by_similarity = sorted(best, key=lambda sender: -best[sender][0])
+            most = min(r, (len(tokens) - prefix) // 2)
+            merging, left = by_similarity[:most], by_similarity[most:]
+            for sender in merging:
+                gives, takes = tokens[sender], tokens[best[sender][1]]
+                total = gives.size + takes.size
+                takes.row = (gives.size * gives.row + takes.size * takes.row) / total
+                takes.patches = gives.patches | takes.patches
+            if prefix:
+                left.sort()
+            tokens = [tokens[place] for place in (*range(prefix), *left, *receivers)]
+        x = torch.stack([token.row for token in tokens])
+        x = x + block.mlp(block.norm2(x))
+        for token, row in zip(tokens, x, strict=True):
+            token.row = row
+        sequences.append([token.patches for token in tokens[prefix:]])
+    return model.forward_head(model.norm(torch.stack([token.row for token in tokens]))[None])[0], sequences
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("tokens", SIDES)
+@pytest.mark.parametrize(("r", "proportional"), [(1, True), (2, True), (3, True), (3, False), (99, True)])
+def test_it_is_what_happens_one_token_at_a_time(prefix: str, tokens: int, r: int, proportional: bool) -> None:
+    """The same tokens in the same order after every block, the same sizes, the same logits."""
+    backbone, policy = small_vit(prefix, tokens), ToMe(r, proportional)
+    images = random_images(backbone, 3)
+    places, outcome = groups_after_each_step(backbone, policy, images)
+    for image in range(3):
+        logits, sequences = one_by_one(backbone.model, images[image], r, proportional)
+        for block, sequence in enumerate(sequences):
+            place = [place for patch in range(tokens) for place, group in enumerate(sequence, 1) if patch in group]
+            assert places[block, image].tolist() == place
+        left = outcome.size[image, outcome.source[image]]
+        assert left.tolist() == [len(group) for patch in range(tokens) for group in sequences[-1] if patch in group]
+        torch.testing.assert_close(outcome.logits[image], logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(TIMM_MODELS))

@@ -131,9 +131,10 @@ def test_policies_are_compared_in_one_call(trained: Path, tmp_path: Path, capsys
     assert "best at 35 %: " in shown
 
 
-def test_a_baseline_is_fine_tuned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example("finetune", "--quick", "--policy", "topk", "--target-share", 0.5, "--output", tmp_path)
-    assert "topk, after fine-tuning: " in capsys.readouterr().out
+@pytest.mark.parametrize("policy", ["topk", "life_regression"])
+def test_a_baseline_is_fine_tuned_for(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("finetune", "--quick", "--policy", policy, "--target-share", 0.5, "--output", tmp_path)
+    assert f"{policy}, after fine-tuning: " in capsys.readouterr().out
     assert (tmp_path / "backbone.safetensors").exists()
 
 

@@ -2,34 +2,42 @@
 
     vitprune finetune                                   # EViT at 25 % of the dense MACs
     vitprune finetune --policy tome --target-share 0.35
-    vitprune finetune --checkpoint runs/mappo           # a policy of a training run
+    vitprune finetune --checkpoint runs/mappo           # a policy of a training run, or a policy file
+    vitprune finetune --policy life_regression --scheme two_stages --sharpness 1.5  # Chen et al., Algorithm 1
 
-The keep rate falls from 1 to its target over the first third, where the policy has one (`--no-schedule`: at once). The
+What has to be trained of a policy is trained first. Then the network learns on the tokens that the policy leaves. The
+keep rate falls from 1 to its target over the first third, where the policy has one (`--no-schedule`: at once). The
 policy stays as it is; blocks before the first site do, too. The output folder holds the fine-tuned weights
-(backbone.safetensors, for `load_backbone(name, checkpoint=...)`), checkpoints, history and table.md.
+(backbone.safetensors, for `load_backbone(name, checkpoint=...)`), the policy if it was trained (policy.safetensors),
+checkpoints, history and table.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
-from vitprune_env.baselines import calibrate, describe
+from vitprune_env.agents.finetuning.loop import WEIGHTS_FILE
+from vitprune_env.baselines import LifeConfig, Method, calibrate, describe, fit, train_life_regression
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
-from vitprune_env.deploy.policy_files import load_policy
+from vitprune_env.deploy.policy_files import load_policy, save_policy
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file
 from vitprune_env.game.token_game import TokenGame
+from vitprune_env.models.load import save_backbone
 from vitprune_env.policy import KeepAll, Policy
 
 TUNE_IMAGES = 64
+POLICY_FILE = "policy.safetensors"
+LIFE = LifeConfig()
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,26 @@ class OptimiserFlags:
     """Steps between checkpoints."""
 
 
+SHARED = ("steps", "batch_size", "opt", "lr", "weight_decay", "max_grad_norm", "checkpoint_every")
+"""Flags of the optimiser that `--scheme` listens to, too."""
+
+
+@dataclass(frozen=True)
+class LifeFlags:
+    """For `--policy life_regression`: the training of Chen et al. and its ablations."""
+
+    scheme: Literal["two_stages", "single_stage"] | None = None
+    """Train the network in the paper's form, in which lives are soft weights and all blocks learn: after the predictor
+    (Algorithm 1), or together with it, for as many steps (Table IV). None: on the tokens that are left, as for any
+    other policy."""
+    sharpness: float = LIFE.sharpness
+    """U, how steeply these weights fall; 1.5 in the paper, 0.5 to 3 in Table V."""
+    predictor_steps: int = LIFE.fit.steps or 0
+    """Gradient steps of the predictor."""
+    predictor_lr: float = LIFE.fit.lr
+    """Learning rate of the predictor."""
+
+
 @dataclass(frozen=True)
 class Args:
     """What to fine-tune for, and how."""
@@ -78,9 +106,12 @@ class Args:
     policy: str = "evit"
     """A baseline, by its registry name."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Output folder of a training run whose policy to use instead."""
+    """Output folder of a training run, or a policy file, whose policy to use instead."""
     target_share: float = 0.25
     """Budget of the baseline, as a share of the dense MACs."""
+    sites: tuple[str, ...] = ()
+    """Where the baseline prunes, such as 4 7 10; none: at the network's own sites, or inside every block if it acts
+    there."""
     schedule: bool = True
     """Whether the keep rate falls from 1 to its target, for policies that have one."""
     split: str = "validation"
@@ -91,6 +122,7 @@ class Args:
     """Images to train on."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/finetune")))
     optimiser: OptimiserFlags = field(default_factory=OptimiserFlags)
+    life: LifeFlags = field(default_factory=LifeFlags)
     source: ImageFlags = field(default_factory=ImageFlags)
 
     @property
@@ -100,24 +132,125 @@ class Args:
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        SettingsError: for flags that do not go together.
+    """
     args = read_flags(Args, argv, __doc__, prog)
+    check_life(args)
     if not args.common.quick:
         return args
     optimiser = lowered(args.optimiser, steps=5, batch_size=16, cache_images=32)
     return lowered(replace(args, optimiser=optimiser), train_images=64, images=100)
 
 
+def check_life(args: Args) -> None:
+    """Refuse flags that would not be heard.
+
+    Raises:
+        SettingsError: naming the flag.
+    """
+    own = args.checkpoint is None and isinstance(describe(args.policy).fit_config(), LifeConfig)
+    if args.life != LifeFlags() and not own:
+        raise SettingsError(
+            "policy: expected life_regression with --scheme, --sharpness, --predictor-steps or --predictor-lr, got "
+            f"{args.checkpoint or args.policy}"
+        )
+    for flag in fields(OptimiserFlags) if args.life.scheme else ():
+        given = getattr(args.optimiser, flag.name)
+        if flag.name not in SHARED and given != flag.default:
+            raise SettingsError(f"{flag.name}: expected {flag.default!r} with --scheme, got {given!r}")
+
+
+def fit_config(args: Args, method: Method) -> Any:
+    """Settings of the training of a policy that has something to train."""
+    assert method.recipe is not None
+    config: Any = method.recipe.config
+    if isinstance(config, LifeConfig):
+        flags, life = args.optimiser, args.life
+        config = replace(
+            config,
+            sharpness=life.sharpness,
+            fit=replace(config.fit, steps=life.predictor_steps, lr=life.predictor_lr),
+            finetune=replace(
+                config.finetune,
+                steps=flags.steps,
+                batch_size=flags.batch_size,
+                optimizer=flags.opt,
+                lr=flags.lr,
+                weight_decay=flags.weight_decay,
+                clip_norm=flags.max_grad_norm,
+                checkpoint_every=flags.checkpoint_every,
+            ),
+        )
+    return config.quick() if args.common.quick else config
+
+
+def budget_of(args: Args, backbone: Backbone) -> float:
+    """GMACs per image."""
+    return args.target_share * TokenGame(backbone).cost.dense() / 1e9
+
+
+def sites_of(args: Args, backbone: Backbone) -> Sites | None:
+    """Where a baseline acts; None: where it wants to."""
+    if args.sites:
+        return args.sites
+    return backbone.default_sites if describe(args.policy).knob.name == "keep_rate" else None
+
+
 def pruner(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None]:
     """The policy and its sites; baselines that act at a few sites act at the network's own."""
     if args.checkpoint is not None:
-        policy = load_policy(args.checkpoint / "policy.safetensors", args.common.device)
+        path = args.checkpoint / POLICY_FILE if args.checkpoint.is_dir() else args.checkpoint
+        policy = load_policy(path, args.common.device)
         return policy, policy.default_sites(backbone.depth)
-    method = describe(args.policy)  # the error for an unknown name gives the nearest ones
-    sites = backbone.default_sites if method.knob.name == "keep_rate" else None
-    gmacs = args.target_share * TokenGame(backbone).cost.dense() / 1e9
+    method, sites = describe(args.policy), sites_of(args, backbone)
+    if method.recipe is not None:
+        train = args.source.open(backbone, "train", args.train_images, args.common.seed)
+        options = {"seed": args.common.seed, "output": args.common.output / "fit", "resume": args.common.resume}
+        config, gmacs = fit_config(args, method), budget_of(args, backbone)
+        return fit(method, backbone, train, gmacs, config=config, sites=sites, **options), sites
     tune = args.source.open(backbone, "train", TUNE_IMAGES, TUNE_SEED)
-    return calibrate(args.policy, gmacs, backbone, tune, sites=sites), sites
+    return calibrate(args.policy, budget_of(args, backbone), backbone, tune, sites=sites), sites
+
+
+def on_what_is_left(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Backbone]:
+    """The policy, its sites, and the network fine-tuned on the tokens that the policy leaves."""
+    policy, sites = pruner(args, backbone)
+    keep_rate = getattr(policy, "keep_rate", None)
+    result = finetune(
+        backbone,
+        policy,
+        args.source.open(backbone, "train", args.train_images, args.common.seed),
+        CosineKeepRate(keep_rate) if args.schedule and keep_rate is not None else None,
+        args.config,
+        sites=sites,
+        output=args.common.output,
+        device=args.common.device,
+        resume=args.common.resume,
+    )
+    return policy, sites, result.backbone
+
+
+def by_scheme(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Backbone]:
+    """Life regression, its sites, and the network, trained as in the paper."""
+    common, sites = args.common, sites_of(args, backbone)
+    assert args.life.scheme is not None
+    policy, network = train_life_regression(
+        backbone,
+        args.source.open(backbone, "train", args.train_images, common.seed),
+        budget_of(args, backbone),
+        args.life.scheme,
+        config=fit_config(args, describe(args.policy)),
+        sites=sites,
+        seed=common.seed,
+        output=common.output,
+        resume=common.resume,
+        progress=True,
+    )
+    save_backbone(network, common.output / WEIGHTS_FILE)
+    return policy, sites, network
 
 
 def compare(args: Args, networks: dict[str, Backbone], policy: Policy, sites: Sites | None) -> list[Row]:
@@ -131,24 +264,14 @@ def compare(args: Args, networks: dict[str, Backbone], policy: Policy, sites: Si
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Calibrate, fine-tune, compare."""
+    """Calibrate or fit, fine-tune, compare."""
     args = parse(argv, prog="vitprune finetune")
     common, source = args.common, args.source
     common.prepare(built_in=not source.reads_files)
     backbone = source.network(common.seed, common.device)
-    policy, sites = pruner(args, backbone)
-    keep_rate = getattr(policy, "keep_rate", None)
-    result = finetune(
-        backbone,
-        policy,
-        source.open(backbone, "train", args.train_images, common.seed),
-        CosineKeepRate(keep_rate) if args.schedule and keep_rate is not None else None,
-        args.config,
-        sites=sites,
-        output=common.output,
-        device=common.device,
-        resume=common.resume,
-    )
-    text = comparison_table(compare(args, {"": backbone, ", fine-tuned": result.backbone}, policy, sites))
+    policy, sites, network = (by_scheme if args.life.scheme else on_what_is_left)(args, backbone)
+    if args.checkpoint is None and describe(args.policy).recipe is not None:
+        save_policy(policy, common.output / POLICY_FILE)
+    text = comparison_table(compare(args, {"": backbone, ", fine-tuned": network}, policy, sites))
     replace_file(common.output / "table.md", (text + "\n").encode())
-    print(f"\n{text}\n\ntable.md, history and backbone.safetensors are in {common.output}/")
+    print(f"\n{text}\n\ntable.md and backbone.safetensors are in {common.output}/")

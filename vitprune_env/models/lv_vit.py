@@ -5,6 +5,9 @@ bias on queries, keys and values, residual branches divided by a constant (`skip
 every patch token a class while training (token labelling). The sizes are those of the authors' code; its weights load
 by name. Their evaluation adds half of the largest token logit of each class to the class token's logits; the game, and
 the papers that prune this model, classify by the class token.
+
+Methods that act in blocks 4, 7 and 10 of a DeiT act in blocks 5, 9 and 13 of these 16. Long et al., 2023, print layers
+4, 8 and 12, and GMACs that only 5, 9 and 13 give; docs/baselines.md has both.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from games import OwnLabels
 from helpers import Fixed, golden, keeps_to_decisions, random_images, random_keeps, toy
-from vitprune_env.baselines.life_regression.fitting import LifeConfig, forward_soft_lives
+from vitprune_env.baselines.life_regression.fitting import (
+    LifeConfig,
+    fit_life_regression,
+    forward_soft_lives,
+    train_life_regression,
+)
 from vitprune_env.baselines.life_regression.policy import LifeRegression, LifeTable
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.masked import run_masked, start_masked
@@ -135,3 +144,75 @@ def test_mistakes_are_named(golden_backbone: Backbone, golden_images: Tensor) ->
     for name in ("sharpness", "images"):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             replace(LifeConfig(), **{name: -1})
+
+
+def trained(scheme: Any, config: LifeConfig | None = None, **options: Any) -> tuple[LifeRegression, Backbone]:
+    backbone = toy("vit_tiny_patch16_224")
+    gmacs = 0.6 * TokenGame(backbone).cost.dense() / 1e9
+    config = LifeConfig().quick() if config is None else config
+    return train_life_regression(backbone, OwnLabels(48), gmacs, scheme, config=config, sites=(1, 2, 3), **options)
+
+
+def values(*modules: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for module in modules for parameter in module.parameters()])
+
+
+def test_two_stages_are_the_fit_and_then_the_network(tmp_path: Path) -> None:
+    backbone = toy("vit_tiny_patch16_224")
+    before = values(backbone)
+    policy, tuned = trained("two_stages", output=tmp_path)
+    gmacs = 0.6 * TokenGame(backbone).cost.dense() / 1e9
+    alone = fit_life_regression(backbone, OwnLabels(48), gmacs, config=LifeConfig().quick(), sites=(1, 2, 3))
+    assert torch.equal(values(policy), values(alone)), "the second stage leaves the predictor as it is"
+    assert not torch.equal(values(tuned), before)
+    assert torch.equal(values(backbone), before), "a copy was trained"
+    again = trained("two_stages", output=tmp_path, resume=True)
+    assert torch.equal(values(*again), values(policy, tuned))
+
+
+def test_in_a_single_stage_both_learn_at_once(tmp_path: Path) -> None:
+    """For as many steps as both stages, each at its own learning rate: Adam's first step is as long as that."""
+    backbone = toy("vit_tiny_patch16_224")
+    before = values(backbone)
+    quick = LifeConfig().quick()
+    loops = {
+        name: replace(getattr(quick, name), lr=lr, steps=1, schedule="constant", clip_norm=None, validation=0)
+        for name, lr in (("fit", 1e-2), ("finetune", 1e-4))
+    }
+    policy, tuned = trained("single_stage", replace(quick, **loops), output=tmp_path)
+    start = LifeRegression(policy.keep_rate, 0, backbone.embed_dim, (1, 2, 3))
+    assert 1e-2 < float((values(policy) - values(start)).abs().max()) <= 2.01e-2
+    assert 1e-4 < float((values(tuned) - before).abs().max()) <= 2.01e-4
+    assert torch.equal(values(backbone), before), "a copy was trained"
+    assert [site.label for site in policy.default_sites(4)] == ["1", "2", "3"]  # type: ignore[union-attr]
+    again = trained("single_stage", replace(quick, **loops), output=tmp_path, resume=True)
+    assert torch.equal(values(*again), values(policy, tuned))
+
+
+@pytest.mark.parametrize("scheme", ["two_stages", "single_stage"])
+def test_u_is_heard(scheme: str) -> None:
+    flat, steep = (trained(scheme, replace(LifeConfig().quick(), sharpness=sharpness)) for sharpness in (0.5, 3.0))
+    assert not torch.allclose(values(flat[0]), values(steep[0]), atol=1e-3)
+    assert not torch.allclose(values(flat[1]), values(steep[1]), atol=1e-6)
+
+
+def test_schemes_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="scheme: expected 'two_stages' or 'single_stage', got 'both'"):
+        trained("both")
+    quick = LifeConfig().quick()
+    mixed = replace(quick, fit=replace(quick.fit, steps=None))
+    with pytest.raises(
+        ValueError, match="config: expected steps, or epochs, in both loops, got steps=None and steps=4"
+    ):
+        trained("single_stage", mixed)
+
+
+def test_copies_from_before_the_predictor_is_made_share_it(golden_backbone: Backbone, golden_images: Tensor) -> None:
+    """Fine-tuning plays copies at other keep rates."""
+    policy = LifeRegression(0.7)
+    first, second = copy(policy), copy(policy)
+    for other in (first, second, policy):
+        play(TokenGame.for_policy(golden_backbone, other), other, golden_images[:1])
+    assert policy.weight is not None
+    assert policy.weight is first.weight is second.weight
+    assert policy.norm is first.norm is second.norm
