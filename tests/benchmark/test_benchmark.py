@@ -97,7 +97,7 @@ def test_bootstrap_by_hand() -> None:
 def test_bootstrap_draws_runs_as_well() -> None:
     """Two runs of which one is right everywhere: a draw takes one of the two."""
     apart = np.array([[1.0] * 10, [0.0] * 10])
-    assert difference(apart, np.zeros((1, 10))) == (0.5, 0.0, 1.0)
+    assert difference(apart, np.zeros((1, 10))) == pytest.approx((0.5, 0.0, 1.0))
     assert difference(apart, apart) == (0.0, 0.0, 0.0)  # the same run of both
 
 

@@ -1,4 +1,4 @@
-"""What a comparison does only once: decoding, the blocks before the first site, runs, fits. And policies of one's own."""
+"""What a comparison does only once: decoding, the blocks before the first site, runs, fits; and policies in files."""
 
 from __future__ import annotations
 

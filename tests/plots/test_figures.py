@@ -51,7 +51,7 @@ def test_pareto_figure_names_every_line_where_it_can_be_read() -> None:
     assert len(set(coloured.values())) == len(COLOURS)
     height = figure.axes[0].get_window_extent().height
     places = sorted(height * text.get_position()[1] for text in texts)
-    letters = texts[0].get_fontsize() * figure.dpi / 72
+    letters = float(texts[0].get_fontsize()) * figure.dpi / 72
     assert 0 <= places[0] < places[-1] <= height
     assert all(upper - lower > letters for lower, upper in zip(places, places[1:], strict=False))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -88,4 +88,4 @@ UNTRAINED = Contestant("untrained actor", "control", untrained_policies, _where_
 
 def _with_threshold(policy: TokenPolicy, task: Task, budget: float) -> Policy:
     policy = policy.to(task.backbone.position.device)
-    return at_budget(policy.with_threshold, THRESHOLD, budget, task, None)
+    return at_budget(lambda value: policy.with_threshold(cast(float, value)), THRESHOLD, budget, task, None)
