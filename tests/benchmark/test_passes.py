@@ -252,6 +252,7 @@ def test_flags_of_files_and_of_the_built_in_task(tmp_path: Path) -> None:
     digits, files = command.parse([]), command.parse(["--data-dir", str(tmp_path)])
     assert (digits.budgets, digits.amp, digits.fits, digits.seeds) == ((0.25, 0.35, 0.5), "off", "each", 5)
     assert (files.budgets, files.amp, files.fits, files.seeds) == ((0.7, 0.5, 0.35), "auto", "middle", 3)
+    assert (digits.fit_steps, files.fit_steps) == (None, 60)
     assert command.parse(["--data-dir", str(tmp_path), "--seeds", "7"]).seeds == 7
     assert command.parse(["--quick", "--images", "10"]).images == 10  # quick never raises what was asked for
     assert command.parse(["--quick"]).images == 64

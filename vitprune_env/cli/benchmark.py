@@ -49,6 +49,7 @@ FILES: dict[str, Any] = {
     "batch_size": 32,
     "amp": "auto",
     "fits": "middle",
+    "fit_steps": 60,
     "pairs": 3,
     "timed_images": 16,
     "warm_up": 1,
@@ -88,7 +89,7 @@ class Args:
     """Fit methods for each budget, or once for the middle one and turn the result to the others; None: each on the
     built-in task, middle on image files."""
     fit_steps: int | None = None
-    """Optimiser steps of each fit; None: each method's own number."""
+    """Optimiser steps of each fit; None: each method's own number on the built-in task, 60 on image files."""
     seeds: int | None = None
     """Runs of whatever is random (dropping at random, untrained actors); None: 5 on the built-in task, 3 on files."""
     batch_size: int | None = None
