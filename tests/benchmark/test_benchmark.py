@@ -18,9 +18,10 @@ import torch
 from vitprune_env import BasePolicy, Decision, KeepAll, Observation, TokenGame, benchmark, load_backbone, play
 from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy, save_policy
 from vitprune_env.baselines import EViT, RandomDrop, ToMe
-from vitprune_env.benchmarking import BenchmarkResult, Row, Timing, difference, interval, measure
+from vitprune_env.benchmarking import BenchmarkResult, Fits, Row, Timing, difference, interval, measure
 from vitprune_env.benchmarking.contestants import Contestant, Task, contestants_of
 from vitprune_env.benchmarking.images import set_aside
+from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import Store, write_json
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
@@ -85,6 +86,30 @@ def test_differences_are_paired() -> None:
     assert (back, below, above) == pytest.approx((-gain, -high, -low))
 
 
+def test_bootstrap_by_hand() -> None:
+    """Of 10 images 5 are won: a draw wins as many as 10 throws of a coin show heads, 2 to 8 in the middle 95 %."""
+    one = np.array([[1.0] * 5 + [0.0] * 5])
+    assert difference(one, np.zeros((1, 10))) == pytest.approx((0.5, 0.2, 0.8))
+    # Chances of 0 to 2 heads: 1, 10 and 45 of 1024; 2.5 % are 25.6 of 1024, so the end is at 2.
+    assert 1 + 10 < 0.025 * 1024 < 1 + 10 + 45
+
+
+def test_bootstrap_draws_runs_as_well() -> None:
+    """Two runs of which one is right everywhere: a draw takes one of the two."""
+    apart = np.array([[1.0] * 10, [0.0] * 10])
+    assert difference(apart, np.zeros((1, 10))) == pytest.approx((0.5, 0.0, 1.0))
+    assert difference(apart, apart) == (0.0, 0.0, 0.0)  # the same run of both
+
+
+def test_differences_of_runs_on_given_images_are_students() -> None:
+    first, second = np.array([[0.9], [0.8], [0.7]]), np.array([[0.8], [0.6], [0.7]])
+    gap, low, high = difference(first, second)  # differences 0.1, 0.2 and 0
+    assert gap == pytest.approx(0.1)
+    half = 4.303 * 0.1 / 3**0.5  # Student's quantile for 2 degrees of freedom
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-4)
+    assert np.isnan(difference(first[:1], second[:1])[1:]).all()
+
+
 def row(name: str, share: float | None, accuracy: float = 0.8, group: str = "baseline", **changes: Any) -> Row:
     count = round(20 * accuracy)
     base = Row(
@@ -145,9 +170,40 @@ def test_table_ranks_by_accuracy_says_where_and_names_what_is_out_of_reach() -> 
     assert good.startswith("| good | 1, 3 |")
     assert "| poor | 1.attn to 8.attn |" in text
     assert f"| 90.0 ({low:.1f} to {high:.1f}) | +40.0 (" in good
-    assert "| 0.00750 | 25.0 | 1.0 | 50 / 25 | 200 | 2.00x |" in good
+    assert "| 0.00750 | 25.0 | 1.0 | 50 / 25 | 200 / 100 | 2.00x |" in good
     assert "- stuck: reaches 0.02 to 0.03 GMACs" in text
-    assert all(line.count("|") == 11 for line in text.splitlines() if line.startswith("|"))
+    for table, columns in ((asked, 11), (own, 9)):  # one method alone has no rival
+        assert all(line.count("|") == columns + 1 for line in table.splitlines() if line.startswith("|"))
+
+
+def test_table_compares_with_random_and_with_the_best_rival() -> None:
+    rows = (
+        DENSE,
+        row("random", 0.5, 0.5, "control"),
+        row("good", 0.5, 0.9),
+        row("poor", 0.5, 0.4, sites=tuple(f"{block}.attn" for block in range(1, 9))),
+    )
+    text = BenchmarkResult(rows, {"depth": 8}).table()
+    heading, _, _, good, random, poor = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    assert heading[3:5] == ["over random (95 %)", "over good (95 %)"]
+    assert good[3].startswith("+40.0 (+")
+    assert good[4].strip() == random[3].strip() == ""
+    assert poor[1] == "in every block"
+    assert poor[3].startswith("-10.0 (")
+    assert poor[4].startswith("-50.0 (")
+
+
+def test_report_begins_with_the_command_and_all_that_the_numbers_depend_on() -> None:
+    settings = {"backbone": "net", "weights": "abc", "split": "validation", "images": "def", "tune_images": 9,
+                "sites": "both", "seed": 0, "seeds": 3, "fits": {"budgets": "middle", "steps": 60},
+                "precision": "bf16"}  # fmt: skip
+    about = {"command": "vitprune benchmark --model net", "processor": "P", "threads": 2, "versions": {"torch": "1"}}
+    text = BenchmarkResult((DENSE, row("evit", 0.3), row("evit", 0.6)), settings, about=about).report()
+    assert text.startswith("# net, 20 validation images\n\n```bash\nvitprune benchmark --model net\n```\n")
+    for part in ("weights abc", "calibrated on 9 training images", "trained once, for 60%", "60 steps", "3 seeds",
+                 "P, 2 threads, bf16", "torch 1", "a second row at the published sites"):  # fmt: skip
+        assert part in text
+    assert text.endswith(BenchmarkResult((DENSE, row("evit", 0.3), row("evit", 0.6)), settings).table())
 
 
 def test_csv_has_a_line_per_method_and_budget(tmp_path: Path) -> None:
@@ -186,8 +242,7 @@ def test_pareto_figure_has_a_line_per_method() -> None:
     rows = (DENSE, row("evit", 0.5, 0.9), row("evit", 0.25, 0.7), row("random", 0.25, 0.4, "control"))
     figure = BenchmarkResult(rows).plot()
     figure.canvas.draw()
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["dense 95.0%", "evit", "random"]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"dense 95.0%", "evit", "random"}
     drawn = {
         container.get_label(): cast(Any, container).lines[0].get_xydata() for container in figure.axes[0].containers
     }
@@ -213,7 +268,7 @@ def test_arguments_are_checked_before_time_is_spent(backbone: Any, tmp_path: Pat
         compare(budgets=())
     with pytest.raises(ValueError, match="seeds: expected 1 or more, got 0"):
         compare(seeds=0)
-    with pytest.raises(ValueError, match="sites: expected 'published', sites or None, got 'publishd'"):
+    with pytest.raises(ValueError, match="sites: expected 'backbone', 'published', 'both' or sites, got 'publishd'"):
         compare(sites="publishd")
     with pytest.raises(ValueError, match="fit: expected training images, which dynamicvit need, got None"):
         compare(["dynamicvit"])
@@ -254,8 +309,9 @@ def checkpoints(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture
 def task(backbone: Any, tmp_path: Path) -> Task:
     return Task(
-        backbone, batches_of(Digits("validation", 24, seed=2), 16), batches_of(Digits("train", 16, seed=1), 16),
-        Digits("train", 32), seeds=2, output=tmp_path, quick=True,
+        backbone, PreparedImages(backbone, batches_of(Digits("validation", 24, seed=2), 16)),
+        PreparedImages(backbone, batches_of(Digits("train", 16, seed=1), 16)), Digits("train", 32), seeds=2,
+        fits=Fits(quick=True), output=tmp_path,
     )  # fmt: skip
 
 
@@ -273,7 +329,7 @@ def test_of_several_checkpoints_the_nearest_budgets_play(checkpoints: dict[float
         (policy,) = cast(Any, ours).at(task, 1.05 * share * task.dense_gmacs)
         assert policy.info["target_macs"] == pytest.approx(share * task.dense_gmacs * 1e9)
         game = TokenGame.for_policy(task.backbone, policy)
-        outcome = play(game, policy, task.tune[0][0]).outcome
+        outcome = play(game, policy, next(iter(task.tune))[0]).outcome
         assert float(outcome.macs.mean()) == pytest.approx(1.05 * share * task.dense_gmacs * 1e9, rel=0.05)
 
 
@@ -415,7 +471,7 @@ def test_a_whole_comparison_is_written_resumed_and_extended(
     again = compare({"topk": "topk", "dense again": KeepAll(), "MAPPO": checkpoints[0.6]}, resume=True)
     assert again.rows[:5] == first.rows  # nothing was measured again
     assert [(found.name, found.share) for found in again.rows[5:]] == [("MAPPO", 0.4)]
-    assert (tmp_path / "table.md").read_text() == again.table()
+    assert (tmp_path / "table.md").read_text() == again.report()
     assert (tmp_path / "table.tex").read_text() == again.latex()
     for name in ("pareto.png", "tokens-40.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

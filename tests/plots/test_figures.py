@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitprune_env.plots.figures import Point, fates_figure, pareto_figure
+from vitprune_env.plots.figures import fates_figure
+from vitprune_env.plots.pareto import COLOURS, Point, pareto_figure
 from vitprune_env.plots.render import COVER, TINT, tint
 
 LINES = {"good": [Point(0.5, 0.9, 0.88, 0.92), Point(0.25, 0.8, 0.77, 0.83)], "random": [Point(0.25, 0.3, 0.25, 0.35)]}
@@ -32,10 +33,27 @@ def test_pareto_figure_enlarges_what_is_near_the_reference() -> None:
     assert whole.get_ylim()[0] < 0.3
     assert near.get_ylim() == pytest.approx((0.85, 0.97))
     assert (whole.get_title(), near.get_title()) == ("task", "near dense")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense 95.0%", "good", "random"]
+    assert {text.get_text() for text in whole.texts} == {"dense 95.0%", "good", "random"}
     assert len(pareto_figure(LINES, reference=("dense", 0.999), muted={"random"}).axes) == 2
     assert len(pareto_figure({"random": LINES["random"]}, reference=("dense", 0.95)).axes) == 1
     assert len(pareto_figure(LINES).axes) == 1
+
+
+def test_pareto_figure_names_every_line_where_it_can_be_read() -> None:
+    """Thirty methods, many of them equally accurate: the best have colours of their own, no name covers another."""
+    lines = {f"method {index}": [Point(0.35, 0.5 + index // 10 / 100, 0.4, 0.6)] for index in range(30)}
+    figure = pareto_figure(lines)
+    figure.canvas.draw()
+    texts = figure.axes[0].texts
+    assert {text.get_text() for text in texts} == set(lines)
+    coloured = {text.get_text(): text.get_color() for text in texts if text.get_fontweight() == "bold"}
+    assert set(coloured) == {f"method {index}" for index in range(20, 27)}
+    assert len(set(coloured.values())) == len(COLOURS)
+    height = figure.axes[0].get_window_extent().height
+    places = sorted(height * text.get_position()[1] for text in texts)
+    letters = float(texts[0].get_fontsize()) * figure.dpi / 72
+    assert 0 <= places[0] < places[-1] <= height
+    assert all(upper - lower > letters for lower, upper in zip(places, places[1:], strict=False))
 
 
 @pytest.mark.parametrize("lines", [{}, {"none": []}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ IN_MEMORY = 1 << 30  # bytes of images that are kept rather than read again
 TUNE_IMAGES = 256  # images that policies are calibrated on, unless they are given
 TUNE_SHARE = 4  # at most one in so many images is set aside for that
 LOOK = 1000  # images among which those of a figure are looked for
+DECODED = 64  # image files that are decoded in one batch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,25 @@ class _Rows:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Several items at once, the way the dataset does it best."""
         return fetch(self.dataset, [self.rows[int(index)] for index in indices])
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Image files that have been read."""
+
+    images: Tensor  # [images, C, H, W]
+    labels: Tensor  # [images]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Several items at once."""
+        rows = torch.as_tensor(indices)
+        return self.images[rows], self.labels[rows]
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,30 @@ def as_batches(data: Images, size: int, device: torch.device) -> Batches:
     if image.nbytes * len(data) > IN_MEMORY:
         return _ReadAgain(data, size, device)
     return batches_of(data, size, device)
+
+
+def read_once(data: Images) -> Images:
+    """Image files decoded and prepared in one pass over the files, if they fit in memory; anything else as it is.
+
+    Files that cannot be read are left out or end the program, as they were opened. What would take more than 1 GiB is
+    read anew for every policy; a warning says so.
+
+    Raises:
+        ValueError: if no file can be read.
+    """
+    if not isinstance(data, ImageFiles):
+        return data
+    values = 1
+    for size in data.config["input_size"]:
+        values *= size
+    if (needed := 4 * values * len(data)) > IN_MEMORY:
+        _log.warning("%d images need %.1f GiB: they are read anew for every policy", len(data), needed / 2**30)
+        return data
+    batches = list(data.batches(DECODED))
+    if not batches:
+        raise ValueError("data: expected at least one readable image, got none")
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    return _Decoded(images, labels)
 
 
 def set_aside(data: Images) -> tuple[Images, Images]:

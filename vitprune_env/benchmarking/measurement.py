@@ -12,6 +12,7 @@ import torch
 
 from vitprune_env.benchmarking.images import LOOK, Batches, first_images, shown_rows
 from vitprune_env.benchmarking.intervals import interval
+from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.speed import Stopwatch
 from vitprune_env.deploy.pruned_vit import PrunedViT
 from vitprune_env.engine.backbone import Backbone
@@ -22,7 +23,7 @@ from vitprune_env.types import Site
 
 Group = Literal["control", "baseline", "learned"]
 Sites = Sequence[int | str | Site]
-SHOWN = 8  # images whose tokens are kept for a figure
+SHOWN = 8  # images whose tokens are kept for a figure, evenly spread
 
 
 class Timing(NamedTuple):
@@ -30,6 +31,26 @@ class Timing(NamedTuple):
 
     pairs: int = 9  # runs of each
     images: int = 128
+    warm_up: int = 3  # runs of each that do not count
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass of a policy over all images."""
+
+    correct: str  # a character per image, 1 where it is classified correctly
+    gmacs: float  # mean per image, policy included
+    policy_gmacs: float
+    top5: float
+    keep_per_site: tuple[float, ...]
+    sites: tuple[str, ...]
+    source: tuple[tuple[int, ...], ...]  # of a few images, see `Row`
+    predicted: tuple[int, ...]
+
+    @classmethod
+    def load(cls, run: dict[str, Any]) -> Run:
+        """The run that `asdict` and JSON made this of."""
+        return cls(**{name: _as_tuple(value) for name, value in run.items()})
 
 
 @dataclass(frozen=True)
@@ -97,7 +118,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
-@torch.inference_mode()
 def measure(
     name: str,
     backbone: Backbone,
@@ -119,19 +139,30 @@ def measure(
         timing: how to measure speed, with the first policy; None: not at all.
         **facts: further fields of the row.
     """
-    runs = list(policies) if isinstance(policies, Sequence) else [policies]
-    found = [_play(backbone, policy, test, sites) for policy in runs]
+    chosen = list(policies) if isinstance(policies, Sequence) else [policies]
+    runs = [run_of(backbone, policy, test, sites) for policy in chosen]
+    speed = {} if timing is None else speed_of(backbone, chosen[0], test, sites, timing)
+    return row_of(name, runs, **speed, **facts)
+
+
+def row_of(name: str, runs: Sequence[Run], **facts: Any) -> Row:
+    """The row of one or several runs.
+
+    Args:
+        name: of the row.
+        runs: of the same policy, or of the same method with different seeds.
+        **facts: further fields of the row.
+    """
     averaged = ("gmacs", "policy_gmacs", "top5")
-    keep = zip(*(run["keep_per_site"] for run in found), strict=True)
+    keep = zip(*(run.keep_per_site for run in runs), strict=True)
     return Row(
         name,
-        **{key: statistics.mean(run[key] for run in found) for key in averaged},
-        correct=tuple(run["correct"] for run in found),
+        **{key: statistics.mean(getattr(run, key) for run in runs) for key in averaged},
+        correct=tuple(run.correct for run in runs),
         keep_per_site=tuple(statistics.mean(site) for site in keep),
-        sites=found[0]["sites"],
-        source=found[0]["source"],
-        predicted=found[0]["predicted"],
-        **({} if timing is None else _speed(backbone, runs[0], test, sites, timing)),
+        sites=runs[0].sites,
+        source=runs[0].source,
+        predicted=runs[0].predicted,
         **facts,
     )
 
@@ -141,14 +172,21 @@ def game_of(backbone: Backbone, policy: Policy, sites: Sites | None = None) -> T
     return TokenGame.for_policy(backbone, policy, **({} if sites is None else {"sites": sites}))
 
 
-def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None) -> dict[str, Any]:
-    """One run over all images."""
+@torch.inference_mode()
+def run_of(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None = None) -> Run:
+    """Let a policy classify all images once; arguments as for `measure`.
+
+    Raises:
+        ValueError: for no images.
+    """
     game = game_of(backbone, policy, sites)
+    prepared = isinstance(test, PreparedImages)
     marks, macs, own, kept, five = [], [], [], [], 0
     classes, source, predicted = [], [], []
-    for images, labels in test:
-        outcome = play(game, policy, images, labels).outcome
-        marks += [int(mark) for mark in outcome.logits.argmax(dim=1) == labels]
+    for inputs, labels in test.inputs(game) if prepared else test:
+        outcome = play(game, policy, inputs, labels).outcome
+        guess = outcome.logits.argmax(dim=1)
+        marks += (guess == labels).int().tolist()
         best = outcome.logits.topk(min(5, outcome.logits.shape[1]), dim=1).indices
         five += int((best == labels[:, None]).sum())
         macs.append(outcome.macs)
@@ -156,27 +194,31 @@ def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None
         kept.append(outcome.n_kept)
         if len(predicted) < LOOK:
             classes += labels.tolist()
-            source += outcome.source
-            predicted += outcome.logits.argmax(dim=1).tolist()
+            source += outcome.source.tolist()
+            predicted += guess.tolist()
     if not marks:
         raise ValueError("test: expected at least one batch of labelled images, got an empty dataset")
     shown = shown_rows(torch.tensor(classes), SHOWN)
-    return {
-        "correct": "".join(map(str, marks)),
-        "gmacs": float(torch.cat(macs).mean()) / 1e9,
-        "policy_gmacs": float(torch.cat(own).mean()) / 1e9,
-        "top5": five / len(marks),
-        "keep_per_site": (torch.cat(kept).double().mean(dim=0) / game.num_agents).tolist(),
-        "sites": tuple(site.label for site in game.sites),
-        "source": tuple(tuple(source[row].tolist()) for row in shown),
-        "predicted": tuple(predicted[row] for row in shown),
-    }
+    return Run(
+        correct="".join(map(str, marks)),
+        gmacs=float(torch.cat(macs).mean()) / 1e9,
+        policy_gmacs=float(torch.cat(own).mean()) / 1e9,
+        top5=five / len(marks),
+        keep_per_site=tuple((torch.cat(kept).double().mean(dim=0) / game.num_agents).tolist()),
+        sites=tuple(site.label for site in game.sites),
+        source=_as_tuple([source[row] for row in shown]),
+        predicted=tuple(predicted[row] for row in shown),
+    )
 
 
-def _speed(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None, timing: Timing) -> dict[str, float]:
-    """Images per second of the deployable model beside the dense one."""
+@torch.inference_mode()
+def speed_of(
+    backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None, timing: Timing
+) -> dict[str, float]:
+    """Images per second of the deployable model beside the dense one, as fields of a row."""
     images, _ = first_images(test, timing.images)
     model = PrunedViT(backbone, policy, sites).eval()
-    times = Stopwatch(images.device).race(lambda: backbone(images), lambda: model(images), timing.pairs)
+    watch = Stopwatch(images.device)
+    times = watch.race(lambda: backbone(images), lambda: model(images), timing.pairs, warm_up=timing.warm_up)
     dense, pruned = statistics.median(times.first), statistics.median(times.second)
     return {"images_per_s": len(images) / pruned, "dense_images_per_s": len(images) / dense, "speedup": times.ratio}

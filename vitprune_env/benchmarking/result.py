@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,19 @@ from vitprune_env.benchmarking.measurement import Row
 from vitprune_env.benchmarking.store import json_text, read_results, results_content
 from vitprune_env.benchmarking.tables import booktabs, comma_separated, escape, markdown
 from vitprune_env.files import PathLike, replace_file
-from vitprune_env.plots.figures import Point, fates_figure, pareto_figure
+from vitprune_env.plots.figures import fates_figure
+from vitprune_env.plots.pareto import Point, pareto_figure
+from vitprune_env.types import every_block
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_NAMED_SITES = 3
+SITES_TEXT = {
+    "backbone": "the network's own; inside every block for methods that act there",
+    "published": "those of each paper, at the same share of the depth",
+    "both": "the network's own, or inside every block for methods that act there; a second row at the published sites",
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,13 @@ class BenchmarkResult:
         rows: one per policy and budget; the first is the dense model.
         settings: what the numbers depend on.
         scenes: a few of the images, for `plot_tokens`; None for results read from a file.
+        about: what else is known of the run: command, processor, threads, versions.
     """
 
     rows: tuple[Row, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     scenes: Scenes | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: PathLike) -> BenchmarkResult:
@@ -56,8 +66,8 @@ class BenchmarkResult:
         Raises:
             CheckpointError: if the file cannot be read.
         """
-        settings, rows = read_results(Path(path))
-        return cls(tuple(rows), settings)
+        settings, about, rows = read_results(Path(path))
+        return cls(tuple(rows), settings, about=about)
 
     @property
     def dense(self) -> Row:
@@ -72,9 +82,8 @@ class BenchmarkResult:
     @property
     def title(self) -> str:
         """What was compared on what."""
-        images = len(self.dense.correct[0]) if self.dense.correct else 0
         split = self.settings.get("split", "")
-        return f"{self.settings.get('backbone', '')}, {images} {split} images".replace("  ", " ").strip(", ")
+        return f"{self.settings.get('backbone', '')}, {self._count()} {split} images".replace("  ", " ").strip(", ")
 
     def row(self, name: str, share: float | None = None) -> Row:
         """The row of a policy at a budget (None: the only one that it has).
@@ -104,29 +113,63 @@ class BenchmarkResult:
             parts += ["### At a cost of their own\n", *self._table(None)]
         return "\n".join(parts).replace("\n\n\n", "\n\n").strip() + "\n"
 
+    def report(self) -> str:
+        """What was run, on what and how, and the tables: a page for `docs/results`."""
+        head = [f"# {self.title}", ""]
+        if self.about.get("command"):
+            head += ["```bash", str(self.about["command"]), "```", ""]
+        head += [*(f"- {name}: {value}" for name, value in self._facts().items()), ""]
+        return "\n".join(head) + "\n" + self.table()
+
+    def _facts(self) -> dict[str, str]:
+        """What the numbers depend on, in words."""
+        found = {**self.settings, **self.about}
+        words = {
+            "network": f"{found.get('backbone')}, weights {found.get('weights')}, dense {self.dense.gmacs:.5g} GMACs",
+            "images": f"{self._count()} {found.get('split', '')} images ({found.get('images')}), calibrated on "
+            f"{found.get('tune_images')} training images",
+            "sites": SITES_TEXT.get(str(found.get("sites")), f"{found.get('sites')}"),
+            "trained methods": self._fits_text(),
+            "random methods": f"{found.get('seeds')} seeds from {found.get('seed')} on",
+            "intervals": "95 %; of an accuracy Wilson's, of a difference a paired bootstrap over images and seeds",
+            "machine": f"{found.get('processor')}, {found.get('threads')} threads, {found.get('precision')}",
+            "versions": ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items()),
+        }
+        return {name: " ".join(text.split()) for name, text in words.items()}
+
+    def _fits_text(self) -> str:
+        fits = self.settings.get("fits") or {}
+        steps = f"{fits['steps']} steps" if fits.get("steps") else "each method's own number of steps"
+        if fits.get("budgets") != "middle":
+            return f"trained for each budget, {steps}"
+        return f"trained once, for {median_high(self.shares):.0%}, and turned to the other budgets; {steps}"
+
+    def _count(self) -> int:
+        return len(self.dense.correct[0]) if self.dense.correct else 0
+
     def _table(self, share: float | None) -> list[str]:
         rows = self.at(share)
-        random = next((row for row in rows if row.name == "random"), None)
+        rivals = [next((row for row in rows if row.name == "random"), None)]
+        methods = [row for row in rows if row.group != "control"]
+        rivals += methods[:1] if len(methods) > 1 else []  # the best one, where there is another to compare
         missing = [row for row in self.rows if row.share == share and row.out_of_reach]
-        lines = [markdown([self._cells(row, random) for row in (self.dense, *rows)]), ""]
+        lines = [markdown([self._cells(row, rivals) for row in (self.dense, *rows)]), ""]
         return [*lines, *(f"- {row.name}: {row.out_of_reach}" for row in missing), ""]
 
-    def _cells(self, row: Row, random: Row | None) -> dict[str, str]:
+    def _cells(self, row: Row, rivals: Sequence[Row | None]) -> dict[str, str]:
         low, high = row.interval
-        gain = ""
-        if random is not None and row.name not in ("dense", "random"):
-            points, least, most = (100 * value for value in difference(row.marks, random.marks))
-            gain = f"{points:+.1f} ({least:+.1f} to {most:+.1f})"
+        over = {f"over {rival.name} (95 %)": gain_text(row, rival) for rival in rivals if rival is not None}
+        speed = "" if row.images_per_s is None else f"{row.images_per_s:.0f} / {row.dense_images_per_s:.0f}"
         return {
             "method": f"*{row.name}*" if row.group == "control" else row.name,
-            "sites": "" if row.name == "dense" else sites_text(row.sites),
+            "sites": "" if row.name == "dense" else sites_text(row.sites, self.settings.get("depth")),
             "accuracy % (95 %)": f"{100 * row.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})",
-            "over random (95 %)": gain,
+            **over,
             "GMACs": f"{row.gmacs:.5f}",
             "of dense %": f"{100 * row.gmacs / self.dense.gmacs:.1f}",
             "decision %": f"{100 * row.policy_gmacs / self.dense.gmacs:.1f}",
             "kept per site %": " / ".join(f"{100 * rate:.0f}" for rate in row.keep_per_site),
-            "images/s": "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
+            "images/s, dense's": speed,
             "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",
         }
 
@@ -144,7 +187,7 @@ class BenchmarkResult:
 
     def json(self, path: PathLike | None = None) -> str:
         """Everything as JSON, for `load`; written to a file if a path is given."""
-        return _written(json_text(results_content(self.settings, list(self.rows))), path)
+        return _written(json_text(results_content(self.settings, list(self.rows), self.about)), path)
 
     def latex(self, path: PathLike | None = None) -> str:
         """A booktabs table: a line per policy, a column per budget with accuracy and interval in per cent.
@@ -167,7 +210,11 @@ class BenchmarkResult:
         def line(row: Row) -> list[str]:
             name = escape(row.name)
             name = rf"\emph{{{name}}}" if row.group == "control" else name
-            return [name, escape(sites_text(row.sites)), *(cell(row.name, share) for share in self.shares)]
+            return [
+                name,
+                escape(sites_text(row.sites, self.settings.get("depth"))),
+                *(cell(row.name, share) for share in self.shares),
+            ]
 
         first = {row.name: row for row in self.rows if row.name != "dense" and row.share is not None}
         low, high = (f"{100 * end:.1f}" for end in self.dense.interval)
@@ -217,7 +264,7 @@ class BenchmarkResult:
             StorageError: if the folder cannot be written.
         """
         folder = Path(folder)
-        _written(self.table(), folder / "table.md")
+        _written(self.report(), folder / "table.md")
         self.latex(folder / "table.tex")
         self.csv(folder / "results.csv")
         self.json(folder / "results.json")
@@ -228,8 +275,18 @@ class BenchmarkResult:
                 self.plot_tokens(share).savefig(folder / f"tokens-{100 * share:g}.png", dpi=150)
 
 
-def sites_text(sites: Sequence[str]) -> str:
+def gain_text(row: Row, rival: Row) -> str:
+    """By how many points a row is more accurate than another, with the 95 % interval."""
+    if row.name in ("dense", rival.name) or row.name == "random":
+        return ""
+    points, low, high = (100 * value for value in difference(row.marks, rival.marks))
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def sites_text(sites: Sequence[str], depth: int | None = None) -> str:
     """Where a policy acts, in few words."""
+    if depth is not None and tuple(sites) == tuple(every_block(depth)):
+        return "in every block"
     return ", ".join(sites) if len(sites) <= MAX_NAMED_SITES else f"{sites[0]} to {sites[-1]}"
 
 

@@ -71,21 +71,27 @@ class Stopwatch:
         return result, now() - start
 
     def race(
-        self, first: Callable[[], object], second: Callable[[], object], pairs: int, limit: float | None = None
+        self,
+        first: Callable[[], object],
+        second: Callable[[], object],
+        pairs: int,
+        limit: float | None = None,
+        warm_up: int = WARM_UP,
     ) -> PairedTimes:
         """Run two functions in turn.
 
         Args:
             first: one of them.
             second: the other.
-            pairs: runs of each that count, after three to warm up.
+            pairs: runs of each that count.
             limit: seconds; fewer pairs, but at least three, where they would take longer. None: no limit.
+            warm_up: runs of each that come before and do not count, at least one.
         """
 
         def pair() -> tuple[float, float]:
             return self.time(first)[1], self.time(second)[1]
 
-        spent = [sum(pair()) for _ in range(WARM_UP)][-1]
+        spent = [sum(pair()) for _ in range(warm_up)][-1]
         if limit is not None:
             pairs = max(FEWEST_PAIRS, min(pairs, int(limit / spent)))
         one, other = zip(*(pair() for _ in range(pairs)), strict=True)

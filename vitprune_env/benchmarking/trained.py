@@ -14,6 +14,7 @@ from vitprune_env.baselines import EViT, RandomDrop, calibrate
 from vitprune_env.benchmarking.contestants import Task, untrained_policies
 from vitprune_env.benchmarking.images import Batches, shown_images
 from vitprune_env.benchmarking.measurement import SHOWN, Row, Timing, game_of, measure
+from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import versions
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.data import data_config
@@ -112,7 +113,8 @@ def compare_trained(
     sites = backbone.default_sites if policy.sites is None else policy.sites
     learned = measure(name, result.backbone, policy, test, sites=sites, timing=timing, group="learned")
     few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
-    task = Task(backbone, test, tune, sites=sites, seed=seed, seeds=untrained_actors)
+    images = PreparedImages(backbone, test), PreparedImages(backbone, tune)
+    task = Task(backbone, *images, sites=sites, seed=seed, seeds=untrained_actors)
     controls = untrained_policies(task, learned.gmacs, hidden=policy.actor.hidden)
     random = calibrate(lambda rate: RandomDrop(rate, seed), learned.gmacs, backbone, few, sites=sites)
     evit = calibrate(EViT, learned.gmacs, backbone, few, sites=sites)

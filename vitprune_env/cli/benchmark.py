@@ -3,24 +3,58 @@
     vitprune benchmark                                      # all baselines at 25, 35 and 50 % of dense
     vitprune benchmark --methods evit tome --budgets 0.3
     vitprune benchmark --checkpoints runs/mappo runs/other  # trained policies join
+    vitprune benchmark --policies my_policy.py:KeepLoud     # your own join
     vitprune benchmark --resume                             # goes on where it was interrupted
-    vitprune benchmark --data-dir DIR --model deit_small_patch16_224 --pretrained --methods evit tome topk
+    vitprune benchmark --data-dir DIR --model deit_small_patch16_224 --pretrained     # your images, your network
 
 Policies are calibrated on training images and compared on images that nothing was chosen on: the validation split
-while developing, `--split test` for the final numbers. What has to be trained of a method is trained for each budget.
-Controls stay in every table: the dense model, dropping at random, an actor that never learned, and trained methods
-before their training. The output folder holds table.md, table.tex, results.csv, results.json, pareto.png (accuracy over
-GMACs) and one token figure per budget.
+while developing, `--split test` for the final numbers. What has to be trained of a method is trained first. Controls
+stay in every table: the dense model, dropping at random, an actor that never learned, and trained methods before their
+training. The output folder holds table.md (command, settings and tables), table.tex, results.csv, results.json,
+pareto.png (accuracy over GMACs) and one token figure per budget.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+
+Amp = Literal["off", "auto", "bf16", "fp16"]  # that of engine.kernels, which would import torch
+
+
+BUILT_IN: dict[str, Any] = {
+    "budgets": (0.25, 0.35, 0.5),
+    "images": 2000,
+    "fit_images": 4096,
+    "seeds": 5,
+    "batch_size": 250,
+    "amp": "off",
+    "fits": "each",
+    "pairs": 9,
+    "timed_images": 128,
+    "warm_up": 3,
+}
+# Networks for photographs take a hundred times as long for each image.
+FILES: dict[str, Any] = {
+    "budgets": (0.7, 0.5, 0.35),
+    "images": 1010,
+    "fit_images": 2048,
+    "seeds": 3,
+    "batch_size": 32,
+    "amp": "auto",
+    "fits": "middle",
+    "fit_steps": 60,
+    "pairs": 3,
+    "timed_images": 16,
+    "warm_up": 1,
+}
+QUICK: dict[str, int] = {"images": 64, "tune_images": 16, "fit_images": 256, "seeds": 2, "pairs": 2, "timed_images": 16}
 
 
 @dataclass(frozen=True)
@@ -33,27 +67,40 @@ class Args:
     checkpoints: tuple[str, ...] = ()
     """Output folders of training runs, or policy files; LABEL=PATH names the line (default MAPPO). Those of one label
     share a line: at each budget the ones trained for the nearest budget play, their thresholds calibrated to it."""
-    budgets: tuple[float, ...] = (0.25, 0.35, 0.5)
-    """Mean GMACs per image as shares of the dense model's, policy included."""
-    sites: tuple[str, ...] = ("backbone",)
+    policies: tuple[str, ...] = ()
+    """Policies of your own, FILE.py:NAME or module:NAME; LABEL=... names the line. NAME is a policy, or a class or
+    function that makes one, from a keep rate if it takes an argument."""
+    budgets: tuple[float, ...] = ()
+    """Mean GMACs per image as shares of the dense model's, policy included; none: 0.25 0.35 0.5 on the built-in task,
+    0.7 0.5 0.35 on image files."""
+    sites: tuple[str, ...] = ("both",)
     """Where methods act: `backbone` for the network's own sites, and inside every block for methods that act there;
-    `published` for those of each paper; or the sites for all, such as 3 6 9."""
+    `published` for those of each paper; `both` for the first, and a second row for methods published at other sites;
+    or the sites for all, such as 3 6 9."""
     split: str = "validation"
     """Which images to report on."""
-    images: int = 2000
-    """Images to report on."""
+    images: int | None = None
+    """Images to report on; None: 2000 scenes of the built-in task, 1010 image files."""
     tune_images: int = 256
     """Training images to calibrate on."""
-    fit_images: int = 4096
-    """Training images to fit on."""
-    seeds: int = 5
-    """Runs of whatever is random (dropping at random, untrained actors)."""
-    batch_size: int = 250
-    """Images per batch."""
-    pairs: int = 9
-    """Runs of dense and pruned model for the speed, in turn."""
-    timed_images: int = 128
-    """Images that they run on."""
+    fit_images: int | None = None
+    """Training images to fit on; None: 4096 scenes of the built-in task, 2048 image files."""
+    fits: Literal["each", "middle"] | None = None
+    """Fit methods for each budget, or once for the middle one and turn the result to the others; None: each on the
+    built-in task, middle on image files."""
+    fit_steps: int | None = None
+    """Optimiser steps of each fit; None: each method's own number on the built-in task, 60 on image files."""
+    seeds: int | None = None
+    """Runs of whatever is random (dropping at random, untrained actors); None: 5 on the built-in task, 3 on files."""
+    batch_size: int | None = None
+    """Images per batch; None: 250 on the built-in task, 32 on image files."""
+    amp: Amp | None = None
+    """Precision of everything that is measured: off is fp32, auto is bf16 where that is faster; None: off on the
+    built-in task, auto on image files."""
+    pairs: int | None = None
+    """Runs of dense and pruned model for the speed, in turn; None: 9 on the built-in task, 3 on image files."""
+    timed_images: int | None = None
+    """Images that they run on; None: 128 on the built-in task, 16 on image files."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/benchmark")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
@@ -67,40 +114,51 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     from vitprune_env.errors import SettingsError
 
     args = read_flags(Args, argv, __doc__, prog)
-    for name in ("images", "tune_images", "fit_images"):
-        if getattr(args, name) < 1:
-            raise SettingsError(f"{name}: expected 1 or more, got {getattr(args, name)}")
+    for name in ("images", "tune_images", "fit_images", "fit_steps"):
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise SettingsError(f"{name}: expected 1 or more, got {count}")
     args = replace(args, split="validation") if args.split == "val" else args
+    usual = FILES if args.source.reads_files else BUILT_IN
+    left = {name: value for name, value in usual.items() if getattr(args, name, value) in (None, ())}
+    args = replace(args, **left)
     if not args.common.quick:
         return args
-    args = replace(args, budgets=(max(args.budgets),))  # which most methods can meet
-    return lowered(args, images=64, tune_images=16, fit_images=256, seeds=2, pairs=2, timed_images=16)
+    return lowered(replace(args, budgets=(max(args.budgets),)), **QUICK)  # a budget that most methods can meet
 
 
-def entries(args: Args) -> dict[str, str | list[str]]:
-    """The policies of the flags by the labels of their lines."""
+def entries(args: Args) -> dict[str, Any]:
+    """The policies of the flags by the labels of their lines.
+
+    Raises:
+        SettingsError: for a policy of one's own that cannot be imported.
+    """
     from vitprune_env.baselines import available
+    from vitprune_env.benchmarking.contestants import load_object
 
-    found: dict[str, str | list[str]] = {name: name for name in args.methods or available()}
+    found: dict[str, Any] = {name: name for name in args.methods or available()}
     trained: dict[str, list[str]] = {}
     for text in args.checkpoints:
         label, _, path = text.rpartition("=")
         trained.setdefault(label or "MAPPO", []).append(path)
-    return {**found, **trained}
+    own = {}
+    for text in args.policies:
+        label, _, place = text.rpartition("=")
+        own[label or place.rpartition(":")[2]] = load_object(place)
+    return {**found, **trained, **own}
 
 
-def sites_of(args: Args) -> tuple[str, ...] | Literal["published"] | None:
+def sites_of(args: Args) -> Any:
     """The sites of the flags as `benchmark` takes them."""
-    if args.sites == ("backbone",):
-        return None
-    return "published" if args.sites == ("published",) else args.sites
+    word = args.sites[0] if len(args.sites) == 1 else ""
+    return word if word in ("backbone", "published", "both") else args.sites
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
-    from vitprune_env.benchmarking import Timing, benchmark
+    from vitprune_env.benchmarking import Fits, Timing, benchmark
 
+    policies = entries(args)  # a wrong name ends the command before any network is loaded
     common, source = args.common, args.source
     common.prepare(built_in=not source.reads_files)
     backbone = source.network(common.seed, common.device)
@@ -110,21 +168,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("train", args.fit_images, common.seed),
         (args.split, args.images, TEST_SEED),
     )
+    warm_up = (FILES if source.reads_files else BUILT_IN)["warm_up"]
+    words = sys.argv[2:] if argv is None else argv
     result = benchmark(
-        entries(args),
+        policies,
         backbone,
         test,
         budgets=args.budgets,
         sites=sites_of(args),
         tune=tune,
         fit=fit,
-        seeds=args.seeds,
+        seeds=cast(int, args.seeds),
         seed=common.seed,
-        timing=Timing(args.pairs, args.timed_images),
-        batch_size=args.batch_size,
+        timing=Timing(cast(int, args.pairs), cast(int, args.timed_images), warm_up),
+        batch_size=cast(int, args.batch_size),
+        amp=cast(Any, args.amp),
+        fits=Fits(cast(Any, args.fits), args.fit_steps, common.quick),
         output=common.output,
         resume=common.resume,
-        quick=common.quick,
         settings={"split": args.split, "device": common.device, "fit_images": args.fit_images},
+        command=shlex.join(["vitprune", "benchmark", *words]),
     )
     print(f"\n{result.table()}\nresults and figures are in {common.output}/")

@@ -113,7 +113,7 @@ class TokenGame:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             state = self.backbone.embed(images)
             # The last attention half stays for `start`, where the evidence of the first site is computed.
-            return self._medium.run(state, self._cached_halves)[0]
+            return self._medium.run(state, self.prepared_halves)[0]
 
     def reset(self, images: Tensor, labels: Tensor | None = None) -> Observation:
         """Begin a batch of games.
@@ -136,9 +136,9 @@ class TokenGame:
         Raises:
             ValueError: for a state that has run past the blocks whose evidence this game needs, or has lost tokens.
         """
-        if state.half > self._cached_halves or not state.alive.all():
+        if state.half > self.prepared_halves or not state.alive.all():
             raise ValueError(
-                f"state: expected all tokens, {self._cached_halves} half-blocks into the network at most, got "
+                f"state: expected all tokens, {self.prepared_halves} half-blocks into the network at most, got "
                 f"{int(state.alive.sum())} of {state.alive.numel()} after {state.half}; prepare it with this game"
             )
         if labels is not None:
@@ -228,7 +228,7 @@ class TokenGame:
         return tuple(self._steps)
 
     @property
-    def _cached_halves(self) -> int:
+    def prepared_halves(self) -> int:
         """Half-blocks that `prepare` runs: all before the attention that gives the first site its evidence."""
         first = self.sites[0]
         return 2 * (first.block - 1) if self.needs else first.half

@@ -1,10 +1,10 @@
-"""Figures for reports: the tokens left of images after each site, learning curves, and comparisons of methods."""
+"""Figures for reports: the tokens left of images after each site, learning curves, and what methods leave."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
-MARKERS = "osD^vP*X<>pd"
-GREYS = (14, 15)  # of matplotlib's tab20
-NEAR = 0.1  # the enlarged panel shows accuracies down to this far below the reference
 LINE = 20  # characters of a line of text beside or above a panel
 MAX_IMAGES = 8  # more images in a figure would be too small on a page
 
@@ -131,71 +128,6 @@ def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> No
     label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
     axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
     axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
-
-
-class Point(NamedTuple):
-    """A method at one budget."""
-
-    share: float  # GMACs as a share of the dense model's
-    accuracy: float  # 0 to 1
-    low: float  # of the accuracy's interval
-    high: float
-
-
-def pareto_figure(
-    lines: Mapping[str, Sequence[Point]],
-    reference: tuple[str, float] | None = None,
-    muted: Container[str] = (),
-    title: str = "",
-) -> Figure:
-    """Accuracy over cost, one line per method; a second panel enlarges accuracies close to the reference.
-
-    Args:
-        lines: points of each method, in any order.
-        reference: name and accuracy of a model to compare with, drawn as a horizontal line; None: no line and no
-            second panel.
-        muted: methods that are drawn in grey and without intervals, such as controls.
-        title: of the figure.
-
-    Raises:
-        ValueError: if there are no methods, or one has no points.
-    """
-    if not lines or not all(lines.values()):
-        raise ValueError("lines: expected methods with points, got none, or one without any")
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    best = {name: max(point.accuracy for point in points) for name, points in lines.items()}
-    near = reference is not None and max(best.values()) > reference[1] - NEAR
-    figure = Figure(figsize=(12.0 if near else 7.5, 5.0), layout="constrained")
-    panels = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
-    coloured = [name for name in lines if name not in muted]
-    palette = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2)) if index not in GREYS]
-    colours = {name: palette[index % len(palette)] for index, name in enumerate(coloured)}
-    for axes in panels:
-        for index, (name, points) in enumerate(lines.items()):
-            share, accuracy, low, high = np.array(sorted(points)).T
-            style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
-            if name in colours:
-                error = np.stack([accuracy - low, high - accuracy])
-                axes.errorbar(share, accuracy, error, capsize=2, label=name, color=colours[name], **style)
-            else:
-                axes.plot(share, accuracy, label=name, color="0.6", linestyle="--", **style)
-        if reference is not None:
-            axes.axhline(reference[1], color="black", linestyle=":", label=f"{reference[0]} {reference[1]:.1%}")
-        axes.set(xlabel="GMACs, share of dense, policy included")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    panels[0].set(ylabel="accuracy, with 95 % intervals", title=title)
-    if near and reference is not None:
-        panels[1].set(ylim=(reference[1] - NEAR, min(1.0, reference[1] + NEAR / 5)), title=f"near {reference[0]}")
-    handles, names = panels[0].get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda index: -best.get(names[index], 2.0))
-    legend: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": "small"}
-    figure.legend([handles[index] for index in order], [names[index] for index in order], **legend)
-    return figure
 
 
 def fates_figure(

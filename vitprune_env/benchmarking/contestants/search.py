@@ -1,0 +1,119 @@
+"""Bring a policy to a budget with few passes through the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vitprune_env.baselines import Knob
+from vitprune_env.baselines.calibration import Setting, out_of_reach
+from vitprune_env.benchmarking.contestants.task import Task, own_sites
+from vitprune_env.benchmarking.measurement import Sites
+from vitprune_env.benchmarking.prepared import PreparedImages
+from vitprune_env.game.rollout import play
+from vitprune_env.game.token_game import TokenGame
+from vitprune_env.policy import Policy
+
+P = TypeVar("P", bound=Policy)
+
+FEW = 8  # images of the search
+TOLERANCE = 0.002  # how far from the budget the search may stop, as a share of it
+STEPS = 40  # settings that the search on few images tries, at most
+CORRECTIONS = 4  # settings that are tried on all images, at most
+ALIKE = 5e-4  # settings that differ by less than this share of them are not told apart
+
+
+def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Task, sites: Sites | None) -> P:
+    """The policy whose knob is turned until the images to calibrate on cost the budget.
+
+    The setting is searched on eight images. Most methods keep equally many tokens of every image: for them that is all.
+    For the others all images tell how much more or less they cost than the few, the aim of the search is corrected by
+    that, and the setting whose cost comes closest to the budget is taken.
+
+    Args:
+        build: makes the policy from a setting of its knob.
+        knob: what is turned.
+        budget: mean GMACs per image, policy and evidence included.
+        task: network and images.
+        sites: where the policy acts; None: where it wants to.
+
+    Raises:
+        BudgetError: for a budget that no setting meets; the message gives the range.
+    """
+    backbone = task.backbone
+    where = own_sites(build(knob.setting(1.0, backbone.num_patches, 1)), task) if sites is None else sites
+    few = task.tune.spread(FEW)
+
+    @cache
+    def setting(position: float) -> Setting:
+        return knob.setting(position, backbone.num_patches, len(where))
+
+    def macs(position: float, images: PreparedImages) -> Tensor:
+        policy = build(setting(position))
+        game = TokenGame.for_policy(backbone, policy, sites=where)
+        with torch.inference_mode():
+            return torch.cat([play(game, policy, batch).outcome.macs for batch, _ in images.inputs(game)])
+
+    @cache
+    def of_few(position: float) -> Tensor:
+        return macs(position, few)
+
+    @cache
+    def of_all(position: float) -> float:
+        return float(macs(position, task.tune).mean()) / 1e9
+
+    def search(aim: float) -> float:
+        return _search(lambda position: float(of_few(position).mean()) / 1e9, aim, setting)
+
+    position = search(budget)
+    if position in (0.0, 1.0):
+        same = all(len(of_few(end).unique()) == 1 for end in (0.0, 1.0))
+        low, high = (float(of_few(end).mean()) / 1e9 if same else of_all(end) for end in (0.0, 1.0))
+        if not low <= budget <= high:
+            raise out_of_reach(f"{type(build(setting(1.0))).__name__} reaches", low, high, budget)
+    elif len(of_few(position).unique()) == 1:
+        return build(setting(position))
+    tried, aim = {position: of_all(position)}, budget
+    for _ in range(CORRECTIONS):
+        if abs(tried[position] / budget - 1) <= TOLERANCE:
+            break
+        aim *= budget / tried[position]
+        position = search(aim)
+        if position in tried:
+            break
+        tried[position] = of_all(position)
+    return build(setting(min(tried, key=lambda position: abs(tried[position] - budget))))
+
+
+def _search(cost: Callable[[float], float], aim: float, setting: Callable[[float], Setting]) -> float:
+    """The smallest position found from 0 to 1 that costs at least `aim`; 0 or 1 where `aim` is out of reach.
+
+    Steps where the chord says and steps to the middle of the range take turns: the first are fast on a smooth cost, the
+    second halve the range whatever the cost looks like.
+    """
+    low, high = 0.0, 1.0
+    if cost(low) >= aim:
+        return low
+    if cost(high) <= aim:
+        return high
+    for step in range(STEPS):
+        if cost(high) <= (1 + TOLERANCE) * aim or _alike(setting(low), setting(high)):
+            break
+        part = 0.5
+        if step % 2 == 0:
+            part = ((1 + TOLERANCE / 2) * aim - cost(low)) / (cost(high) - cost(low))
+            part = min(max(part, 0.02), 0.98)
+        middle = low + part * (high - low)
+        low, high = (middle, high) if cost(middle) < aim else (low, middle)
+    return high
+
+
+def _alike(one: Setting, other: Setting) -> bool:
+    """Whether two settings are as good as the same."""
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= ALIKE * abs(other)
+    return one == other
