@@ -1,7 +1,7 @@
 """Train with RL4EViT's reward at several ratios of its weights, and draw how much is kept (RL4EViT, Fig. 3).
 
     vitprune reward-ratio                                              # the ratios that the paper prints
-    vitprune reward-ratio --ratios 0.3 0.6 0.9 --forms kept            # Eq. 2 times N, paid to kept tokens
+    vitprune reward-ratio --ratios 0.3 0.6 --forms kept printed        # beside Eq. 1 and 2 as printed
     vitprune reward-ratio --preset rl4evit-printed --forms printed     # to the letter
     vitprune reward-ratio --data-dir DIR --model NAME --weights FILE   # photographs, and a network of your own
     vitprune reward-ratio --resume                                     # only what is missing
@@ -50,7 +50,7 @@ class Args(train.Args):
 
     ratios: tuple[float, ...] = FIGURE_3
     """Ratios: outcome bonus over cost of keeping for `kept`, alpha / beta for `printed`."""
-    forms: tuple[Form, ...] = ("kept", "printed")
+    forms: tuple[Form, ...] = ("kept",)
     """Eq. 2 times N, paid to kept tokens; or as printed: gamma / n, paid to every agent."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/reward_ratio")))
     untrained_actors: tyro.conf.Suppress[int] = 0

@@ -134,8 +134,8 @@ class PaperReward:
     The printed form, `scaled=False`, has `gamma / n_l` instead, with weights alpha for the first and beta for the
     second part. It settles at `gamma * outcome_bonus / keep_cost` tokens, about one for the printed ratios, which only
     make sense with the N. Eq. 1 also prints the second part for every agent, `pay="all"`; the text around it and the
-    authors' code give it to the kept tokens. Paid to all, it does not depend on an agent's own choice, but for n_l,
-    which is smaller without the agent: pruning always pays more, and play settles where nothing is kept.
+    authors' code give it to the kept tokens. Paid to all, it depends on an agent's own choice through n_l alone, which
+    is smaller without the agent. As long as any other token is kept, pruning pays more, and nearly nothing is kept.
     """
 
     keep_cost: float = 1.0  # alpha as printed
