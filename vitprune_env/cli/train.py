@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 from torch import Tensor
 
@@ -60,7 +60,7 @@ class Args:
         """The settings of the training proper."""
         return self.training.settings(PRESETS[self.preset], self.common.seed)
 
-    def on(self, device: str) -> Args:
+    def on(self, device: str) -> Self:
         """The same on the device of this process, with the output folder made and the number of threads set."""
         common = replace(self.common, device=device)
         common.prepare(built_in=not self.images.reads_files)
