@@ -1,4 +1,4 @@
-"""The learnt policy as it is deployed: greedy, with a threshold that calibration sets."""
+"""The learnt policy as it is deployed: greedy or sampling, with a threshold that calibration sets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..envs.actions import ActionKind, KeepActions, action_kind, registered_acti
 from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
+from .shared.noise import exploration_noise
 
 
 @register_policy("token_policy")
@@ -23,12 +24,16 @@ class TokenPolicy(BasePolicy, nn.Module):
     With the two actions prune and keep, tokens are kept whose log-odds of being kept exceed the threshold. With any
     number of actions, a higher threshold drops more tokens, if action 0 is the one that drops.
 
+    With a seed, actions are drawn with their probabilities instead, as in training and as the authors' code of RL4EViT
+    evaluates. The noise of an image follows from the seed and from how many images the policy has seen before.
+
     Args:
         actor: the network that decides.
         threshold: in logits; 0 takes the most probable action, calibration moves it to meet a budget.
         sites: where the actor was trained to act; None: the backbone's own.
         info: notes on its origin (backbone, budget, seed); JSON values.
         actions: what the actor's actions mean.
+        seed: of the noise with which actions are drawn; None: the most probable ones are taken.
 
     Raises:
         ValueError: if the actor has other than two actions, and no kind of actions is given that has as many.
@@ -41,6 +46,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         sites: Sequence[int | str | Site] | None = None,
         info: Mapping[str, Any] | None = None,
         actions: ActionKind | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.num_actions = getattr(actor, "num_actions", 2)  # a module of one's own decides between prune and keep
@@ -51,10 +57,17 @@ class TokenPolicy(BasePolicy, nn.Module):
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
         self.actions: ActionKind = KeepActions() if actions is None else actions
+        self.seed = seed
+        self._first_game = self._next_game = 0
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Where it was trained to act."""
         return self.sites
+
+    def reset(self, batch_size: int, num_agents: int) -> None:
+        """Start a new batch of images, which have noise of their own."""
+        if self.seed is not None:  # a compiled policy would be compiled anew whenever a number of it changes
+            self._first_game, self._next_game = self._next_game, self._next_game + batch_size
 
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
@@ -67,15 +80,22 @@ class TokenPolicy(BasePolicy, nn.Module):
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
         mask = action_rows(self.actions, obs)
-        if self.num_actions == 2 and mask is None:
+        if self.num_actions == 2 and mask is None and self.seed is None:
             return (self.actor.keep_logit(obs.tokens) > self.threshold).long()
         logits = self.actor(obs.tokens)
         raised = torch.cat([logits[:, :1] + self.threshold, logits[:, 1:]], dim=1)
-        return self.actions.distribution(raised, mask).mode()
+        chance = self.actions.distribution(raised, mask)
+        if self.seed is None:
+            return chance.mode()
+        return chance.sample(exploration_noise(self.seed, self._first_game + obs.image, obs.step, obs.token))
 
     def with_threshold(self, threshold: float) -> TokenPolicy:
         """The same policy, sharing its weights, with another threshold."""
-        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions)
+        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, self.seed)
+
+    def sampling(self, seed: int = 0) -> TokenPolicy:
+        """The policy, sharing its weights, that draws every action with the probability that it has in training."""
+        return TokenPolicy(self.actor, 0.0, self.sites, self.info, self.actions, seed)
 
     @property
     def width(self) -> int:
@@ -95,6 +115,8 @@ class TokenPolicy(BasePolicy, nn.Module):
             "sites": None if self.sites is None else [site.label for site in self.sites],
             "info": self.info,
         }
+        if self.seed is not None:
+            values["seed"] = self.seed
         if self.actions == KeepActions():
             return values
         return {**values, "actions": registered_actions(self.actions), "num_actions": self.num_actions}
@@ -112,9 +134,9 @@ class TokenPolicy(BasePolicy, nn.Module):
         return cls(actor, actions=action_kind(actions, "actions"), **settings)
 
     def extra_repr(self) -> str:
-        """Threshold and sites."""
+        """Threshold and sites, and the seed of a policy that draws."""
         sites = None if self.sites is None else [site.label for site in self.sites]
-        return f"threshold={self.threshold:.4g}, sites={sites}"
+        return f"threshold={self.threshold:.4g}, sites={sites}" + ("" if self.seed is None else f", seed={self.seed}")
 
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:

@@ -83,6 +83,7 @@ class AdaptivePolicy(TokenPolicy):
         sites: see `TokenPolicy`.
         info: see `TokenPolicy`.
         actions: see `TokenPolicy`.
+        seed: see `TokenPolicy`.
 
     Raises:
         ValueError: for a budget outside the range.
@@ -97,13 +98,14 @@ class AdaptivePolicy(TokenPolicy):
         sites: Sequence[int | str | Site] | None = None,
         info: Mapping[str, Any] | None = None,
         actions: ActionKind | None = None,
+        seed: int | None = None,
     ) -> None:
         self.shares, self.thresholds = tuple(shares), tuple(thresholds)
         self.share = self.shares[-1] if share is None else float(share)
         if not self.shares[0] <= self.share <= self.shares[-1]:
             raise ValueError(f"share: expected {self.shares[0]:g} to {self.shares[-1]:g} of dense, got {share!r}")
         threshold = float(interpolate(torch.tensor(self.share), self.shares, self.thresholds))
-        super().__init__(actor, threshold, sites, info, actions)
+        super().__init__(actor, threshold, sites, info, actions, seed)
 
     def at(self, share: float) -> AdaptivePolicy:
         """The same policy, sharing its weights, at another budget.
@@ -111,13 +113,19 @@ class AdaptivePolicy(TokenPolicy):
         Args:
             share: of the dense network's MACs, within the range that it was trained for.
         """
-        rest = self.sites, self.info, self.actions
+        rest = self.sites, self.info, self.actions, self.seed
         return AdaptivePolicy(self.actor, self.shares, self.thresholds, share, *rest)
 
     def with_threshold(self, threshold: float) -> AdaptivePolicy:
         """The same policy at the same budget with another threshold there, for calibration."""
         made = self.at(self.share)
         made.threshold = float(threshold)
+        return made
+
+    def sampling(self, seed: int = 0) -> AdaptivePolicy:
+        """The policy, sharing its weights, that draws every action with the probability that it has in training."""
+        made = self.with_threshold(0.0)
+        made.seed = seed
         return made
 
     def decide(self, obs: Observation) -> Decision:
@@ -235,6 +243,7 @@ class BudgetRange(Budget):
         Raises:
             ValueError: naming it.
         """
+        super().check_fit(reward, joint, finetune)
         if joint or finetune or not has_price(reward):
             got = "a joint agent" if joint else "fine-tuning" if finetune else type(reward).__name__
             raise ValueError(
@@ -267,8 +276,8 @@ class BudgetRange(Budget):
         self, actor: TokenActor, sites: Sequence[Site], actions: ActionKind, info: Mapping[str, Any] | None = None
     ) -> AdaptivePolicy:
         """An `AdaptivePolicy` in the middle of the range, not calibrated yet."""
-        shares = spaced(self.low, self.high)
-        return AdaptivePolicy(actor, shares, [0.0] * KNOTS, (self.low + self.high) / 2, sites, info, actions)
+        shares, middle = spaced(self.low, self.high), (self.low + self.high) / 2
+        return AdaptivePolicy(actor, shares, [0.0] * KNOTS, middle, sites, info, actions, self.seed)
 
     def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> AdaptivePolicy:
         """The policy with a threshold for every knot of the range, at the middle."""
@@ -276,5 +285,5 @@ class BudgetRange(Budget):
         dense = game.cost.dense()
         at_knots = [calibrate_threshold(game, policy.at(share), batches, share * dense) for share in policy.shares]
         thresholds = [each.threshold for each in at_knots]
-        rest = policy.sites, policy.info, policy.actions
+        rest = policy.sites, policy.info, policy.actions, policy.seed
         return AdaptivePolicy(policy.actor, policy.shares, thresholds, target / dense, *rest).eval()

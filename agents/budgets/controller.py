@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...engine.tokens import TokenState
 from ...envs.actions import ActionKind
 from ...game.rewards import START_PRICE, RewardFn, SettlingReward, SharedOutcome, has_price
+from ...game.rollout import play
 from ...game.token_game import TokenGame
 from ...types import Site
 from ..networks import TokenActor
@@ -24,7 +25,14 @@ from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers
 from .calibration import calibrate_threshold
-from .prices import CollapseDetector, DualPrice, FedForwardKeepCost, FixedReward, RewardSchedule
+from .prices import (
+    AnnealedKeepCost,
+    CollapseDetector,
+    DualPrice,
+    FedForwardKeepCost,
+    FixedReward,
+    RewardSchedule,
+)
 from .targets import PolicyCost, annealed, attainable
 
 Batches = Sequence[Tensor | TokenState]
@@ -61,6 +69,9 @@ class Budget(ABC):
     """Relative change of the price per relative excess of MACs, each update."""
     price_gain: float = 2.0
     """How strongly the price answers an excess at once."""
+    sampled: bool = False
+    """Whether the deployed policy draws its actions, as the authors' code of RL4EViT evaluates; otherwise it takes the
+    most probable ones."""
 
     extra_features: ClassVar[int] = 0
     """Features that `RewardSchedule.view` adds to every token."""
@@ -80,7 +91,12 @@ class Budget(ABC):
             BudgetError: if no policy can meet it.
         """
 
-    def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:  # noqa: B027
+    @property
+    def seed(self) -> int | None:
+        """Seed of the deployed policy's draws; None: it does not draw."""
+        return 0 if self.sampled else None
+
+    def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:
         """Refuse a combination that this budget cannot serve, before time is spent.
 
         Args:
@@ -91,6 +107,14 @@ class Budget(ABC):
         Raises:
             ValueError: naming it.
         """
+        if has_price(reward):
+            return
+        for each in fields(Budget):
+            if each.name in ("price_rate", "price_gain") and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name}: expected {each.default} (the default) with {type(reward).__name__}, which has no "
+                    f"price to move, got {getattr(self, each.name)!r}"
+                )
 
     def schedule(
         self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes
@@ -112,7 +136,7 @@ class Budget(ABC):
         self, actor: TokenActor, sites: Sequence[Site], actions: ActionKind, info: Mapping[str, Any] | None = None
     ) -> TokenPolicy:
         """The policy to deploy, not calibrated yet."""
-        return TokenPolicy(actor, sites=sites, info=info, actions=actions)
+        return TokenPolicy(actor, sites=sites, info=info, actions=actions, seed=self.seed)
 
     def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
         """The policy with the threshold at which it meets the budget.
@@ -199,9 +223,10 @@ class KeepRate(Budget):
 
 @dataclass(frozen=True)
 class Equilibrium(Budget):
-    """The weights of a reward that settles (`SettlingReward`) decide how much is kept; nothing is calibrated.
+    """The weights of a reward that settles (`SettlingReward`) decide how much is kept.
 
-    `train(budget=None)` means this object. The weights are reached by annealing.
+    `train(budget=None)` means this object. The weights are reached by annealing. The deployed policy costs what
+    exploring play costs on the training images: its threshold is calibrated to that, or it samples, too.
     """
 
     def check_fit(self, reward: RewardFn, joint: bool = False, finetune: bool = False) -> None:
@@ -215,25 +240,38 @@ class Equilibrium(Budget):
                 f"budget: expected one, such as Share(0.35), with {type(reward).__name__}; None is for rewards that "
                 "settle by themselves, such as PaperReward"
             )
+        super().check_fit(reward, joint, finetune)
         if not reward.keep_cost > 0:
             raise ValueError(f"keep_cost: expected above 0, got {reward.keep_cost!r}")
 
     def target(self, cost: PolicyCost, reward: RewardFn) -> float:
-        """What play costs in the equilibrium, were every image classified correctly."""
+        """What play costs in the equilibrium, were every image classified correctly; more than dense is possible."""
         assert isinstance(reward, SettlingReward)
-        fraction = reward.equilibrium(1.0, cost.model.num_patches)
-        return min(cost.at_fraction(fraction), cost.model.dense())
+        return cost.at_fraction(reward.equilibrium(1.0, cost.model.num_patches))
 
     def schedule(
         self, reward: RewardFn, cost: PolicyCost, images: int, generator: torch.Generator, processes: Processes
     ) -> RewardSchedule:
-        """An accuracy of 1 is assumed throughout, so that annealing ends at the weights as they were given."""
+        """The weights as given, once annealing is over."""
         assert isinstance(reward, SettlingReward)
-        return FedForwardKeepCost(reward, cost, accuracy=1.0, smoothing=1.0)
+        return AnnealedKeepCost(reward, cost, self.target(cost, reward) / cost.model.dense())
 
     def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
-        """The policy as it is."""
-        return policy
+        """The policy with the threshold at which it costs what drawing every action costs.
+
+        The most probable action alone may keep every token where exploring play keeps three of four.
+
+        Args:
+            game: what is played.
+            policy: a `TokenPolicy`; one that draws its actions stays as it is.
+            batches: training images, or states that `game.prepare` made of them.
+            target: not needed.
+        """
+        if self.sampled:
+            return policy
+        explorer = policy.sampling()
+        explored = torch.cat([play(game, explorer, batch).outcome.macs for batch in batches])
+        return calibrate_threshold(game, policy, batches, float(explored.mean()))
 
 
 class BudgetController:

@@ -180,6 +180,48 @@ class FedForwardKeepCost(RewardSchedule):
         self._accuracy = state["accuracy"]
 
 
+class AnnealedKeepCost(RewardSchedule):
+    """The weights of a reward that settles as they were given, approached from a game that keeps more.
+
+    Before the target has come down, the equilibrium is that of the target, with every image classified correctly.
+
+    Args:
+        reward: with the weights in the end.
+        cost: converts a target to the fraction of tokens kept at all sites.
+        final: what its equilibrium costs, as a share of the dense network's MACs.
+    """
+
+    def __init__(self, reward: SettlingReward, cost: PolicyCost, final: float) -> None:
+        self._reward = reward
+        self._cost = cost
+        self._final = final
+        self._price = float(reward.keep_cost)
+
+    def reward(self, target: float) -> RewardFn:
+        """The reward whose equilibrium costs the target."""
+        chosen: Any = self._reward
+        if target > self._final:
+            fraction = self._cost.fraction_for(target * self._cost.model.dense())
+            chosen = self._reward.settled(fraction, 1.0, self._cost.model.num_patches)
+        self._price = chosen.keep_cost
+        return chosen
+
+    def observe(self, share: float, accuracy: float, target: float, costs: Tensor | None = None) -> None:
+        """Nothing changes."""
+
+    @property
+    def price(self) -> float:
+        """The last `keep_cost`."""
+        return self._price
+
+    def state(self) -> dict[str, Any]:
+        """Empty: the weights follow from the target alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
 def start_price(reward: Any) -> float:
     """The price that a reward begins with; `START_PRICE` if it has `at_price` but no attribute `price`.
 

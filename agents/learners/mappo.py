@@ -79,6 +79,8 @@ class MAPPOConfig(LearnerConfig):
         check(self, "precision", self.precision in get_args(Precision), "'fp32' or 'bf16'")
         for name in ("value_clip", "huber_delta"):
             check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0 or None")
+        for name in ("entropy", "value_coef"):
+            check(self, name, getattr(self, name) >= 0, "at least 0")
         check(self, "clip", 0 < self.clip < 1, "between 0 and 1")
         for name in ("discount", "trace"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")

@@ -22,7 +22,7 @@ class ValueNorm(nn.Module):
     square: Tensor
     weight: Tensor
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self, decay: float = 0.99999) -> None:
         super().__init__()
         self.decay = decay
         for name in ("mean", "square", "weight"):

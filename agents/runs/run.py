@@ -81,6 +81,11 @@ class Settings:
             check_type("finetune", self.finetune, FinetuneConfig, "a FinetuneConfig or None")
         self.learner.check_reward(self.reward)
         self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
+        if self.finetune is not None and self.finetune.trainable == "all" and self.run.cache_images:
+            raise SettingsError(
+                "cache_images: expected 0 with trainable='all', because tokens before the first site that are kept do "
+                f"not follow the blocks that make them, got {self.run.cache_images}"
+            )
         counts = {"images": self.run.images}
         if self.finetune is not None:
             counts["batch_size"] = self.finetune.batch_size

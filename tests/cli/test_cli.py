@@ -33,6 +33,7 @@ from vitprune_env.cli.flags import in_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
+from vitprune_env.game.rewards import PaperCodeReward
 
 
 def vitprune(*argv: object) -> None:
@@ -171,6 +172,11 @@ def test_preset_decides_defaults_and_flags_win() -> None:
     assert (settings.learner, settings.run) == (paper.learner, replace(paper.run, updates=7))
     assert isinstance(settings.budget, Equilibrium)  # two weights and no budget
     assert parse(["--preset=rl4evit"]).settings == paper
+    assert parse(["--preset=rl4evit-printed"]).settings == PRESETS["rl4evit-printed"]
+    assert parse(["--reward", "paper_code"]).settings.reward == PaperCodeReward()
+    letter = parse(["--reward", "paper", "--pay", "all", "--no-scaled", "--target-share", "0.5", "--sampled"]).settings
+    assert letter.reward == PaperReward(outcome_bonus=1.0, scaled=False, pay="all")
+    assert letter.budget == Share(0.5, sampled=True)
     settings, default = parse([]).settings, PRESETS["default"]
     assert (settings.budget, settings.learner, settings.run) == (default.budget, default.learner, default.run)
     assert settings.reward == default.learner.default_reward()

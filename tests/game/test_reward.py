@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helpers import Fixed, keeps_to_decisions, random_images, random_keeps, toy
 from vitprune_env.game.rewards import (
+    PaperCodeReward,
     PaperReward,
     RewardFn,
     SharedOutcome,
@@ -65,6 +66,48 @@ def test_printed_form_is_the_scaled_one_over_n() -> None:
                 r1 = -1.0 if kept[agent] else 0.0
                 r2 = float(GAMMA[image]) / n if kept[agent] else 0.0
                 assert float(found[step, image, agent]) == pytest.approx(alpha * r1 + beta * r2)
+
+
+def test_as_printed_every_agent_that_decides_is_paid() -> None:
+    """Eq. 1: R = -alpha for the kept, plus beta gamma / n for all who decide, n being 2 and then 1."""
+    alpha, beta = 0.3, 0.8
+    expected = [
+        [[-0.3 + 0.4, -0.3 + 0.4, 0.4, 0.4], [-0.3, -0.3, -0.3, 0]],
+        [[-0.3 + 0.8, 0.8, 0, 0], [0, 0, 0, 0]],
+    ]
+    reward = PaperReward(keep_cost=alpha, outcome_bonus=beta, scaled=False, pay="all")
+    torch.testing.assert_close(total(reward), torch.tensor(expected))
+    torch.testing.assert_close(total(reward, torch.ones(2))[1, 1], torch.zeros(4))  # nobody is kept: nobody is paid
+
+
+def test_paid_to_all_pruning_always_pays_more() -> None:
+    """An agent alone among n kept ones: staying costs alpha, and shares the same outcome with one token more."""
+    agents, reward = 20, PaperReward(keep_cost=0.2, outcome_bonus=1.0, pay="all")
+    acted = torch.ones(1, agents, dtype=torch.bool)
+    for kept in range(2, agents + 1):
+        pay = []
+        for n in (kept, kept - 1):  # the agent `kept - 1` stays, or leaves
+            step = Step(Site.parse(1), acted, torch.arange(agents)[None] < n, 1.0)
+            pay.append(float((reward.immediate(step) + reward.deferred([step], torch.ones(1))[0])[0, kept - 1]))
+        assert pay[0] < pay[1]
+    assert reward.equilibrium(1.0, agents) == 0.0
+    assert reward.settled(0.5, 1.0, agents) is reward
+    with pytest.raises(ValueError, match="pay: expected 'kept' or 'all', got 'some'"):
+        PaperReward(pay="some")  # type: ignore[arg-type]
+
+
+def test_the_reward_of_the_authors_code_by_hand() -> None:
+    """r8 = 24 gamma / n for the kept; r9 = -e^d for the kept above the target, -e^-d for those who leave below it."""
+    e = 2.718281828459045
+    below, above = -(e**0.2), -(e**0.05)  # two and three of four kept, target 0.7
+    later, none = -(e**0.24), -(e**0.49)  # one and none of four, target 0.49
+    expected = [
+        [[12, 12, below, below], [above, above, above, 0]],
+        [[24, later, 0, 0], [none, none, none, 0]],
+    ]
+    torch.testing.assert_close(total(PaperCodeReward()), torch.tensor(expected))
+    with pytest.raises(ValueError, match="keep: expected a target for each of 2 sites"):
+        total(PaperCodeReward(keep=(0.5,)))
 
 
 @given(cost=st.floats(0.2, 2.0), bonus=st.floats(0.02, 0.18), gamma=st.floats(0.3, 1.0))

@@ -97,7 +97,8 @@ def compare_trained(
 ) -> TrainingReport:
     """A trained policy beside the dense network, dropping at random, untrained actors and EViT, at its own GMACs.
 
-    All act at the sites of the trained policy.
+    All act at the sites of the trained policy. Beside a policy that costs more than the dense network, the others have
+    the dense network's GMACs.
 
     Args:
         result: what `train` returned.
@@ -115,10 +116,11 @@ def compare_trained(
     few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
     images = PreparedImages(backbone, test), PreparedImages(backbone, tune)
     task = Task(backbone, *images, sites=sites, seed=seed, seeds=untrained_actors)
-    controls = untrained_policies(task, learned.gmacs, hidden=policy.actor.hidden)
-    random = calibrate(lambda rate: RandomDrop(rate, seed), learned.gmacs, backbone, few, sites=sites)
-    evit = calibrate(EViT, learned.gmacs, backbone, few, sites=sites)
     dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
+    budget = min(learned.gmacs, dense.gmacs)  # a policy that keeps nearly all costs more than dense, its own included
+    controls = untrained_policies(task, budget, hidden=policy.actor.hidden)
+    random = calibrate(lambda rate: RandomDrop(rate, seed), budget, backbone, few, sites=sites)
+    evit = calibrate(EViT, budget, backbone, few, sites=sites)
     untrained = f"untrained actor (mean of {untrained_actors})"
     rows = [
         dense if timing is None else replace(dense, speedup=1.0),

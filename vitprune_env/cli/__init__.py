@@ -12,6 +12,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train a token policy for a budget, and compare it with what it has to beat",
+    "reward-ratio": "train with RL4EViT's reward at several ratios of its weights, and draw how much is kept",
     "evaluate": "measure a trained policy, or a method of the papers, on held-out images",
     "benchmark": "compare policies at equal cost: tables, intervals, figures",
     "finetune": "fine-tune a network for a policy that prunes it",

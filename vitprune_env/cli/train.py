@@ -5,7 +5,8 @@
     vitprune train --algorithm ppo_single     # one agent decides for all tokens of an image
     vitprune train --adaptive 0.2 0.6         # one policy for all budgets in between
     vitprune train --finetune after           # the network learns, too, from what the policy leaves
-    vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT
+    vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT, corrected where it has to be
+    vitprune train --preset rl4evit-printed   # RL4EViT to the letter: prunes nearly everything
     vitprune train --resume                   # goes on after Ctrl-C, a crash or a power cut, to the same bits
     vitprune train --data-dir DIR --model vit_small_patch14_dinov2 --weights FILE --updates 150 --images 64
 
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class ViewFlags:
 class Args:
     """Train a token policy for a budget."""
 
-    preset: Literal["default", "rl4evit", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
+    preset: Literal["default", "rl4evit", "rl4evit-printed", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
     """Where the other settings start from; flags given beside it win."""
     split: str | None = None
     """Held-out images to report on; None: test of the built-in task, validation of image files."""
@@ -90,7 +91,7 @@ class Args:
         """The settings of the training proper."""
         return self.training.settings(PRESETS[self.preset], self.common.seed)
 
-    def on(self, device: str) -> Args:
+    def on(self, device: str) -> Self:
         """The same on the device of this process, with the output folder made and the number of threads set."""
         common = replace(self.common, device=device)
         common.prepare(built_in=not self.images.reads_files)
@@ -108,19 +109,34 @@ class Task:
     test: Batches
 
 
-def parse(argv: Sequence[str] | None, prog: str | None = None, description: str | None = __doc__) -> Args:
-    """Read the command line; `--preset` decides the defaults of all other flags."""
+A = TypeVar("A", bound=Args)
+
+
+def parse(
+    argv: Sequence[str] | None,
+    prog: str | None = None,
+    description: str | None = __doc__,
+    start: A = Args(),
+) -> A:
+    """Read the command line; `--preset` decides the defaults of all other flags.
+
+    Args:
+        argv: command line; None: that of the process.
+        prog: name of the command; None: that of the process.
+        description: shown above the flags by `--help`.
+        start: the flags of the command, and the defaults of those that no preset decides.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     names = [word.split("=", 1)[-1] for word in words if word.startswith("--preset=")]
     names += [after for word, after in zip(words, words[1:], strict=False) if word == "--preset"]
     preset = PRESETS.get(names[-1] if names else "default", PRESETS["default"])
     network = ImageFlags(model=preset.model, pretrained=preset.pretrained)
-    default = Args(training=TrainingFlags.of(preset), images=network)
-    args = read_flags(Args, words, description, prog, default)
+    default = replace(start, training=TrainingFlags.of(preset), images=network)
+    args = read_flags(type(start), words, description, prog, default)
     return _small(args) if args.common.quick else args
 
 
-def _small(args: Args) -> Args:
+def _small(args: A) -> A:
     """The same run in miniature."""
     training = args.training
     small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 64, "checkpoint_every": 2}

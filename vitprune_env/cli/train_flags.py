@@ -26,6 +26,7 @@ from vitprune_env.errors import SettingsError
 from vitprune_env.game.rewards import (
     START_PRICE,
     Attribution,
+    PaperCodeReward,
     PaperReward,
     RewardFn,
     SharedOutcome,
@@ -59,6 +60,10 @@ class BudgetFlags:
     """Part of the updates over which the target moves to the budget, 0 to 1."""
     price_rate: float = Budget.price_rate
     """Relative change of the price per relative excess of MACs, each update."""
+    price_gain: float = Budget.price_gain
+    """How strongly the price answers an excess at once."""
+    sampled: bool = Budget.sampled
+    """Whether the deployed policy draws its actions; otherwise it takes the most probable ones."""
 
     def budget(self, usual: Budget) -> Budget:
         """The budget that the flags stand for; `usual` where they name none.
@@ -66,8 +71,7 @@ class BudgetFlags:
         Raises:
             SettingsError: for more than one budget, or a range without two ends.
         """
-        names = ("anneal_from", "anneal_part", "price_rate")
-        follow = {**{name: getattr(self, name) for name in names}, "price_gain": usual.price_gain}
+        follow = values_of(self, Budget)
         targets = {"target_share": Share, "target_gmacs": GMACs, "target_keep": KeepRate}
         given = {name: getattr(self, name) for name in targets if getattr(self, name) is not None}
         if len(given) + bool(self.adaptive) > 1:
@@ -94,9 +98,9 @@ class RewardFlags:
 
     sites: tuple[str, ...] = ()
     """Where tokens are pruned, such as 3 6 9 or 4.attn; empty: the backbone's own sites."""
-    reward: Literal["shared_outcome", "paper", "attribution"] = "shared_outcome"
-    """The image's outcome, shared; RL4EViT's Eq. 2; or what a token contributed to the log-probability of the true
-    class, to first order."""
+    reward: Literal["shared_outcome", "paper", "paper_code", "attribution"] = "shared_outcome"
+    """The image's outcome, shared; RL4EViT's Eq. 2; what its authors' code pays instead; or what a token contributed to
+    the log-probability of the true class, to first order."""
     outcome: Literal["correct", "log_probability", "probability", "margin"] = "correct"
     """What counts as outcome: 1 for a correct class, or of the true class the clamped log-probability, the probability,
     or the clamped margin of its logit. Attribution needs a derivative; with `correct` it takes the log-probability
@@ -110,13 +114,21 @@ class RewardFlags:
     keep_cost: float | None = None
     """Paper's reward: cost of keeping a token (alpha), reached by annealing; without a budget, the ratio of the two
     alone decides how much is kept. None: follows from the budget."""
+    pay: Literal["kept", "all"] = "kept"
+    """Paper's reward: who gets the outcome, the tokens that are kept, or all (Eq. 1 as printed)."""
+    scaled: bool = True
+    """Paper's reward: whether the outcome is multiplied by the number of agents; Eq. 1 as printed: --no-scaled."""
 
     def made(self, joint: bool) -> RewardFn:
         """The reward, for one agent that decides for all tokens or for an agent per token."""
         outcome = OUTCOMES[self.outcome]
         if self.reward == "paper":
             cost: dict[str, Any] = {} if self.keep_cost is None else {"keep_cost": self.keep_cost}
-            return PaperReward(outcome_bonus=self.outcome_bonus, outcome=outcome, **cost)
+            return PaperReward(
+                outcome_bonus=self.outcome_bonus, outcome=outcome, scaled=self.scaled, pay=self.pay, **cost
+            )
+        if self.reward == "paper_code":
+            return PaperCodeReward(outcome=outcome)
         if self.reward == "attribution":
             return Attribution(self.price) if outcome is correct else Attribution(self.price, outcome)
         return (TeamOutcome if joint else SharedOutcome)(self.price, outcome, charge_overhead=self.charge_overhead)
@@ -172,7 +184,7 @@ class RunFlags(RunConfig):
 
 @dataclass(frozen=True)
 class FinetuneFlags:
-    """Whether the network learns, too (Algorithm 1). What comes before the first site stays as it is."""
+    """Whether the network learns, too (Algorithm 1)."""
 
     finetune: Literal["off", "alternate", "after"] = "off"
     """Never, every so many updates, or once the policy is trained."""
@@ -184,6 +196,8 @@ class FinetuneFlags:
     """Images per step."""
     finetune_lr: float = FinetuneConfig.lr
     """Learning rate of the network; cosine, with a warm-up."""
+    trainable: Literal["after_first_site", "all"] = FinetuneConfig.trainable
+    """Which blocks learn; all of them, as in Algorithm 1, only with --cache-images 0."""
     distill: float = FinetuneConfig.distill
     """Weight of the dense model's soft labels against the true class, 0 to 1."""
 
@@ -197,6 +211,7 @@ class FinetuneFlags:
             steps=self.finetune_steps,
             batch_size=self.finetune_batch,
             lr=self.finetune_lr,
+            trainable=self.trainable,
             distill=self.distill,
             cache_images=run.cache_images,
             amp=run.amp,
@@ -223,10 +238,7 @@ class TrainingFlags:
         sizes = preset.learner.networks
         return cls(
             budget=_flags(BudgetFlags, preset.budget),
-            reward=RewardFlags(
-                sites=tuple(Site.parse(site).label for site in preset.sites or ()),
-                reward="paper" if isinstance(preset.reward, PaperReward) else "shared_outcome",
-            ),
+            reward=_reward_flags(preset),
             run=_flags(RunFlags, preset.run),
             learner=_flags(LearnerFlags, preset.learner),
             networks=replace(_flags(NetworkFlags, sizes), paper_sizes=isinstance(sizes, PaperNetworks)),
@@ -253,6 +265,16 @@ class TrainingFlags:
             finetune=self.finetune.made(run),
             sites=self.reward.sites or None,
         )
+
+
+def _reward_flags(preset: Preset) -> RewardFlags:
+    """The flags of a preset's reward; a cost of keeping is among them where no budget decides it."""
+    flags = RewardFlags(sites=tuple(Site.parse(site).label for site in preset.sites or ()))
+    if not isinstance(preset.reward, PaperReward):
+        return flags
+    cost = preset.reward.keep_cost if isinstance(preset.budget, Equilibrium) else None
+    same = {name: getattr(preset.reward, name) for name in ("outcome_bonus", "pay", "scaled")}
+    return replace(flags, reward="paper", keep_cost=cost, **same)
 
 
 def values_of(flags: Any, settings: type[Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def at_price(reward: Any, price: float | Tensor) -> RewardFn:
 
 @dataclass(frozen=True)
 class PaperReward:
-    """RL4EViT (Eq. 1 and 2), scaled by the number of agents unless asked otherwise.
+    """RL4EViT (Eq. 1 and 2), scaled by the number of agents and paid to kept tokens alone unless asked otherwise.
 
     Agent i that is kept at site l earns `-keep_cost + outcome_bonus * gamma * N / n_l`, a pruned one earns 0; gamma is
     1 if the image is classified correctly and n_l is the number of tokens kept at that site. Then a token is worth
@@ -133,13 +133,20 @@ class PaperReward:
 
     The printed form, `scaled=False`, has `gamma / n_l` instead, with weights alpha for the first and beta for the
     second part. It settles at `gamma * outcome_bonus / keep_cost` tokens, about one for the printed ratios, which only
-    make sense with the N.
+    make sense with the N. Eq. 1 also prints the second part for every agent, `pay="all"`; the text around it and the
+    authors' code give it to the kept tokens. Paid to all, it depends on an agent's own choice through n_l alone, which
+    is smaller without the agent. As long as any other token is kept, pruning pays more, and nearly nothing is kept.
     """
 
     keep_cost: float = 1.0  # alpha as printed
     outcome_bonus: float = 0.5  # beta as printed
     outcome: OutcomeFn = correct
     scaled: bool = True  # False: r2 = gamma / n_l as printed
+    pay: Literal["kept", "all"] = "kept"  # who gets r2; as printed all agents that decide at the site
+
+    def __post_init__(self) -> None:
+        if self.pay not in ("kept", "all"):
+            raise ValueError(f"pay: expected 'kept' or 'all', got {self.pay!r}")
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """gamma, `[B]`."""
@@ -150,21 +157,71 @@ class PaperReward:
         return -self.keep_cost * step.carried.float()
 
     def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
-        """`outcome_bonus * r2`: gamma * N / n_l for each kept token (printed: gamma / n_l), `[T, B, N]`."""
+        """`outcome_bonus * r2`: gamma * N / n_l for those who are paid (printed: gamma / n_l), `[T, B, N]`.
+
+        Where no token is kept, nobody is paid.
+        """
         kept = torch.stack([step.carried for step in steps]).to(score)
+        count = kept.sum(dim=2, keepdim=True)
+        paid = kept if self.pay == "kept" else (count > 0) * torch.stack([step.acted for step in steps])
         total = kept.shape[2] if self.scaled else 1
-        per_token = score[:, None] * total / kept.sum(dim=2, keepdim=True).clamp(min=1)
-        return self.outcome_bonus * kept * per_token
+        per_token = score[:, None] * total / count.clamp(min=1)
+        return self.outcome_bonus * paid * per_token
 
     def equilibrium(self, accuracy: float, num_tokens: int) -> float:
         """Fraction of the tokens at which play settles with these weights, see `SettlingReward`."""
+        if self.pay == "all":
+            return 0.0
         fraction = accuracy * self.outcome_bonus / self.keep_cost
         return min(1.0, fraction if self.scaled else fraction / num_tokens)
 
     def settled(self, fraction: float, accuracy: float, num_tokens: int) -> PaperReward:
-        """The same reward with the `keep_cost` for which play settles at `fraction`, see `SettlingReward`."""
+        """The same reward with the `keep_cost` for which play settles at `fraction`, see `SettlingReward`.
+
+        With `pay="all"` there is no such cost, and the reward stays as it is.
+        """
+        if self.pay == "all":
+            return self
         tokens = fraction if self.scaled else fraction * num_tokens
         return replace(self, keep_cost=self.outcome_bonus * accuracy / tokens)
+
+
+@dataclass(frozen=True)
+class PaperCodeReward:
+    """What the authors' code of RL4EViT pays in place of Eq. 1 and 2: r8 + r9.
+
+    r8 gives every kept token `bonus / n` if the image is classified correctly, n being the number of tokens kept. r9
+    holds the kept share `n / N` near a target per site: with the excess d over it, a kept token is paid `-exp(d)` where
+    d > 0, otherwise a pruned one `-exp(-d)`. alpha and beta do not occur. In the code tokens that left earlier are paid
+    as pruned ones; here nobody is paid after leaving.
+    """
+
+    bonus: float = 24.0
+    keep: tuple[float, ...] = (0.7, 0.49, 0.343)  # target of the kept share after each site
+    outcome: OutcomeFn = correct
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """gamma, `[B]`."""
+        return self.outcome(logits, labels)
+
+    def immediate(self, step: Step) -> Tensor:
+        """Nothing, `[B, N]`: the target depends on which step it is."""
+        return torch.zeros_like(step.carried, dtype=torch.float32)
+
+    def deferred(self, steps: Sequence[Step], score: Tensor) -> Tensor:
+        """r8 + r9, `[T, B, N]`.
+
+        Raises:
+            ValueError: for more sites than targets.
+        """
+        if len(steps) > len(self.keep):
+            raise ValueError(f"keep: expected a target for each of {len(steps)} sites, got {self.keep!r}")
+        kept, acted = (torch.stack([getattr(step, name) for step in steps]) for name in ("carried", "acted"))
+        count = kept.sum(dim=2, keepdim=True)
+        excess = count / kept.shape[2] - score.new_tensor(self.keep[: len(steps)])[:, None, None]
+        for_kept = self.bonus * score[:, None] / count.clamp(min=1) - excess.exp() * (excess > 0)
+        for_pruned = -(-excess).exp() * (excess <= 0)
+        return torch.where(kept, for_kept, for_pruned) * acted
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
         (MAPPOConfig, {"epochs": 1.5}),
         (MAPPOConfig, {"minibatch": 0.5}),
         (MAPPOConfig, {"value_norm": 1}),
+        (MAPPOConfig, {"entropy": -0.01}),
+        (MAPPOConfig, {"value_coef": -1.0}),
         (RunConfig, {"seed": True}),
         (FinetuneConfig, {"max_grad_norm": -1.0}),
         (LightNetworks, {"critic_hidden": (64, 0)}),

@@ -20,7 +20,8 @@ from places import SUPPORT as HERE
 from ranks import RUNS
 from runs import TINY, but
 from vitprune_env.agents import TokenActor
-from vitprune_env.agents.learners.exploration import ExploringPolicy, exploration_noise, philox
+from vitprune_env.agents.learners.exploration import ExploringPolicy
+from vitprune_env.agents.shared.noise import exploration_noise, philox
 from vitprune_env.agents.shared.processes import Processes, launched
 from vitprune_env.files import load_state
 from vitprune_env.game.rollout import play

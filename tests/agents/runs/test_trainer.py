@@ -267,22 +267,78 @@ def test_preset_of_the_paper() -> None:
 
 
 def test_the_papers_weights_alone_decide_how_much_is_kept() -> None:
-    """Without a budget keep_cost is annealed to what was asked, and the most probable action is taken as it is."""
+    """Without a budget keep_cost is annealed to what was asked, and deployed play costs what exploring play costs."""
     reward = PaperReward(keep_cost=4.0, outcome_bonus=2.0)
     config = but(TINY, reward=reward, budget=Equilibrium(anneal_from=0.7), updates=8)
     result = run(config)
-    assert result.policy.threshold == 0.0
+    game = TokenGame(toy(NAME), ("1", "2", "3"))
+    exploring = play(game, result.policy.sampling(), DATA.images).outcome.macs.mean()
+    assert result.train_macs == pytest.approx(float(exploring), rel=0.03)
     prices = [row["price"] for row in result.history]
     assert prices == sorted(prices)
-    assert prices[-1] == pytest.approx(4.0, rel=1e-6)
+    assert prices[-1] == 4.0
     cost = TokenGame.for_policy(toy(NAME), result.policy).cost
     half = torch.full((1, 3), cost.num_patches / 2)
     sites = result.policy.sites
     assert sites is not None
     looked_at = result.policy.actor.macs_per_token * 2 * cost.num_patches
     assert result.target_macs == pytest.approx(float(cost.forward(half, sites)) + looked_at)
-    assert run(but(config, budget=Share(0.5, anneal_from=0.7))).policy.threshold != 0.0
     assert run(but(config, budget=None, updates=1)).target_macs == result.target_macs
+
+
+def test_weights_that_keep_more_than_dense_costs_are_reached() -> None:
+    """The policy's own MACs put the equilibrium above the dense network; keep_cost is still the one that was given."""
+    config = but(TINY, reward=PaperReward(keep_cost=1.0, outcome_bonus=0.95), budget=None, networks=PaperNetworks())
+    result = run(but(config, updates=2, epochs=1))
+    assert result.target_macs > TokenGame(toy(NAME), ("1", "2", "3")).cost.dense()
+    assert [row["price"] for row in result.history] == [1.0, 1.0]
+
+
+def test_deployed_play_may_draw_its_actions() -> None:
+    config = but(TINY, reward=PaperReward(keep_cost=4.0, outcome_bonus=2.0), updates=2)
+    free = run(but(config, budget=Equilibrium(sampled=True))).policy
+    assert (free.threshold, free.seed) == (0.0, 0)
+    result = run(but(config, budget=Share(0.5, sampled=True)))
+    assert result.policy.seed == 0
+    assert result.train_macs == pytest.approx(result.target_macs, rel=0.05)  # other draws than those of calibration
+    ranged = run(but(TINY, budget=BudgetRange(0.45, 0.8, sampled=True), updates=2)).policy
+    assert ranged.seed == 0
+
+
+def test_the_price_of_a_reward_without_one_cannot_be_set() -> None:
+    for budget, name in ((Share(0.5, price_rate=0.3), "price_rate"), (Equilibrium(price_gain=1.0), "price_gain")):
+        with pytest.raises(ValueError, match=f"{name}: expected .* with PaperReward, which has no price to move"):
+            run(but(TINY, budget=budget, reward=PaperReward()))
+
+
+def test_the_paper_to_the_letter() -> None:
+    """All that RL4EViT and its reference for the other settings print; play goes to where nothing is kept."""
+    printed = PRESETS["rl4evit-printed"]
+    learner = printed.learner
+    assert isinstance(learner, MAPPOConfig)
+    found = (learner.lr, learner.lr_final, learner.epochs, learner.minibatch, learner.discount, learner.trace,
+             learner.value_norm, learner.huber_delta, learner.max_grad_norm, learner.clip, learner.entropy)  # fmt: skip
+    assert found == (5e-5, 1.0, 15, None, 0.99, 0.95, True, 10.0, 10.0, 0.2, 0.01)
+    assert printed.reward == PaperReward(keep_cost=0.8, outcome_bonus=1.0, scaled=False, pay="all")
+    small = but(printed, updates=6, images=16, cache_images=48, calibration_images=48, sites=("1", "2", "3"))
+    result = run(but(small, lr=3e-3, actor_hidden=(8,), critic_hidden=(16,)))
+    assert result.policy.seed == 0
+    assert {row["price"] for row in result.history} == {0.8}
+    kept = [row["keep/1"] for row in result.history]
+    assert kept[-1] < kept[0] - 0.05
+
+
+def test_all_blocks_learn_only_if_nothing_before_the_first_site_is_kept() -> None:
+    tuned = FinetuneConfig(when="alternate", every=1, steps=2, batch_size=8, trainable="all")
+    with pytest.raises(ValueError, match="cache_images: expected 0 with trainable='all'"):
+        run(but(TINY, finetune=tuned))
+    for when in ("alternate", "after"):
+        config = but(
+            replace(TINY, run=replace(TINY.run, cache_images=0)), updates=2, finetune=replace(tuned, when=when)
+        )
+        learnt = run(config).backbone.model.state_dict()
+        first = "blocks.0.attn.qkv.weight"
+        assert not torch.equal(learnt[first], toy(NAME).model.state_dict()[first])
 
 
 def test_without_a_budget_the_reward_has_to_settle() -> None:
