@@ -129,7 +129,7 @@ class Method:
 
 
 def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary: str) -> Method:
-    """LTMP with thresholds of both kinds or one; untrained they are equal in all blocks, and one number moves them all."""
+    """LTMP with thresholds of both kinds or one; untrained, equal ones in all blocks are moved by one number."""
     untrained = {"merge": ("merge_thresholds", 0.98), "prune": ("prune_thresholds", 0.0005)}
     return Method(
         name,
