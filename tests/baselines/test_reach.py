@@ -14,6 +14,7 @@ from vitprune_env.data import Digits, batches_of
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import BudgetError
 from vitprune_env.game.rollout import evaluate
+from vitprune_env.types import every_block
 
 LTMPS = [name for name in available() if name.startswith("ltmp")]
 SHARES = (0.7, 0.5, 0.35)
@@ -41,6 +42,16 @@ def test_unfitted_thresholds_reach_the_budgets(name: str, network: str) -> None:
     for share in SHARES:
         policy = calibrate(name, share * dense, backbone, batches, tolerance=0.01)
         assert share_of(backbone, policy, batches) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("network", ["digits", "random weights"])
+def test_heights_of_ats_reach_the_budgets_on_other_networks(network: str) -> None:
+    backbone, batches = problem(network)
+    dense = CostModel.of(backbone).dense() / 1e9
+    for share in SHARES:
+        policy = calibrate("ats", share * dense, backbone, batches, sites=every_block(backbone.depth), tolerance=0.02)
+        game = TokenGame.for_policy(backbone, policy, sites=every_block(backbone.depth))
+        assert evaluate(game, policy, batches).macs / game.cost.dense() == pytest.approx(share, abs=0.03)
 
 
 @every_ltmp
