@@ -93,7 +93,8 @@ def test_printed_budgets_lie_within_the_reach_of_the_real_network(name: str) -> 
     backbone = stock(preset.model)
     method = describe(preset.policy)
     sizes = {"embed_dim": backbone.embed_dim, "num_sites": 3}
-    needed: dict[str, Any] = {key: value for key, value in sizes.items() if key in method.parameters}
+    required = {key for key, parameter in method.parameters.items() if parameter.default is parameter.empty}
+    needed: dict[str, Any] = {key: value for key, value in sizes.items() if key in required}
     needed[method.knob.name] = method.knob.setting(1.0, backbone.num_patches, backbone.depth)
     policy = method(**{**method.start, **needed})
     sites = TokenGame(backbone, policy.default_sites(backbone.depth)).sites
