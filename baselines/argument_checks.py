@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -63,6 +64,16 @@ def check_range(name: str, value: Any, low: float, high: float, open_low: bool =
     if not is_number or not low <= float(value) <= high or (open_low and value == low):
         bounds = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
         raise ValueError(f"{name}: expected a number {bounds}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a finite number.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

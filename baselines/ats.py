@@ -12,6 +12,8 @@ from ..policy import BasePolicy
 from ..types import Decision, Observation, Site, every_block
 from .argument_checks import per_site, whole_numbers
 
+HEIGHTS = 1024  # placed at once; large budgets need many, which would take much memory
+
 
 @dataclass
 class ATS(BasePolicy):
@@ -68,8 +70,11 @@ def sample_tokens(scores: Tensor, alive: Tensor, samples: int) -> Tensor:
     # The largest score ends at 1 by definition, also where it is the only one and there is nothing to divide by.
     cdf = torch.cat([cdf[:, :-1].nan_to_num(0), torch.ones_like(total)], dim=1)
     start = cdf.masked_fill(cdf <= 0, 1).amin(dim=1, keepdim=True)
-    heights = start + torch.linspace(1, 0, samples, device=scores.device) * (1 - start)
-    above = torch.searchsorted(cdf, heights).clamp(max=scores.shape[1] - 1)
-    below = (above - 1).clamp(min=0)
-    nearest = torch.where(heights - cdf.gather(1, below) <= cdf.gather(1, above) - heights, below, above)
-    return torch.zeros_like(alive).scatter(1, token.gather(1, nearest), True) & alive
+    taken = torch.zeros_like(alive)
+    for part in torch.linspace(1, 0, samples, device=scores.device).split(HEIGHTS):
+        heights = start + part * (1 - start)
+        above = torch.searchsorted(cdf, heights).clamp(max=scores.shape[1] - 1)
+        below = (above - 1).clamp(min=0)
+        nearest = torch.where(heights - cdf.gather(1, below) <= cdf.gather(1, above) - heights, below, above)
+        taken = taken.scatter(1, token.gather(1, nearest), True)
+    return taken & alive

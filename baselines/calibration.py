@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import ImageDataset, batches_of
 from ..engine.backbone import Backbone
-from ..engine.cost import bisect
+from ..engine.cost import CostModel, bisect
 from ..engine.tokens import TokenState
 from ..errors import BudgetError
 from ..game.rollout import play
@@ -117,13 +117,32 @@ def calibrate_policy(
     if position is None:
         cheapest, dearest = (float(dial.macs(end, everything).mean()) / 1e9 for end in (0.0, 1.0))
         name = type(dial.policy(1.0)).__name__
-        raise out_of_reach(f"{name} reaches", cheapest, dearest, target_gmacs)
+        raise out_of_reach(f"{name} reaches", cheapest, dearest, target_gmacs, backbone, dial.sites)
     return dial.policy(position)
 
 
-def out_of_reach(what: str, cheapest: float, dearest: float, target_gmacs: float) -> BudgetError:
-    """The error for a budget outside of what a method can cost, all in GMACs; `what` is subject and verb."""
-    return BudgetError(f"target_gmacs: {what} {cheapest:.5g} to {dearest:.5g} GMACs here, got {target_gmacs:.5g}")
+def out_of_reach(
+    what: str, cheapest: float, dearest: float, target_gmacs: float, backbone: Backbone, sites: Sequence[Site]
+) -> BudgetError:
+    """The error for a budget outside of what a method can cost: the range, and why it ends where it does.
+
+    Args:
+        what: subject and verb, such as "EViT reaches".
+        cheapest: GMACs of the cheapest setting.
+        dearest: GMACs of the dearest setting.
+        target_gmacs: what was asked.
+        backbone: the network.
+        sites: where the method acts.
+    """
+    cost = CostModel.of(backbone)
+    dense, floor = cost.dense() / 1e9, cost.floor(sites) / 1e9
+    low, high, asked = (f"{100 * value / dense:.3g}" for value in (cheapest, dearest, target_gmacs))
+    text = f"target_gmacs: {what} {cheapest:.5g} to {dearest:.5g} GMACs here, got {target_gmacs:.5g}; "
+    text += f"that is {low} to {high} % of dense, got {asked} %"
+    if target_gmacs < cheapest:
+        text += f"; up to the first site ({sites[0]}, of {backbone.depth} blocks) all tokens run, "
+        text += f"which takes {100 * floor / dense:.3g} % alone"
+    return BudgetError(text)
 
 
 class _Dial(Generic[P]):

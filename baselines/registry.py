@@ -29,7 +29,7 @@ from .evo_vit import EvoViT
 from .fitting.recipe import FitOptions, Recipe, Sites, fit_policy
 from .life_regression.fitting import LIFE_RECIPE
 from .life_regression.policy import LifeRegression
-from .ltmp.fitting import LTMPFitConfig, LTMPRecipe
+from .ltmp.fitting import OFFSET, LTMPFitConfig, LTMPRecipe
 from .ltmp.policy import LTMP
 from .random_drop import RandomDrop
 from .tome import ToMe
@@ -129,19 +129,19 @@ class Method:
 
 
 def _ltmp(name: str, variant: Literal["merge+prune", "merge", "prune"], summary: str) -> Method:
-    """LTMP with thresholds of both kinds or one; untrained they are equal in all blocks."""
-    merges_only = variant == "merge"
+    """LTMP with thresholds of both kinds or one; untrained, equal ones in all blocks are moved by one number."""
+    untrained = {"merge": ("merge_thresholds", 0.98), "prune": ("prune_thresholds", 0.0005)}
     return Method(
         name,
         LTMP,
         f"{summary}; thresholds are trained",
         "Bonnaerens & Dambre, 2023",
-        Knob("merge_thresholds" if merges_only else "prune_thresholds", 0, 1, rising=merges_only),
+        OFFSET,
         all_blocks,
-        start={"merge_thresholds": LTMPFitConfig().merge_init} if variant == "merge+prune" else {},
+        start=dict(untrained[kind] for kind in variant.split("+")),
         recipe=LTMPRecipe(LTMPFitConfig(variant=variant)),
         uncalibrated=LTMPFitConfig(variant=variant, calibration=0),
-        fitted_knob=Knob("offset", -4, 4, rising=False),
+        fitted_knob=OFFSET,
     )
 
 

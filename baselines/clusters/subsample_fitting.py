@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
+from ...engine.masked import classify_masked
 from ...engine.tokens import start_state
 from ...game.rollout import play
 from ...types import quarter_sites
@@ -50,7 +51,7 @@ class MergerTask(KeepRateTask[SubSampleMerge]):
         backbone, masked = self.game.backbone, self.data.state(images)
         state = start_state(masked.x, masked.num_prefix, masked.half)
         with torch.no_grad():
-            teacher = backbone.classify(backbone.run(state, 2 * backbone.depth)[0]).log_softmax(1)
+            teacher = classify_masked(backbone, self.data.dense(images, masked)).log_softmax(1)
         logits = play(self.game, self.policy, state).outcome.logits
         of_class = F.cross_entropy(logits, labels)
         of_logits = F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean", log_target=True)
@@ -70,6 +71,7 @@ def merger_recipe(kind: Literal["convolution", "mlp"]) -> KeepRateRecipe[SubSamp
         untrained=untrained,
         make_task=MergerTask,
         prepared=before_block,
+        dense=True,
     )
 
 

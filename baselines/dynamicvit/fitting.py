@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
-from ...engine.masked import MaskedState, classify_masked, run_masked
+from ...engine.masked import MaskedState, classify_masked
 from ...engine.walk import Arrival, Masked, Walk
 from ...types import Site
 from ..argument_checks import check_fields
@@ -58,7 +58,7 @@ class DynamicViTTask(KeepRateTask[DynamicViT]):
         """Loss of a batch, with decisions sampled from the predictors."""
         backbone, state = self.game.backbone, self.data.state(images)
         with torch.no_grad():
-            dense, _ = run_masked(backbone, state, 2 * backbone.depth)
+            dense = self.data.dense(images, state)
             teacher = classify_masked(backbone, dense)
 
         def choose(step: int, tokens: Tensor, alive: Tensor) -> Tensor:
@@ -97,6 +97,7 @@ DYNAMICVIT_RECIPE = KeepRateRecipe(
     sites=lambda backbone: backbone.default_sites,
     untrained=_untrained,
     make_task=DynamicViTTask,
+    dense=True,
 )
 
 

@@ -32,7 +32,8 @@ class KeepRateConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop."""
     images: int = 4096
-    """Training images, prepared up to the first site and kept in memory; 0: all, each run when drawn."""
+    """Training images, spread evenly over the data set; each is run up to the first site once, when first drawn, and
+    kept while memory lasts. 0: all, each run whenever it is drawn, as augmented images need."""
 
     def __post_init__(self) -> None:
         check_fields(self, ("images",), lambda value: value >= 0, "at least 0")
@@ -116,6 +117,7 @@ class KeepRateRecipe(Generic[M]):
         untrained: the policy for a problem, at keep rate 1 and with initial weights.
         make_task: the task of a policy at the keep rate of the budget.
         prepared: half-blocks of the network that the training inputs have been through, from the first site.
+        dense: whether the loss needs the tokens that leave the dense network (`Inputs.dense`).
     """
 
     config: KeepRateConfig
@@ -123,6 +125,7 @@ class KeepRateRecipe(Generic[M]):
     untrained: Callable[[Problem], M]
     make_task: Callable[[M, TokenGame, Inputs, Any], KeepRateTask[M]]
     prepared: Callable[[Site], int] = before_site
+    dense: bool = False
 
     def default_sites(self, backbone: Backbone) -> Sites:
         """Those of the method."""
@@ -135,7 +138,8 @@ class KeepRateRecipe(Generic[M]):
             BudgetError: if no keep rate meets the budget.
         """
         backbone, policy = problem.backbone, self.at_budget(problem)
-        data = inputs_of(backbone, problem.dataset, self.prepared(problem.sites[0]), problem.config.images)
+        half, images = self.prepared(problem.sites[0]), problem.config.images
+        data = inputs_of(backbone, problem.dataset, half, images, self.dense)
         game = TokenGame.for_policy(backbone, policy, sites=problem.sites, grad=True)
         return self.make_task(policy, game, data, problem.config)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
 from ...types import every_block
 from ..argument_checks import check_fields
-from ..calibration import out_of_reach
+from ..calibration import Knob, out_of_reach
 from ..fitting.inputs import device_of
 from ..fitting.keep_rate import before_block
 from ..fitting.loop import FitConfig
@@ -28,7 +28,7 @@ from .policy import LTMP
 from .training_pass import run_training_pass
 
 EVALUATION_BATCH = 128
-OFFSETS = (-4.0, 2.0)  # of `LTMP.at`: hardly any token is removed, nearly all are
+OFFSET = Knob("offset", -4, 4, rising=False)  # of `LTMP`: from hardly any token removed to nearly all
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def at_budget(
         The policy whose cost came closest to the budget.
 
     Raises:
-        BudgetError: if the budget is outside of what offsets of -4 to 2 cost.
+        BudgetError: if the budget is outside of what offsets in the range of `OFFSET` cost.
     """
     tried: dict[float, float] = {}
 
@@ -221,9 +221,10 @@ def at_budget(
         tried[offset] = evaluate(TokenGame.for_policy(backbone, moved), moved, batches).gmacs
         return tried[offset]
 
-    loosest, strictest = OFFSETS
-    dearest, cheapest = cost(loosest), cost(strictest)
+    strictest, loosest = cast(float, OFFSET.high), OFFSET.low
+    cheapest, dearest = cost(strictest), cost(loosest)
     if not cheapest <= target_gmacs <= dearest:
-        raise out_of_reach("these thresholds reach", cheapest, dearest, target_gmacs)
+        sites = TokenGame.for_policy(backbone, policy).sites
+        raise out_of_reach("these thresholds reach", cheapest, dearest, target_gmacs, backbone, sites)
     bisect(cost, target_gmacs, strictest, loosest, steps)
     return policy.at(min(tried, key=lambda offset: abs(tried[offset] - target_gmacs)))

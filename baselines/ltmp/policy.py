@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from ...files import PathLike
 from ...policy import BasePolicy
 from ...types import Decision, Observation, Site, every_block
-from ..argument_checks import per_site
+from ..argument_checks import check_number, per_site
 from ..bipartite_matching import match_bipartite, merge_senders
 
 Thresholds = float | Sequence[float] | Tensor | None
@@ -32,24 +32,29 @@ class LTMP(BasePolicy):
     largest of its members. Prefix tokens always stay. With merge thresholds, later attention is proportional to size.
     A pruned token takes the patches that were merged into it along.
 
-    The number of remaining tokens depends on the image. `fit_ltmp` trains the thresholds.
+    The number of remaining tokens depends on the image. `fit_ltmp` trains the thresholds. `offset` is ours: one number
+    that moves all thresholds together, so that a policy can be brought to any budget. The distance of each threshold
+    from the value at which it has no effect (1 for merging, 0 for pruning) is multiplied by `10 ** offset`.
 
     Args:
         merge_thresholds: cosine similarity above which tokens merge, 0 to 1, the same at every site or one per site;
             None: nothing merges.
         prune_thresholds: importance up to which tokens are pruned, likewise; None: nothing is pruned.
         sites: where to act; None: inside every block, between attention and MLP.
+        offset: 0: thresholds as given; above 0 fewer tokens stay, below 0 more.
     """
 
     merge_thresholds: Thresholds = None
     prune_thresholds: Thresholds = None
     sites: Sequence[int | str | Site] | None = None
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         self.merge_thresholds = _check_thresholds("merge_thresholds", self.merge_thresholds)
         self.prune_thresholds = _check_thresholds("prune_thresholds", self.prune_thresholds)
         if self.merge_thresholds is None and self.prune_thresholds is None:
             raise ValueError("merge_thresholds, prune_thresholds: expected at least one of them, got None for both")
+        check_number("offset", self.offset)
         self.sites = None if self.sites is None else tuple(str(Site.parse(site)) for site in self.sites)
         evidence = {"keys": self.merge_thresholds, "mean_attention": self.prune_thresholds}
         self.needs = frozenset(name for name, thresholds in evidence.items() if thresholds is not None)
@@ -65,7 +70,8 @@ class LTMP(BasePolicy):
         if self.merge_thresholds is None:
             return Decision(self._important(obs, alone))
         matching = match_bipartite(obs)
-        merges = matching.score > per_site("merge_thresholds", self.merge_thresholds, obs)
+        threshold = 1 - (1 - per_site("merge_thresholds", self.merge_thresholds, obs)) * 10.0**self.offset
+        merges = matching.score > max(0.0, threshold)
         merge_into, weight, order = merge_senders(obs, matching, merges)
         keep = self._important(obs, torch.where(merges, merge_into, alone)) & ~merges
         return Decision(keep, merge_into, weight, order, matching.macs)
@@ -76,21 +82,12 @@ class LTMP(BasePolicy):
             return obs.alive
         importance = obs.scatter(obs.evidence["mean_attention"])
         importance = importance.scatter_reduce(1, into, importance, "amax")
-        return (importance > per_site("prune_thresholds", self.prune_thresholds, obs)) & obs.alive
+        threshold = per_site("prune_thresholds", self.prune_thresholds, obs) * 10.0**self.offset
+        return (importance > min(1.0, threshold)) & obs.alive
 
     def at(self, offset: float) -> Self:
-        """All thresholds moved together, to meet a budget.
-
-        The distance of each threshold from the value at which it has no effect (1 for merging, 0 for pruning) is
-        multiplied by `10 ** offset`.
-
-        Args:
-            offset: 0: no change; above 0 fewer tokens stay, below 0 more.
-        """
-        factor = 10.0**offset
-        merging = _each(self.merge_thresholds, lambda threshold: max(0.0, 1 - (1 - threshold) * factor))
-        pruning = _each(self.prune_thresholds, lambda threshold: min(1.0, threshold * factor))
-        return type(self)(merging, pruning, self.sites)
+        """The same policy with its thresholds moved by `offset` more, to meet a budget."""
+        return replace(self, offset=self.offset + offset)
 
     def save(self, path: PathLike) -> Path:
         """Write the thresholds to a file: `save_policy(self, path)`."""
@@ -129,10 +126,3 @@ def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None
         if not 0 <= number <= 1:
             raise ValueError(f"{name}: expected 0 to 1, got {value!r}")
     return numbers
-
-
-def _each(thresholds: Any, change: Callable[[float], float]) -> Any:
-    """`change` applied to a threshold or to each of a tuple; None stays None."""
-    if isinstance(thresholds, tuple):
-        return tuple(map(change, thresholds))
-    return None if thresholds is None else change(thresholds)

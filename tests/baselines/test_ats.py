@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import golden
-from vitprune_env.baselines import ATS
+from vitprune_env.baselines import ATS, ats
 from vitprune_env.baselines.ats import sample_tokens
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.game.rollout import play
@@ -85,3 +85,12 @@ def test_heights_per_site(golden_backbone: Backbone, golden_images: Tensor) -> N
 def test_bad_samples_are_refused(samples: Any) -> None:
     with pytest.raises(ValueError, match=r"^samples: expected"):
         ATS(samples)
+
+
+def test_many_heights_are_placed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) ** 4
+    alive = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.8
+    whole = sample_tokens(scores, alive, 50)
+    monkeypatch.setattr(ats, "HEIGHTS", 7)
+    assert torch.equal(sample_tokens(scores, alive, 50), whole)
+    assert 1 < whole.sum() < alive.sum()

@@ -35,7 +35,7 @@ def made(method: Method, backbone: Backbone, num_sites: int) -> Any:
     values = {"keep_rate": 0.6, "r": 2, "merge_thresholds": 0.6, "prune_thresholds": 0.4 / backbone.num_patches}
     values |= {"embed_dim": backbone.embed_dim, "num_sites": num_sites}
     needed = {name for name, value in method.parameters.items() if value.default is value.empty}
-    given = {name: values[name] for name in needed | {method.knob.name} if name in values}
+    given = {name: values[name] for name in needed | {method.knob.name, *method.start} if name in values}
     return method(**{**method.start, **given})
 
 

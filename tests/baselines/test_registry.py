@@ -49,7 +49,7 @@ def test_both_ends_of_every_knob_make_a_policy_that_plays(name: str) -> None:
     costs = []
     for position in (0.0, 1.0):
         setting = method.knob.setting(position, backbone.num_patches, len(sites))
-        policy = method(**{method.knob.name: setting})
+        policy = method(**{**method.start, method.knob.name: setting})
         assert isinstance(policy, Policy)
         game = TokenGame.for_policy(backbone, policy, sites=sites)
         costs.append(float(play(game, policy, images).outcome.macs.mean()))

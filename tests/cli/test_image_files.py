@@ -25,7 +25,7 @@ from vitprune_env.agents import (
     train,
 )
 from vitprune_env.baselines import EViT
-from vitprune_env.benchmarking.presets import PUBLISHED
+from vitprune_env.benchmarking.presets import AT_KEEP_RATE
 from vitprune_env.cli import evaluate, main
 from vitprune_env.cli import train as train_command
 from vitprune_env.cli.flags import ImageFlags
@@ -136,7 +136,10 @@ def test_the_built_in_task_needs_no_files(tmp_path: Path) -> None:
     [
         (["--model", "deit_tiny_patch16_224", "--policy", "evit"], "--data-dir: expected images for deit_tiny"),
         (["--preset", "evit-deit-s"], r"--preset: expected one of evit-deit-s-0\.8, "),
-        (["--policy", "evit", "--target-share", "0.5"], "--target-share: expected a trained policy"),
+        (["--policy", "tome"], "--target-share: tome needs a budget"),
+        (["--policy", "dynamicvit"], "--target-share: dynamicvit needs a budget"),
+        (["--policy", "evo_vit", "--target-share", "0.3"], "EvoViT reaches .* got 30 %; up to the first"),
+        (["--policy", "evit", "--keep-rate", "0.5", "--target-gmacs", "0.01"], "expected one of them, got 2"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -235,6 +238,12 @@ def test_presets_give_way_to_flags() -> None:
     args = evaluate.parse(["--preset", "evit-deit-b-0.7", "--keep-rate", "0.5", "--no-pretrained"])
     assert (args.source.model, args.source.pretrained) == ("deit_base_patch16_224", False)
     assert (args.policy, args.keep_rate) == ("evit", 0.5)
+    args = evaluate.parse(["--preset", "tome-deit-s-3.0"])
+    assert (args.policy, args.target_gmacs, args.target_share) == ("tome", 3.0, None)
+    args = evaluate.parse(["--preset", "tome-deit-s-3.0", "--target-share", "0.4"])
+    assert (args.policy, args.target_gmacs, args.target_share) == ("tome", None, 0.4)
+    args = evaluate.parse(["--preset", "ats-dinov2-s-half"])
+    assert (args.target_share, args.source.img_size, args.source.pretrained) == (0.5, 224, False)
     train = train_command.parse(["--preset", "rl4evit-deit-b", "--lr", "1e-4"])
     assert (train.images.model, train.images.pretrained) == ("deit_base_patch16_224", True)
     learner = cast(MAPPOConfig, train.settings.learner)
@@ -274,9 +283,10 @@ def test_presets_are_what_the_papers_print() -> None:
         assert game.cost.floor(game.sites) < 1e9 * preset.budget.gmacs < game.cost.dense()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", AT_KEEP_RATE)
 def test_published_settings_cost_what_was_printed(name: str) -> None:
-    published = PUBLISHED[name]
+    published = AT_KEEP_RATE[name]
+    assert published.keep_rate is not None
     cost = CostModel.of(stock_network(published.model))
     policy, n, counts = EViT(published.keep_rate), cost.num_patches, []
     for _ in range(3):

@@ -4,7 +4,10 @@
     vitprune evaluate --checkpoint runs/mappo --target-share 0.3    # the same policy at another budget
     vitprune evaluate --data-dir /data/imagenet --preset evit-deit-s-0.7
     vitprune evaluate --data-dir DIR --model deit_small_patch16_224 --pretrained --policy evit --keep-rate 0.7
+    vitprune evaluate --data-dir DIR --model deit_small_patch16_224 --pretrained --policy tome --target-share 0.5
 
+Every baseline that `vitprune info` lists can be named. With a budget it is calibrated on training images. What it has
+to train is trained on them first, and kept as policy.safetensors in the output folder, which --checkpoint loads.
 Prints top-1 and top-5 accuracy, GMACs and measured speed-up beside the dense model, and writes evaluation.json and a
 figure of the pruned tokens to the output folder.
 """
@@ -12,18 +15,17 @@ figure of the pruned tokens to the output folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from vitprune_env.agents import TokenPolicy
     from vitprune_env.benchmarking.images import Batches
     from vitprune_env.benchmarking.measurement import Row
     from vitprune_env.engine.backbone import Backbone
@@ -37,14 +39,17 @@ class Args:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
-    """A baseline without training that has a keep rate (evit, topk, random, ...), instead of a checkpoint."""
-    keep_rate: float = 0.7
-    """Fraction of the tokens that the named policy keeps at every site."""
+    """A baseline (evit, tome, dynamicvit, ...; `vitprune info` lists them), instead of a checkpoint."""
+    keep_rate: float | None = None
+    """Fraction of the tokens that the named policy keeps at every site, if it has one; None: 0.7, or by the budget."""
     preset: str | None = None
-    """Settings of a paper, such as evit-deit-s-0.7; flags given beside it win."""
+    """A method on a stock network, such as evit-deit-s-0.7 (keep rate), tome-deit-s-3.0 (printed GMACs) or
+    ats-dinov2-s-half (half of dense); `vitprune info` lists them. Flags given beside it win."""
     target_share: float | None = None
-    """Another budget, as a share of the dense MACs: what an adaptive policy is asked for, or what the threshold of any
-    other is calibrated to anew; None: as trained."""
+    """A budget as a share of the dense MACs: what an adaptive policy is asked for, or what any other is calibrated to;
+    None: as trained."""
+    target_gmacs: float | None = None
+    """The same in GMACs per image."""
     split: str | None = None
     """Which images; None: test of the built-in task, validation of image files."""
     images: int | None = None
@@ -56,18 +61,40 @@ class Args:
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/evaluation")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
-    def batches(self, backbone: Backbone, calibrate: bool) -> tuple[Batches, Sequence[tuple[Tensor, Tensor]]]:
-        """Images to report on and, if a threshold is to be calibrated, other ones for that."""
+    @property
+    def budgeted(self) -> bool:
+        """Whether the flags name a budget."""
+        return self.target_share is not None or self.target_gmacs is not None
+
+    def tuning(self, backbone: Backbone) -> Batches:
+        """Training images to calibrate on; none of them is reported on or trained on."""
+        return self._batches(self._apart(backbone)[0])
+
+    def training(self, backbone: Backbone) -> Digits | ImageFiles:
+        """Training images to fit on."""
+        return self._apart(backbone)[2]
+
+    def held_out(self, backbone: Backbone, calibrated: bool) -> Batches:
+        """Images to report on, apart from those to calibrate on where something was calibrated."""
+        if calibrated:
+            return self._batches(self._apart(backbone)[1])
+        return self._batches(self.source.open(backbone, *self._reported))
+
+    @property
+    def _reported(self) -> tuple[str, int | None, int]:
+        return self.source.held_out_split(self.split), self.images, TEST_SEED
+
+    def _apart(self, backbone: Backbone) -> list[Digits | ImageFiles]:
+        tune = ("train", 32 if self.common.quick else 512, TUNE_SEED)
+        train = ("train", None if self.source.reads_files else 4096, self.common.seed)
+        return self.source.open_apart(backbone, tune, self._reported, train)
+
+    def _batches(self, images: Digits | ImageFiles) -> Batches:
         import torch
 
         from vitprune_env.benchmarking.images import as_batches
 
-        tune = [("train", 32 if self.common.quick else 512, TUNE_SEED)] if calibrate else []
-        report = (self.source.held_out_split(self.split), self.images, TEST_SEED)
-        parts = self.source.open_apart(backbone, *tune, report)
-        device = torch.device(self.common.device)
-        *others, test = [as_batches(part, self.batch_size, device) for part in parts]
-        return test, [batch for part in others for batch in part]
+        return as_batches(images, self.batch_size, torch.device(self.common.device))
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
@@ -76,6 +103,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     Raises:
         SettingsError: for a preset that does not exist.
     """
+    default = Args()
     args = read_flags(Args, argv, __doc__, prog)
     if args.preset is not None:
         from vitprune_env.benchmarking.presets import PUBLISHED
@@ -84,26 +112,50 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         if args.preset not in PUBLISHED:
             raise SettingsError(f"preset: expected one of {', '.join(PUBLISHED)}, got {args.preset!r}")
         found = PUBLISHED[args.preset]
-        network = ImageFlags(model=found.model, pretrained=True)
-        default = Args(policy=found.policy, keep_rate=found.keep_rate, source=network)
+        network = ImageFlags(model=found.model, pretrained=found.pretrained, img_size=found.img_size)
+        budget = None if found.keep_rate is not None else found.gmacs
+        default = Args(
+            policy=found.policy,
+            keep_rate=found.keep_rate,
+            target_gmacs=budget,
+            target_share=found.share,
+            source=network,
+        )
         args = read_flags(Args, argv, __doc__, prog, default)
+    args = _with_one_budget(args, default)
     return lowered(args, images=100) if args.common.quick else args
+
+
+def _with_one_budget(args: Args, default: Args) -> Args:
+    """The flag that sets the cost in place of what a preset has for the others.
+
+    Raises:
+        SettingsError: for several of these flags.
+    """
+    from vitprune_env.errors import SettingsError
+
+    names = ("keep_rate", "target_gmacs", "target_share")
+    given = [name for name in names if getattr(args, name) != getattr(default, name)]
+    if len(given) > 1:
+        raise SettingsError(f"{', '.join(given)}: expected one of them, got {len(given)}")
+    return replace(args, **{name: None for name in names if given and name not in given})
 
 
 def load(args: Args) -> tuple[Policy, Backbone]:
     """The policy and the network of the flags.
 
     Raises:
+        BudgetError: for a budget that the named policy cannot meet.
         CheckpointError: for a policy file that cannot be read.
-        SettingsError: for a policy and a network that do not fit.
+        SettingsError: for a policy and a network that do not fit, or a named policy without a budget.
     """
-    from vitprune_env.baselines import make
     from vitprune_env.deploy.policy_files import load_policy
     from vitprune_env.errors import SettingsError
 
     source, common = args.source, args.common
     if args.policy is not None:
-        return make(args.policy, keep_rate=args.keep_rate), source.network(common.seed, common.device)
+        backbone = source.network(common.seed, common.device)
+        return named_policy(args, args.policy, backbone), backbone
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     policy = load_policy(path, device=common.device)
     info = getattr(policy, "info", {})  # of trained policies: where they come from
@@ -116,50 +168,96 @@ def load(args: Args) -> tuple[Policy, Backbone]:
             f"model: the policy was trained on {info.get('backbone')} (width {width}), "
             f"{backbone.name} has width {backbone.embed_dim}"
         )
-    return policy, backbone
+    budget = budget_of(args, backbone)
+    return (policy if budget is None else at_budget(args, policy, backbone, budget)), backbone
 
 
-def to_calibrate(policy: Policy, share: float | None) -> bool:
-    """Whether another budget needs images to calibrate a threshold on.
+def budget_of(args: Args, backbone: Backbone) -> float | None:
+    """The budget of the flags in GMACs; None: there is none."""
+    from vitprune_env.engine.cost import CostModel
 
-    Raises:
-        SettingsError: for another budget of a policy that has no threshold.
-    """
-    from vitprune_env.agents import AdaptivePolicy, TokenPolicy
+    if args.target_share is None:
+        return args.target_gmacs
+    return args.target_share * CostModel.of(backbone).dense() / 1e9
+
+
+def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
+    """A baseline at the keep rate or the budget of the flags, trained first if it has something to train."""
+    import torch
+
+    from vitprune_env.baselines import calibrate, describe, fit
+    from vitprune_env.deploy.policy_files import save_policy
     from vitprune_env.errors import SettingsError
 
-    if share is not None and not isinstance(policy, TokenPolicy):
-        raise SettingsError("target_share: expected a trained policy, whose threshold can be moved; got a keep rate")
-    return share is not None and not isinstance(policy, AdaptivePolicy)
+    method, budget, common = describe(name), budget_of(args, backbone), args.common
+    if budget is None:
+        if method.recipe is not None or method.knob.name != "keep_rate":
+            raise SettingsError(f"target_share: {name} needs a budget, --target-share or --target-gmacs; got none")
+        return method(keep_rate=0.7 if args.keep_rate is None else args.keep_rate)
+    if method.recipe is None:
+        return calibrate(name, budget, backbone, cast(Any, args.tuning(backbone)))
+    config = method.fit_config()
+    with torch.autocast(torch.device(common.device).type, enabled=False):
+        policy: Any = fit(
+            method,
+            backbone,
+            args.training(backbone),
+            budget,
+            config=config.quick() if common.quick else config,
+            seed=common.seed,
+            output=common.output / "fit",
+            resume=common.resume,
+        )
+    policy = calibrate(policy.at, budget, backbone, cast(Any, args.tuning(backbone)), knob=method.fitted_knob)
+    save_policy(policy, common.output / "policy.safetensors")
+    return policy
 
 
-def at_share(policy: Any, backbone: Backbone, share: float, tune: Sequence[tuple[Tensor, Tensor]]) -> TokenPolicy:
-    """A trained policy at another budget; its threshold is calibrated on `tune`, unless it serves many budgets."""
-    from vitprune_env.agents import AdaptivePolicy, calibrate_threshold
+def at_budget(args: Args, policy: Policy, backbone: Backbone, budget: float) -> Policy:
+    """A saved policy at another budget, in GMACs.
+
+    Raises:
+        SettingsError: for a policy that has nothing to turn.
+    """
+    from vitprune_env.agents import AdaptivePolicy, TokenPolicy, calibrate_threshold
+    from vitprune_env.baselines import calibrate
+    from vitprune_env.baselines.registry import knob_of
+    from vitprune_env.errors import SettingsError
     from vitprune_env.game.token_game import TokenGame
 
-    if isinstance(policy, AdaptivePolicy):
-        return policy.at(share)
-    game = TokenGame.for_policy(backbone, policy)
-    return calibrate_threshold(game, policy, [images for images, _ in tune], share * game.cost.dense())
+    if isinstance(policy, TokenPolicy):
+        game = TokenGame.for_policy(backbone, policy)
+        if isinstance(policy, AdaptivePolicy):
+            return policy.at(1e9 * budget / game.cost.dense())
+        return calibrate_threshold(game, policy, [images for images, _ in args.tuning(backbone)], 1e9 * budget)
+    turn, knob = getattr(policy, "at", None), knob_of(type(policy))
+    if turn is None and not hasattr(policy, knob.name):
+        kind = type(policy).__name__
+        raise SettingsError(f"target_share: expected a policy that can be brought to a budget, got {kind}")
+    make = turn or partial(_turned, policy, knob.name)
+    return calibrate(make, budget, backbone, cast(Any, args.tuning(backbone)), knob=knob)
+
+
+def _turned(policy: Policy, name: str, value: Any) -> Policy:
+    """The same policy with another setting of its knob."""
+    made = copy(policy)
+    object.__setattr__(made, name, value)  # also where the policy is a frozen dataclass
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, play, report."""
     args = parse(argv, prog="vitprune evaluate")
     args.common.prepare(built_in=not args.source.reads_files)
-    policy, backbone = load(args)
-    import torch
-
+    from vitprune_env.agents import AdaptivePolicy
     from vitprune_env.benchmarking.measurement import Timing, measure
     from vitprune_env.benchmarking.trained import figure_of_tokens
+    from vitprune_env.engine.kernels import autocast
     from vitprune_env.policy import KeepAll
 
-    test, tune = args.batches(backbone, to_calibrate(policy, args.target_share))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    with torch.autocast(torch.device(args.common.device).type, dtype, enabled=dtype is not None):
-        if args.target_share is not None:
-            policy = at_share(policy, backbone, args.target_share, tune)
+    with autocast(args.common.device, args.amp):
+        policy, backbone = load(args)
+        test = args.held_out(backbone, args.budgeted and not isinstance(policy, AdaptivePolicy))
         timing = Timing(3, 16) if args.common.quick else Timing(9, args.batch_size)
         dense = replace(measure("dense", backbone, KeepAll(), test), speedup=1.0)
         pruned = measure(args.policy or "policy", backbone, policy, test, timing=timing)

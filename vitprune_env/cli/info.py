@@ -45,7 +45,10 @@ def overview() -> dict[str, Any]:
         "CPU threads": torch.get_num_threads(),
         "GPUs": ", ".join(gpus) or "none",
         "presets of train": ", ".join(PRESETS),
-        "presets of evaluate": ", ".join(PUBLISHED),
+        "presets of evaluate, printed": ", ".join(name for name, preset in PUBLISHED.items() if preset.source),
+        "presets of evaluate, printed nowhere": ", ".join(
+            name for name, preset in PUBLISHED.items() if not preset.source
+        ),
         **{f"baseline {name}": describe(name).summary for name in available()},
     }
 

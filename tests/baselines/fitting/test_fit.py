@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from helpers import random_images, toy
-from vitprune_env.baselines.fitting import FitConfig, ModuleTask, PreparedTokens, fit_task, frozen
+from vitprune_env.baselines.fitting import FitConfig, ImageInputs, ModuleTask, PreparedTokens, fit_task, frozen
+from vitprune_env.engine.masked import classify_masked
 from vitprune_env.errors import CheckpointError, NumericalError
 from vitprune_env.files import load_state
 
@@ -203,14 +204,56 @@ def test_frozen_puts_everything_back() -> None:
     assert (module.training, module[0].training, module[1].training) == (True, True, False)
 
 
+class Counted:
+    """Images with labels that count how often each is read."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.reads = images, [0] * len(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.reads[index] += 1
+        return self.images[index], index % 3
+
+
 def test_prepared_tokens_are_those_of_the_backbone() -> None:
     backbone = toy("deit_tiny_patch16_224")
     images = random_images(backbone, 5)
-    data = PreparedTokens(backbone, [(image, index % 3) for index, image in enumerate(images)], half=3)
-    tokens, labels = data.batch([4, 1])
-    expected = backbone.run(backbone.embed(images), 3)[0].x.view(5, -1, backbone.embed_dim)
-    torch.testing.assert_close(tokens, expected[[4, 1]], atol=1e-5, rtol=0)
+    data = PreparedTokens(backbone, Counted(images), half=3, dense=True)
+    inputs, labels = data.batch([4, 1])
+    for half, tokens in zip((3, 2 * backbone.depth), inputs.unbind(1), strict=True):
+        expected = backbone.run(backbone.embed(images), half)[0].x.view(5, -1, backbone.embed_dim)
+        torch.testing.assert_close(tokens, expected[[4, 1]], atol=1e-5, rtol=0)
     assert labels.tolist() == [1, 1]
-    assert (data.state(tokens).half, len(data)) == (3, 5)
+    state = data.state(inputs)
+    last = data.dense(inputs, state)
+    assert (state.half, last.half, len(data)) == (3, 8, 5)
+    torch.testing.assert_close(classify_masked(backbone, last), backbone(images[[4, 1]]), atol=1e-5, rtol=0)
+    image_inputs = ImageInputs(backbone, Counted(images), half=3)
+    state = image_inputs.state(images[[4, 1]])
+    torch.testing.assert_close(image_inputs.dense(images[[4, 1]], state).x, last.x, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="dataset: expected at least one image"):
         PreparedTokens(backbone, [], half=3)
+
+
+def test_prepared_tokens_are_computed_once_while_there_is_room() -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    dataset = Counted(random_images(backbone, 6))
+    gibibytes = 17 * backbone.embed_dim * 4 / 2**30  # of one image
+    data = PreparedTokens(backbone, dataset, half=3, memory=4.5 * gibibytes)
+    first, _ = data.batch([5, 0, 2, 0])
+    assert dataset.reads == [1, 0, 1, 0, 0, 1]
+    again, _ = data.batch([0, 2, 5])
+    assert dataset.reads == [1, 0, 1, 0, 0, 2], "four images fit, and number 5 is read again"
+    torch.testing.assert_close(again, first[[1, 2, 0]], atol=1e-5, rtol=0)
+    alone, _ = PreparedTokens(backbone, dataset, half=3).batch([2])
+    assert torch.equal(alone[0], first[2]), "the same bits whatever was drawn before"
+
+
+def test_a_part_of_the_images_is_spread_over_the_data_set() -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    dataset = Counted(random_images(backbone, 9))
+    PreparedTokens(backbone, dataset, half=0, images=3).batch([0, 1, 2])
+    assert dataset.reads == [1, 0, 0, 1, 0, 0, 1, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,28 @@ def test_thresholds_that_do_nothing(golden_backbone: Backbone, golden_images: Te
 def test_an_offset_moves_the_budget() -> None:
     policy = LTMP((0.9, 0.7), 0.02, sites=("1.attn", "2.attn"))
     assert policy.at(0.0) == policy
-    twice = policy.at(torch.tensor(2.0).log10().item())
-    assert twice.merge_thresholds == pytest.approx((0.8, 0.4))
-    assert twice.prune_thresholds == pytest.approx(0.04)
-    assert policy.at(9) == LTMP((0.0, 0.0), 1.0, policy.sites)
-    assert LTMP(0.8).at(-1).merge_thresholds == pytest.approx(0.98)
+    assert policy.at(2).at(-3) == replace(policy, offset=-1)
     backbone = toy("vit_tiny_patch16_224")
     images = random_images(backbone, 8)
     kept = [
         play(TokenGame.for_policy(backbone, p), p, images).outcome.n_kept.sum() for p in map(policy.at, (-1, 0, 0.5))
     ]
     assert kept[0] > kept[1] > kept[2]
+    # Twice as far from no effect: 0.9 and 0.7 become 0.8 and 0.4, and 0.02 becomes 0.04.
+    for moved, plain in (
+        (policy.at(math.log10(2)), LTMP((0.8, 0.4), 0.04, policy.sites)),
+        (policy.at(9), LTMP((0.0, 0.0), 1.0, policy.sites)),
+        (LTMP(0.8).at(-1), LTMP(0.98)),
+    ):
+        found = [play(TokenGame.for_policy(backbone, p), p, images).outcome for p in (moved, plain)]
+        assert torch.equal(found[0].alive, found[1].alive)
+        assert torch.equal(found[0].logits, found[1].logits)
+
+
+@pytest.mark.parametrize("offset", [float("nan"), float("inf"), "1", True])
+def test_an_offset_is_a_finite_number(offset: Any) -> None:
+    with pytest.raises(ValueError, match="offset: expected a finite number"):
+        LTMP(0.9, offset=offset)
 
 
 def test_thresholds_on_disk(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""`vitprune evaluate` brings every baseline to a budget, trains what has to be trained, and reads it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vitprune_env import TokenGame
+from vitprune_env import evaluate as play_all
+from vitprune_env.baselines import available, describe
+from vitprune_env.cli import evaluate
+from vitprune_env.types import Site
+
+
+def options(output: Path, *flags: str) -> evaluate.Args:
+    return evaluate.parse([*flags, "--quick", "--output", str(output)])
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
+    args = options(tmp_path, "--policy", name, "--target-share", "0.6")
+    policy, backbone = evaluate.load(args)
+    game, tune = TokenGame.for_policy(backbone, policy), list(args.tuning(backbone))
+    share = play_all(game, policy, tune).macs / game.cost.dense()
+    assert 0.6 <= share <= 0.66, "from above, by a few tokens"
+    kept = tmp_path / "policy.safetensors"
+    assert kept.exists() == (describe(name).recipe is not None)
+    if kept.exists():
+        again, _ = evaluate.load(options(tmp_path, "--checkpoint", str(kept)))
+        assert play_all(game, again, tune) == play_all(game, policy, tune)
+
+
+@pytest.mark.parametrize("name", ["ats", "dynamicvit", "evit", "ltmp"])
+def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path) -> None:
+    from vitprune_env import save_policy
+
+    policy, _ = evaluate.load(options(tmp_path, "--policy", name, "--target-share", "0.6"))
+    save_policy(policy, tmp_path / "policy.safetensors")
+    args = options(tmp_path, "--checkpoint", str(tmp_path), "--target-share", "0.5")
+    moved, backbone = evaluate.load(args)
+    game = TokenGame.for_policy(backbone, moved)
+    assert 0.5 <= play_all(game, moved, args.tuning(backbone)).macs / game.cost.dense() <= 0.56
+    assert type(moved) is type(policy)
+    assert [Site.parse(site) for site in moved.default_sites(8) or ()] == [
+        Site.parse(site) for site in policy.default_sites(8) or ()
+    ]
+
+
+def test_a_budget_in_gmacs(tmp_path: Path) -> None:
+    args = options(tmp_path, "--policy", "topk", "--target-gmacs", "0.02")
+    policy, backbone = evaluate.load(args)
+    found = play_all(TokenGame.for_policy(backbone, policy), policy, args.tuning(backbone))
+    assert found.gmacs == pytest.approx(0.02, rel=0.05)
