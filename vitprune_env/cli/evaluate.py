@@ -28,6 +28,7 @@ from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
     from vitprune_env.benchmarking.measurement import Row
+    from vitprune_env.data import Digits, ImageFiles
     from vitprune_env.engine.backbone import Backbone
     from vitprune_env.policy import Policy
 
@@ -56,8 +57,8 @@ class Args:
     """How many images to classify; None: 2000 of the built-in task, all image files."""
     batch_size: int = 250
     """Images per batch."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Precision of the matrix products."""
+    amp: Literal["off", "auto", "bf16", "fp16"] = "off"
+    """Precision of the matrix products; auto: bf16 where the processor has units for it."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/evaluation")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
