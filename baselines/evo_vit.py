@@ -103,4 +103,4 @@ def read_from_patches(backbone: Backbone) -> Backbone:
         raise UnsupportedBackboneError(f"backbone: expected a network with one head, got {backbone.name} with two")
     model.global_pool = "avg"
     model.norm, model.fc_norm = nn.Identity(), model.norm
-    return Backbone(model, backbone.name, backbone.default_sites)
+    return Backbone(model, backbone.name, backbone.default_sites, backbone.class_names)

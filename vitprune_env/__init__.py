@@ -69,6 +69,7 @@ __all__ = [
     "register_evidence",
     "register_family",
     "register_policy",
+    "save_backbone",
     "save_policy",
 ]
 
@@ -89,7 +90,7 @@ _HOMES = {
     "game.rewards": ("Attribution", "PaperReward", "SharedOutcome", "TeamOutcome"),
     "game.rollout": ("evaluate", "play"),
     "game.token_game": ("TokenGame",),
-    "models.load": ("load_backbone", "register_backbone"),
+    "models.load": ("load_backbone", "register_backbone", "save_backbone"),
     "policy": ("BasePolicy", "KeepAll", "Policy", "register_policy"),
     "types": ("Decision", "Episode", "Observation", "Outcome", "Site"),
 }

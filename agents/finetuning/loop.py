@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError
-from ...files import PathLike, load_state, prepare_folder, replace_file, save_state
+from ...files import PathLike, load_state, prepare_folder, save_state
+from ...models.load import save_backbone
 from ...policy import Policy, check_keep_rate
 from ...types import Site
 from ..shared.processes import Processes
@@ -32,7 +32,7 @@ from ..shared.writers import HistoryFile
 from .settings import CosineKeepRate, FinetuneConfig, LastBlocks
 from .step import FineTuner
 
-__all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "LastBlocks", "finetune", "save_weights"]
+__all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "LastBlocks", "finetune"]
 
 STATE_FILE = "finetuning.safetensors"
 WEIGHTS_FILE = "backbone.safetensors"
@@ -130,20 +130,10 @@ def finetune(
                 name = signal.Signals(number).name
                 raise TrainingStopped(f"{name}: fine-tuning stopped after step {done} of {config.steps}, saved", number)
     if folder is not None and processes.is_main:
-        save_weights(student, folder / WEIGHTS_FILE)
+        save_backbone(student, folder / WEIGHTS_FILE)
     for mine, given in zip(student.parameters(), backbone.parameters(), strict=True):
         mine.requires_grad_(given.requires_grad)  # as it was before fine-tuning froze some of them
     return FinetuneResult(student.eval(), tuple(history))
-
-
-def save_weights(backbone: Backbone, path: Path) -> Path:
-    """Write the network's weights under timm's names, for `load_backbone(name, checkpoint=path)`.
-
-    Raises:
-        StorageError: if the file cannot be written; the old one is untouched.
-    """
-    state = backbone.model.state_dict()
-    return replace_file(path, save({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}))
 
 
 def _prepared(folder: Path, resume: bool, processes: Processes) -> Path:

@@ -1,4 +1,4 @@
-"""Make a network that bears missing tokens: a new linear head first, then the last blocks, with tokens dropped at random.
+"""Make a network that bears missing tokens: a new linear head first, then the last blocks, tokens dropped at random.
 
 A network that has always seen all tokens loses much when some are gone, whichever they are. Here every batch is pruned
 at other sites and by other rates, so that no policy, site or budget is singled out; in some batches nothing is dropped,

@@ -13,8 +13,9 @@ from ...deploy.policy_files import save_policy
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError, NumericalError, StorageError
 from ...files import PathLike, load_state, prepare_folder, save_state
+from ...models.load import save_backbone
 from ..finetuning.loop import STATE_FILE as FINETUNING_FILE
-from ..finetuning.loop import WEIGHTS_FILE, save_weights
+from ..finetuning.loop import WEIGHTS_FILE
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import differences
@@ -102,7 +103,7 @@ class RunFolder:
     def save_backbone(self, backbone: Backbone) -> None:
         """Write a fine-tuned network's weights, for `load_backbone(name, checkpoint=...)`."""
         if self.processes.is_main:
-            save_weights(backbone, self.path / WEIGHTS_FILE)
+            save_backbone(backbone, self.path / WEIGHTS_FILE)
 
     @property
     def finetuning(self) -> Path:

@@ -77,7 +77,9 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
 
 def test_models_for_other_channels_are_refused(folder: Path) -> None:
     backbone = load_backbone("deit_tiny_patch16_224", in_chans=4, **TINY)
-    with pytest.raises(ValueError, match=r"channels: image files give 3 \(RGB\) or 1 \(grey\), .* takes 4"):
+    with pytest.raises(
+        ValueError, match=r"model: expected one for images of 3 channels \(RGB\) or 1 \(grey\), got .* for 4"
+    ):
         open_images(backbone, folder)
 
 
@@ -162,12 +164,12 @@ def _class_map(folder: Path) -> Path:
 
 def test_classes_that_do_not_fit_the_head(folder: Path, tmp_path: Path) -> None:
     few, many = (load_backbone("deit_tiny_patch16_224", **(TINY | {"num_classes": n})) for n in (7, 1000))
-    with pytest.raises(ValueError, match=r"classes: the images have 10, the head of .* has 7"):
+    with pytest.raises(ValueError, match=r"classes: expected .* the images have 10, the head of .* has 7"):
         open_images(few, folder)
     with pytest.raises(ValueError, match=r"has 1000; load the model with num_classes=10, or number the classes"):
         open_images(many, folder)
     assert open_images(many, folder, class_map=_class_map(tmp_path)).num_classes == 10
-    with pytest.raises(ValueError, match="classes: the images have 10"):
+    with pytest.raises(ValueError, match="classes: expected .* the images have 10"):
         open_images(few, folder, class_map=_class_map(tmp_path))
 
 
@@ -177,8 +179,8 @@ def test_classes_that_do_not_fit_the_head(folder: Path, tmp_path: Path) -> None:
         ({"root": None}, "expected a folder of images, found none at None"),
         ({"root": __file__}, "expected a folder of images, found none at .*test_image_data"),
         ({"root": "nowhere"}, "expected a folder of images, found none at nowhere"),
-        ({"split": "train"}, r"split: found no folder for 'train' in .*, but \['val'\]"),
-        ({"name": "torch/no_such_set"}, "could not open torch/no_such_set"),
+        ({"split": "train"}, r"split: expected a folder for 'train' in .*, got \['val'\]"),
+        ({"name": "torch/no_such_set"}, "data_dir: expected torch/no_such_set with 'validation' images"),
         ({"limit": 0}, "limit: expected at least 1 image, got 0"),
         ({"on_corrupt": "ignore"}, "on_corrupt: expected 'skip' or 'fail', got 'ignore'"),
     ],
@@ -189,7 +191,7 @@ def test_what_cannot_be_opened_is_said(folder: Path, digits: Backbone, options: 
 
 
 def test_an_empty_folder(tmp_path: Path, digits: Backbone) -> None:
-    with pytest.raises(ValueError, match="data_dir: could not open image folder"):
+    with pytest.raises(ValueError, match="data_dir: expected a folder of images with"):
         open_images(digits, tmp_path)
 
 

@@ -12,8 +12,7 @@ from timm.models.eva import Eva
 from torch import nn
 
 from helpers import Fixed, keeps_to_decisions, key_weights, random_images, random_keeps
-from vitprune_env import Backbone, Decision, KeepAll, PrunedViT, TokenGame, load_backbone, play
-from vitprune_env.agents.finetuning.loop import save_weights
+from vitprune_env import Backbone, Decision, KeepAll, PrunedViT, TokenGame, load_backbone, play, save_backbone
 from vitprune_env.engine.attention import Rows
 from vitprune_env.engine.families import FAMILIES, Family, family_of, register_family
 from vitprune_env.engine.families.adapter import Projections
@@ -70,7 +69,7 @@ def test_keeping_all_is_timms_own_pass_and_removal_is_masking(name: str) -> None
 @torch.no_grad()
 def test_weight_files_are_read_as_the_family_writes_them(name: str, tmp_path: Path) -> None:
     backbone = make(name)
-    path = save_weights(backbone, tmp_path / "weights.safetensors")
+    path = save_backbone(backbone, tmp_path / "weights.safetensors")
     loaded = load_backbone(name, checkpoint=path, **{**SMALL, **EVAS[name]})
     images = random_images(backbone, 2)
     assert torch.equal(loaded(images), backbone(images))

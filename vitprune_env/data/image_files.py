@@ -1,12 +1,14 @@
 """Image files, read by timm and prepared for a backbone.
 
 `open_images` reads all that `timm.data.create_dataset` reads (class folders, `torch/...`, `hfds/...`) and prepares it
-as the backbone's `pretrained_cfg` says. timm silently replaces an unreadable image by the next one. Here it is reported
-by name, and `on_corrupt` decides whether it is skipped or ends the program.
+as the backbone's `pretrained_cfg` says; `ImageFiles.for_backbone` prepares a dataset object. Labels are the numbers of
+the backbone's head, see `classes`. timm silently replaces an unreadable image by the next one. Here it is reported by
+name, and `on_corrupt` decides whether it is skipped or ends the program.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from timm.data.dataset import ImageDataset as TimmDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from vitprune_env.data.classes import in_turn, labels_of, names_of, numbers_by_name, warn_of_order
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import UnreadableImageError
 
@@ -40,7 +43,9 @@ def data_config(backbone: Backbone) -> dict[str, Any]:
     """
     channels = backbone.in_chans
     if channels not in (1, 3):
-        raise ValueError(f"channels: image files give 3 (RGB) or 1 (grey), {backbone.name} takes {channels}")
+        raise ValueError(
+            f"model: expected one for images of 3 channels (RGB) or 1 (grey), got {backbone.name} for {channels}"
+        )
     size = {"input_size": (channels, *backbone.image_size)}
     config = resolve_model_data_config(cast(Any, backbone.model), args=size)
     for name in ("mean", "std"):
@@ -60,12 +65,20 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         config: the result of `data_config`.
         on_corrupt: `"skip"` leaves out an unreadable image with a warning that names it; `"fail"` raises an
             `UnreadableImageError`.
-        limit: use this many images, drawn at random from all; None: all.
+        limit: use this many images, drawn at random and evenly over the classes, in the order of the source; None: all.
+            Where labels are not known without decoding, the draw is from all images alike.
         seed: of that draw.
         workers: threads that decode for `batch`, processes that decode for `batches`.
+        head: the class names of the network (`backbone.class_names`), to whose numbers labels are mapped by name; None:
+            the source's own numbers.
+        numbered: whether a file of the user numbers the source's classes; it wins over other names of the head's.
+
+    Attributes:
+        rows: `[images]` int64, their numbers in the source.
+        class_names: names of the classes by label; None: unknown.
 
     Raises:
-        ValueError: for no images, or a limit below 1.
+        ValueError: for no images, a limit below 1, or classes that the head does not have.
     """
 
     def __init__(
@@ -76,6 +89,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         limit: int | None = None,
         seed: int = 0,
         workers: int = 0,
+        head: Sequence[str] | None = None,
+        numbered: bool = False,
     ) -> None:
         if not len(source):
             raise ValueError("data: expected at least one image, got an empty dataset")
@@ -85,10 +100,54 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"on_corrupt: expected 'skip' or 'fail', got {on_corrupt!r}")
         self.source, self.config, self.on_corrupt, self.workers = source, config, on_corrupt, workers
         self.transform: Callable[[Image.Image], Tensor] = cast(Any, create_transform(**config))
-        rows = torch.arange(len(source))
+        names = names_of(source)
+        self._numbers = numbers_by_name(names, head, numbered)
+        self.class_names = names if self._numbers is None else tuple(cast(Any, head))
+        if head is None and not numbered:
+            warn_of_order(source, names)
+        self.rows = torch.arange(len(source))
         if limit is not None and limit < len(source):
-            rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-        self.rows = rows  # [images] int64, their numbers in the source
+            self.rows = self._drawn(limit, seed)[0]
+
+    @classmethod
+    def for_backbone(cls, source: Any, backbone: Backbone, **options: Any) -> ImageFiles:
+        """A dataset of timm or torchvision, prepared for a network, its labels in the numbers of the network's head.
+
+        Args:
+            source: the dataset, without a transform.
+            backbone: the network.
+            **options: of `ImageFiles`: on_corrupt, limit, seed, workers, numbered.
+
+        Raises:
+            ValueError: for classes that do not fit the head.
+        """
+        files = cls(source, data_config(backbone), head=backbone.class_names, **options)
+        _check_classes(files, backbone, options.get("numbered", False))
+        return files
+
+    def split(self, count: int, seed: int = 0) -> tuple[ImageFiles, ImageFiles]:
+        """Two parts without a common image: `count` images, drawn as for `limit`, and all others.
+
+        Args:
+            count: images of the first part; at least one must be left.
+            seed: of the draw.
+
+        Raises:
+            ValueError: for a count that leaves one part empty.
+        """
+        if not 0 < count < len(self):
+            raise ValueError(f"count: expected 1 to {len(self) - 1} of {len(self)} images, got {count}")
+        parts = copy.copy(self), copy.copy(self)
+        for part, rows in zip(parts, self._drawn(count, seed), strict=True):
+            part.rows = rows
+        return parts
+
+    def _drawn(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Rows of `count` images, as many of each class as possible, and the rows of the others."""
+        generator, labels = torch.Generator().manual_seed(seed), labels_of(self.source)
+        size = len(self.rows)
+        order = torch.randperm(size, generator=generator) if labels is None else in_turn(labels[self.rows], generator)
+        return self.rows[order[:count].sort().values], self.rows[order[count:].sort().values]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,6 +185,16 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         item = self._opened(index)
         return item if isinstance(item, UnreadableImageError) else (self.transform(item[0]), item[1])
 
+    def _number(self, label: int) -> int:
+        """The head's number of a class of the source."""
+        return label if self._numbers is None else self._numbers[label]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of all images, `[images]` int64, without decoding them; None where the source does not know them."""
+        labels = labels_of(self.source)
+        return None if labels is None else torch.tensor([self._number(label) for label in labels[self.rows].tolist()])
+
     def report(self, error: UnreadableImageError) -> None:
         """Log a warning about an unreadable image, or raise the error if `on_corrupt` is `"fail"`."""
         if self.on_corrupt == "fail":
@@ -147,9 +216,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the source; None if it is unknown."""
-        reader = getattr(self.source, "reader", self.source)
-        known = getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None)
-        return len(known) if known else None
+        names = names_of(self.source)
+        return None if names is None else len(names)
 
     def _opened(self, index: int) -> tuple[Image.Image, int] | UnreadableImageError:
         """Item `index` before it is prepared, or the error that says what is wrong with its file."""
@@ -157,7 +225,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             image, label = self._decode(int(self.rows[index]))
         except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return UnreadableImageError(f"{self.name(index)}: not a readable image ({error})")
-        return image, int(label)
+        return image, self._number(int(label))
 
     def _decode(self, row: int) -> tuple[Image.Image, int]:
         mode = "L" if self.config["input_size"][0] == 1 else "RGB"
@@ -179,6 +247,11 @@ class ImageBatches:
     def __init__(self, files: ImageFiles, size: int, device: str | torch.device) -> None:
         self.files, self.size, self.device = files, size, torch.device(device)
         self.skipped: list[str] = []
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by label; None: unknown."""
+        return self.files.class_names
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.size)
@@ -241,29 +314,47 @@ def open_images(
             dataset the folder that they are stored in, None for the default of their library.
         split: timm's name of the part: "train", "validation", ...
         name: timm's name of the dataset: "" for folders, `torch/<name>`, `hfds/<name>`.
-        class_map: file that numbers the classes, as timm reads it; None: in the order of the folder names.
+        class_map: file that numbers the classes, as timm reads it; None: the backbone's class names do, or, where it
+            has none, the order of the folder names.
         download: whether a `torch/` dataset may be downloaded.
         **options: of `ImageFiles`: on_corrupt, limit, seed, workers.
 
     Raises:
-        ValueError: for a folder that is missing or empty, an unknown name or split, or more classes than the model has.
+        ValueError: for a folder that is missing or empty, an unknown name or split, classes that the model's head does
+            not have, or a number of classes that does not fit it.
         ImportError: for a kind of dataset whose library is not installed.
     """
-    config = data_config(backbone)
+    data_config(backbone)  # refuses models for other images, before folders are read
+    source = open_source(root, split, name, class_map, download)
+    return ImageFiles.for_backbone(source, backbone, numbered=class_map is not None, **options)
+
+
+def open_source(
+    root: str | Path | None,
+    split: str = "validation",
+    name: str = "",
+    class_map: str | Path | None = None,
+    download: bool = False,
+) -> Any:
+    """A dataset of timm or torchvision as `open_images` reads it, for any network; `names_of` tells its classes.
+
+    Raises:
+        ValueError: for a folder that is missing or empty, an unknown name or split.
+        ImportError: for a kind of dataset whose library is not installed.
+    """
     if not name and (root is None or not Path(root).is_dir()):  # timm cannot read tar files in threads or processes
         raise ValueError(f"data_dir: expected a folder of images, found none at {root}")
     place, classes = (None if path is None else str(path) for path in (root, class_map))
     try:
         source = create_dataset(name, place, split, class_map=cast(Any, classes), download=download)
     except (AssertionError, RuntimeError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"data_dir: could not open {name or 'image folder'} {split!r} at {root} ({error})") from error
+        kind = name or "a folder of images"
+        raise ValueError(f"data_dir: expected {kind} with {split!r} images, got {root} ({error})") from error
     if isinstance(source, IterableDataset):
         raise ValueError(f"dataset: expected one with random access (folder, torch/, hfds/), got the stream {name!r}")
-    files = ImageFiles(source, config, **options)
     if not name:
         _check_split(source, Path(cast(str, place)), split)
-    _check_classes(files, backbone, given=class_map is not None)
-    return files
+    return source
 
 
 def _check_split(source: Any, root: Path, split: str) -> None:
@@ -271,14 +362,15 @@ def _check_split(source: Any, root: Path, split: str) -> None:
     if Path(source.reader.root) == root:
         others = sorted(SPLIT_FOLDERS & {path.name for path in root.iterdir() if path.is_dir()})
         if others:
-            raise ValueError(f"split: found no folder for {split!r} in {root}, but {others}")
+            raise ValueError(f"split: expected a folder for {split!r} in {root}, got {others}")
 
 
 def _check_classes(files: ImageFiles, backbone: Backbone, given: bool) -> None:
     """Refuse images whose number of classes does not fit the model's head."""
     count, head = files.num_classes, backbone.num_classes
-    if count is not None and (count > head or (count < head and not given)):
+    by_name = backbone.class_names is not None and files.class_names == backbone.class_names
+    if count is not None and (count > head or (count < head and not given and not by_name)):
         raise ValueError(
-            f"classes: the images have {count}, the head of {backbone.name} has {head}; load the model with "
-            f"num_classes={count}, or number the classes as the model does with a class_map file"
+            f"classes: expected those of the head; the images have {count}, the head of {backbone.name} has {head}; load "
+            f"the model with num_classes={count}, or number the classes as the model does with a class_map file"
         )

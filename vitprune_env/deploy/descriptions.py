@@ -160,6 +160,8 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "pretrained_cfg": {name: _listed(cfg[name]) for name, fits in PRETRAINED_CFG.items() if fits(cfg.get(name))},
         "sites": [site.label for site in backbone.default_sites],
     }
+    if backbone.class_names is not None:
+        description["class_names"] = list(backbone.class_names)
     hint = "vitprune_env.register_backbone(name, builder) and Backbone(model, name) let a network of any sizes be saved"
     try:
         with torch.random.fork_rng(devices=[]):
@@ -196,7 +198,9 @@ def build_backbone(description: Mapping[str, Any]) -> Backbone:
         )
     _check("options", options, OPTIONS)
     _check("pretrained_cfg", description["pretrained_cfg"], PRETRAINED_CFG)
-    backbone = load_backbone(architecture, sites=description["sites"], **options)
+    backbone = load_backbone(
+        architecture, sites=description["sites"], class_names=description.get("class_names"), **options
+    )
     backbone.name = str(description["name"])
     network, cfg = cast(Any, backbone.model), description["pretrained_cfg"]
     if cfg:

@@ -26,15 +26,22 @@ class Network(nn.Module):
         name: what to call it in logs and checkpoints.
         default_sites: where the game takes its steps unless other sites are given; None: after every quarter of the
             blocks, as the papers do (3, 6, 9 of 12).
+        class_names: names of the head's classes in its order; None: unknown. Images that name their classes are
+            numbered by them.
 
     Raises:
         UnsupportedBackboneError: naming the part of the model that cannot be walked.
+        ValueError: for class names that are not different strings, one for each class of the head.
     """
 
     position: Tensor
 
     def __init__(
-        self, model: nn.Module, name: str = "", default_sites: Sequence[int | str | Site] | None = None
+        self,
+        model: nn.Module,
+        name: str = "",
+        default_sites: Sequence[int | str | Site] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.family = family_of(model)
@@ -56,6 +63,22 @@ class Network(nn.Module):
         self.has_class_token = self.model.cls_token is not None
         self.reads_patches = self.model.global_pool == "avg"
         self.default_sites = parse_sites(default_sites or quarter_sites(self.depth), self.depth)
+        self.class_names = class_names
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the head's classes in its order; None: unknown."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        names = names if names is None or isinstance(names, str) else tuple(names)
+        wanted = f"class_names: expected {self.num_classes} different strings, one for each class of {self.name}"
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+            raise ValueError(f"{wanted}, got {names!r}")
+        if names is not None and (len(names) != self.num_classes or len(set(names)) != len(names)):
+            raise ValueError(f"{wanted}, got {len(names)}, {len(set(names))} of them different")
+        self._class_names = names
 
     def block(self, number: int) -> Any:
         """Block `number`, 1-based."""

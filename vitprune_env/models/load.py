@@ -1,7 +1,12 @@
-"""Backbones by name, from a timm module or from a builder of one's own, and local weight files for any of them."""
+"""Backbones by name, from a timm module or from a builder of one's own, and weight files for any of them.
+
+A weight file that `save_backbone` writes holds timm's names and tensors, and says in its metadata what it belongs to:
+architecture, image size, number of classes and, where they are known, the names of the classes.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,13 +15,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 import timm
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
+from vitprune_env.files import PathLike, encode, replace_file
 from vitprune_env.models.lv_vit import LvVit, filter_checkpoint
 from vitprune_env.models.lv_vit import default_cfgs as lv_vit_cfgs
 from vitprune_env.models.vit_digits import VIT_DIGITS, load_vit_digits
@@ -24,6 +31,11 @@ from vitprune_env.types import Site
 
 NOT_WEIGHTS = (OSError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
 OTHER_WEIGHTS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)
+ABOUT: dict[str, Callable[[Any], bool]] = {  # JSON values in the metadata of a weight file
+    "img_size": lambda value: isinstance(value, list) and [type(side) for side in value] == [int, int],
+    "num_classes": lambda value: isinstance(value, int),
+    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
 Builder = Callable[[], nn.Module]
 _BUILDERS: dict[str, Builder] = {
     "vit_digits": lambda: Backbone(load_vit_digits(), "vit_digits", VIT_DIGITS.sites),
@@ -67,6 +79,7 @@ def load_backbone(
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     sites: Sequence[int | str | Site] | None = None,
+    class_names: Sequence[str] | None = None,
     **timm_options: Any,
 ) -> Backbone:
     """Get a network to prune, in evaluation mode.
@@ -77,36 +90,98 @@ def load_backbone(
         pretrained: for a timm name, whether timm downloads its weights.
         checkpoint: local weights to load instead: `.npz` (AugReg, JAX layout), `.safetensors` or a torch file, bare or
             under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
-            interpolated as timm does it.
+            interpolated as timm does it. Files of `save_backbone` bring image size, number and names of their classes.
         sites: default pruning sites; None: the preset's, or after every quarter of the blocks.
+        class_names: names of the head's classes in its order; None: those of the file, if it has any.
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`.
 
     Raises:
         UnknownNameError: for an unknown name; the message gives the nearest ones.
         TypeError: for something that is neither a name nor a module.
-        ValueError: for `pretrained` or options of timm with a model that does not take them.
+        ValueError: for `pretrained` or options of timm with a model that does not take them, or class names that do
+            not fit the head.
         UnsupportedBackboneError: for a model that the game cannot walk.
         CheckpointError: for weights that cannot be read or do not fit.
         ConnectionError: if `pretrained` weights cannot be downloaded.
     """
+    about = {} if checkpoint is None else about_weights(checkpoint)
     if isinstance(model, nn.Module):
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
         network, name = model, type(model).__name__
     elif model in _BUILDERS:
         if timm_options:
-            raise ValueError(f"{sorted(timm_options)}: {model} is built in or registered and takes no timm options")
+            given = ", ".join(timm_options)
+            raise ValueError(
+                f"model: expected a name of timm beside {given}; {model} is built in or registered and takes no timm options"
+            )
         network, name = _BUILDERS[model](), model
         if isinstance(network, Backbone):
-            network, sites = network.model, sites or network.default_sites
+            sites, class_names = sites or network.default_sites, class_names or network.class_names
+            network = network.model
     elif not isinstance(model, str):
         raise TypeError(f"model: expected a name or a timm model, got {model!r}")
     else:
-        network, name = _create_timm(model, pretrained, timm_options), model
+        sizes = {key: about[key] for key in ("img_size", "num_classes") if key in about}
+        network, name = _create_timm(model, pretrained, {**sizes, **timm_options}), model
     backbone = Backbone(network, name, sites)
     if checkpoint is not None:
         _load_weights(backbone, Path(checkpoint))
+    backbone.class_names = class_names or about.get("class_names")
     return backbone.eval()
+
+
+def save_backbone(backbone: Backbone, path: PathLike, dtype: torch.dtype | None = None) -> Path:
+    """Write a network's weights, for `load_backbone(backbone.name, checkpoint=path)`.
+
+    Args:
+        backbone: the network; its class names are written, too.
+        path: file name, which ends in `.safetensors`.
+        dtype: of the weights in the file, such as `torch.float16`; None: as they are.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for another ending, which `load_backbone` would read as another format.
+        StorageError: if the file cannot be written; the old one is untouched.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path: expected a file name that ends in .safetensors, got {path}")
+    state: dict[str, Tensor] = backbone.model.state_dict()
+    if dtype is not None:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    about = {"img_size": backbone.image_size, "num_classes": backbone.num_classes, "class_names": backbone.class_names}
+    metadata = {name: json.dumps(value) for name, value in about.items() if value is not None}
+    return replace_file(path, encode(state, {"format": "pt", "architecture": backbone.name, **metadata}))
+
+
+def about_weights(path: PathLike) -> dict[str, Any]:
+    """What a file of `save_backbone` says of its weights; what other files say in other ways is left out.
+
+    Returns:
+        `architecture`, `img_size` (height, width), `num_classes` and, where they are known, `class_names`.
+
+    Raises:
+        CheckpointError: for a `.safetensors` file that cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except NOT_WEIGHTS as error:
+        raise CheckpointError(f"checkpoint: expected a weight file, got {path} ({error})") from error
+    found: dict[str, Any] = {name: metadata[name] for name in ("architecture",) if name in metadata}
+    for name, fits in ABOUT.items():
+        try:
+            value = json.loads(metadata.get(name, "null"))
+        except ValueError:
+            continue
+        if fits(value):
+            found[name] = value
+    return found
 
 
 def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
@@ -164,13 +239,13 @@ def _load_augreg(network: VisionTransformer, path: Path) -> None:
         blocks = {name.partition("encoderblock_")[2].partition("/")[0] for name in content.files} - {""}
     _check_head(network, heads[0] if heads else 0)
     if blocks and len(blocks) != len(network.blocks):
-        raise CheckpointError(f"checkpoint: the file has {len(blocks)} blocks, the model {len(network.blocks)}")
+        raise CheckpointError(f"checkpoint: expected {len(network.blocks)} blocks, as the model has, got {len(blocks)}")
     network.load_pretrained(str(path))
 
 
 def _check_head(network: VisionTransformer, classes: int) -> None:
     if classes != network.num_classes:
         raise CheckpointError(
-            f"checkpoint: the file has a head of {classes} classes, the model one of {network.num_classes}; "
-            "expected the same (num_classes=...)"
+            f"checkpoint: expected one for the model; the file has a head of {classes} classes, the model one of "
+            f"{network.num_classes} (num_classes={classes} gives it as many)"
         )
