@@ -25,7 +25,7 @@ from ...files import PathLike, prepare_folder, replace_file
 from ...policy import BasePolicy, keep_top
 from ...types import Decision, Observation
 from ..shared.settings import as_json, check, check_numbers, differences
-from .linear_head import fit_head, linear_head
+from .head import fit_head, linear_head
 from .loop import STATE_FILE, FinetuneResult, finetune
 from .settings import FinetuneConfig, LastBlocks
 

@@ -30,8 +30,8 @@ def fit_head(
 ) -> float:
     """Fit the linear head of a network, in place; nothing else changes.
 
-    Features are standardised for the fit, and the head absorbs mean and scale. The loss is cross-entropy plus `decay`
-    times the sum of the squared weights of the standardised features, minimised by L-BFGS.
+    For the fit, features are centred and divided by their mean standard deviation; the head absorbs both. The loss is
+    cross-entropy plus `decay` times the sum of the squared weights of these features, minimised by L-BFGS.
 
     Args:
         backbone: the network.
@@ -53,12 +53,12 @@ def fit_head(
     features, labels = _features(backbone.to(device).eval(), dataset, batch_size, device, progress, context)
     if not torch.isfinite(features).all():
         raise NumericalError("linear head: features of the network are not finite; check its weights, or use amp='off'")
-    std, mean = torch.std_mean(features, dim=0)
-    std = std.clamp(min=1e-6)
-    weight, bias = _regress((features - mean) / std, labels, head.out_features, decay)
+    mean = features.mean(dim=0)
+    scale = (features - mean).square().mean().sqrt().clamp(min=1e-6)
+    weight, bias = _regress((features - mean) / scale, labels, head.out_features, decay)
     with torch.no_grad():
-        head.weight.copy_(weight / std)
-        head.bias.copy_(bias - (weight / std) @ mean)
+        head.weight.copy_(weight / scale)
+        head.bias.copy_(bias - head.weight @ mean)
         return float((head(features).argmax(dim=1) == labels).double().mean())
 
 
