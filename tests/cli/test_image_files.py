@@ -133,9 +133,9 @@ def test_the_built_in_task_needs_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "deit_tiny_patch16_224", "--policy", "evit"], "data_dir: expected images for deit_tiny"),
-        (["--preset", "evit-deit-s"], r"preset: expected one of evit-deit-s-0\.8, "),
-        (["--policy", "evit", "--target-share", "0.5"], "target_share: expected a trained policy"),
+        (["--model", "deit_tiny_patch16_224", "--policy", "evit"], "--data-dir: expected images for deit_tiny"),
+        (["--preset", "evit-deit-s"], r"--preset: expected one of evit-deit-s-0\.8, "),
+        (["--policy", "evit", "--target-share", "0.5"], "--target-share: expected a trained policy"),
     ],
 )
 def test_flags_that_make_no_sense(

@@ -77,9 +77,7 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
 
 def test_models_for_other_channels_are_refused(folder: Path) -> None:
     backbone = load_backbone("deit_tiny_patch16_224", in_chans=4, **TINY)
-    with pytest.raises(
-        ValueError, match=r"model: expected one for images of 3 channels \(RGB\) or 1 \(grey\), got .* for 4"
-    ):
+    with pytest.raises(ValueError, match=r"model: expected one .* 3 channels \(RGB\) or 1 \(grey\), got .* for 4"):
         open_images(backbone, folder)
 
 
@@ -169,7 +167,7 @@ def test_classes_that_do_not_fit_the_head(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 1000; load the model with num_classes=10, or number the classes"):
         open_images(many, folder)
     assert open_images(many, folder, class_map=_class_map(tmp_path)).num_classes == 10
-    with pytest.raises(ValueError, match="classes: expected .* the images have 10"):
+    with pytest.raises(ValueError, match=r"classes: expected .* the images have 10"):
         open_images(few, folder, class_map=_class_map(tmp_path))
 
 

@@ -12,7 +12,15 @@ import torch
 from tqdm import tqdm
 
 from vitprune_env.benchmarking.contestants import DENSE, Contestant, Entries, Task, contestants_of
-from vitprune_env.benchmarking.images import TUNE_IMAGES, Images, as_batches, digest, first_images, set_aside
+from vitprune_env.benchmarking.images import (
+    TUNE_IMAGES,
+    Images,
+    as_batches,
+    digest,
+    first_images,
+    set_aside,
+    shown_images,
+)
 from vitprune_env.benchmarking.measurement import SHOWN, Row, Sites, Timing, measure
 from vitprune_env.benchmarking.result import BenchmarkResult, Scenes
 from vitprune_env.benchmarking.store import Store
@@ -100,7 +108,7 @@ def benchmark(
     test = as_batches(data, batch_size, device)
     calibration = as_batches(tune, batch_size, device) if tune is not None else _first(fit, batch_size, device)
     task = Task(backbone, test, [*calibration], fit, sites, seed, seeds, folder, resume, quick)
-    images, labels = first_images(test, SHOWN)
+    images, labels = shown_images(test, SHOWN)
     store = Store(folder, {**_settings(task, images), **(settings or {})}, resume)
     jobs = [(DENSE, None), *((line, share) for share in budgets for line in lines if not line.fixed)]
     jobs += [(line, None) for line in lines if line.fixed]
@@ -110,7 +118,8 @@ def benchmark(
             if store.find(line.name, share, line.origin) is None:
                 store.add(_measured(line, share, task, timing))
     config = data_config(backbone)
-    scenes = Scenes(images.cpu(), labels.cpu(), backbone.grid_size, config["mean"], config["std"])
+    names = backbone.class_names or getattr(data, "class_names", None)
+    scenes = Scenes(images.cpu(), labels.cpu(), backbone.grid_size, config["mean"], config["std"], names)
     result = BenchmarkResult(tuple(store.rows), store.settings, scenes)
     if folder is not None:
         result.save(folder)

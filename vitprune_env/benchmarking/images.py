@@ -18,6 +18,7 @@ Images = ImageDataset | ImageFiles | Sequence[tuple[Tensor, Tensor]]
 IN_MEMORY = 1 << 30  # bytes of images that are kept rather than read again
 TUNE_IMAGES = 256  # images that policies are calibrated on, unless they are given
 TUNE_SHARE = 4  # at most one in so many images is set aside for that
+LOOK = 1000  # images among which those of a figure are looked for
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,33 @@ def first_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
         if found >= count:
             break
     return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
+def shown_rows(labels: Tensor, count: int) -> list[int]:
+    """Which images of a set to draw: the first one of each of `count` classes, so that sorted folders show several.
+
+    Args:
+        labels: `[images]`; the first `LOOK` of them are looked at.
+        count: how many images; where there are fewer classes, the first other images follow.
+    """
+    first: dict[int, int] = {}
+    for row, label in enumerate(labels[:LOOK].tolist()):
+        first.setdefault(label, row)
+    chosen = list(first.values())[:count]
+    return chosen + [row for row in range(len(labels)) if row not in chosen][: count - len(chosen)]
+
+
+def shown_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of `shown_rows`; no more batches are read than it takes to find them."""
+    kept: dict[int, Tensor] = {}
+    labels = torch.empty(0, dtype=torch.int64)
+    for images, targets in batches:
+        start, labels = len(labels), torch.cat([labels, targets.cpu()])
+        rows = shown_rows(labels, count)
+        kept = {row: kept[row] if row in kept else images[row - start] for row in rows}
+        if len(labels) >= LOOK or len(labels[rows].unique()) == count:
+            break
+    return torch.stack(list(kept.values())), labels[list(kept)].to(images.device)
 
 
 def digest(*tensors: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from vitprune_env.benchmarking.images import Batches, first_images
+from vitprune_env.benchmarking.images import LOOK, Batches, first_images, shown_rows
 from vitprune_env.benchmarking.intervals import interval
 from vitprune_env.benchmarking.speed import Stopwatch
 from vitprune_env.deploy.pruned_vit import PrunedViT
@@ -49,8 +49,8 @@ class Row:
     images_per_s: float | None = None  # measured
     dense_images_per_s: float | None = None  # measured in turn with it
     speedup: float | None = None  # median over pairs
-    source: tuple[tuple[int, ...], ...] = ()  # of the first images, where every patch ended up (see `Outcome`)
-    predicted: tuple[int, ...] = ()  # of the first images
+    source: tuple[tuple[int, ...], ...] = ()  # of the images drawn, where every patch ended up (see `Outcome`)
+    predicted: tuple[int, ...] = ()  # of the images drawn
     out_of_reach: str = ""  # why there are no numbers
     origin: str = ""  # tells saved policies of the same name apart
     seconds: float = 0.0  # spent on fitting, calibrating and measuring
@@ -145,8 +145,7 @@ def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None
     """One run over all images."""
     game = game_of(backbone, policy, sites)
     marks, macs, own, kept, five = [], [], [], [], 0
-    source: list[list[int]] = []
-    predicted: list[int] = []
+    classes, source, predicted = [], [], []
     for images, labels in test:
         outcome = play(game, policy, images, labels).outcome
         marks += [int(mark) for mark in outcome.logits.argmax(dim=1) == labels]
@@ -155,12 +154,13 @@ def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None
         macs.append(outcome.macs)
         own.append(outcome.policy_macs)
         kept.append(outcome.n_kept)
-        if len(predicted) < SHOWN:
-            room = SHOWN - len(predicted)
-            source += outcome.source[:room].tolist()
-            predicted += outcome.logits[:room].argmax(dim=1).tolist()
+        if len(predicted) < LOOK:
+            classes += labels.tolist()
+            source += outcome.source
+            predicted += outcome.logits.argmax(dim=1).tolist()
     if not marks:
         raise ValueError("test: expected at least one batch of labelled images, got an empty dataset")
+    shown = shown_rows(torch.tensor(classes), SHOWN)
     return {
         "correct": "".join(map(str, marks)),
         "gmacs": float(torch.cat(macs).mean()) / 1e9,
@@ -168,8 +168,8 @@ def _play(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | None
         "top5": five / len(marks),
         "keep_per_site": (torch.cat(kept).double().mean(dim=0) / game.num_agents).tolist(),
         "sites": tuple(site.label for site in game.sites),
-        "source": _as_tuple(source),
-        "predicted": tuple(predicted),
+        "source": tuple(tuple(source[row].tolist()) for row in shown),
+        "predicted": tuple(predicted[row] for row in shown),
     }
 
 

@@ -25,13 +25,14 @@ MAX_NAMED_SITES = 3
 
 @dataclass(frozen=True)
 class Scenes:
-    """The images whose tokens are drawn: `[B, C, H, W]`, labels `[B]`, and how they were normalised."""
+    """The images whose tokens are drawn: `[B, C, H, W]`, labels `[B]`, how they were normalised, names of classes."""
 
     images: Tensor
     labels: Tensor
     grid_size: tuple[int, int]
     mean: Sequence[float]
     std: Sequence[float]
+    class_names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class BenchmarkResult:
             predicted={row.name: row.predicted for row in shown},
             mean=self.scenes.mean,
             std=self.scenes.std,
+            class_names=self.scenes.class_names,
         )
 
     def save(self, folder: PathLike) -> None:

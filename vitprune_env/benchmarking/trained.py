@@ -12,8 +12,8 @@ from torch import Tensor
 from vitprune_env.agents import AdaptivePolicy, TrainResult
 from vitprune_env.baselines import EViT, RandomDrop, calibrate
 from vitprune_env.benchmarking.contestants import Task, untrained_policies
-from vitprune_env.benchmarking.images import Batches, first_images
-from vitprune_env.benchmarking.measurement import Row, Timing, game_of, measure
+from vitprune_env.benchmarking.images import Batches, shown_images
+from vitprune_env.benchmarking.measurement import SHOWN, Row, Timing, game_of, measure
 from vitprune_env.benchmarking.store import versions
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.data import data_config
@@ -21,11 +21,13 @@ from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import PathLike, replace_file
 from vitprune_env.game.rollout import play
 from vitprune_env.plots.figures import learning_curve_figure, tokens_figure
+from vitprune_env.plots.render import class_name, label_text
 from vitprune_env.policy import KeepAll, Policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SIDE_BY_SIDE = 4  # panels of more sites than this leave room for one image per row
 FEW = 32  # images of a batch that suffice to calibrate methods which keep the same number of tokens in every image
 
 
@@ -76,8 +78,8 @@ class TrainingReport:
         """
         folder = Path(folder)
         replace_file(folder / "table.md", (self.table() + "\n").encode())
-        shown = first_images(self.test, 8)
-        figure_of_tokens(self.result.backbone, self.result.policy, *shown).savefig(folder / "tokens.png", dpi=150)
+        figure = figure_of_tokens(self.result.backbone, self.result.policy, self.test)
+        figure.savefig(folder / "tokens.png", dpi=150)
         self.learning_curve().savefig(folder / "learning_curve.png", dpi=150)
 
 
@@ -155,20 +157,25 @@ def comparison_table(rows: Sequence[Row]) -> str:
     return markdown([cells(row) for row in rows])
 
 
-def figure_of_tokens(backbone: Backbone, policy: Policy, images: Tensor, labels: Tensor) -> Figure:
-    """At most eight images and what is left of them after each site.
+def figure_of_tokens(backbone: Backbone, policy: Policy, test: Batches) -> Figure:
+    """Eight images, of different classes where there are as many, and what is left of them after each site.
 
     Args:
         backbone: the network.
         policy: decides which tokens stay.
-        images: `[B, C, H, W]`, normalised.
-        labels: `[B]`, written beside the images with what they were read as.
+        test: labelled images, normalised; true classes are written beside them, and mistakes.
     """
+    images, labels = shown_images(test, SHOWN)
     game = game_of(backbone, policy)
     episode = play(game, policy, images, labels)
     predicted = episode.outcome.logits.argmax(dim=1)
-    captions = [f"{int(label)} read as {int(guess)}" for label, guess in zip(labels, predicted, strict=True)]
+    names = backbone.class_names or getattr(test, "class_names", None)
+    captions = [
+        label_text(label, names) + ("" if guess == label else f"\nread as {class_name(guess, names)}")
+        for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True)
+    ]
     sites = [site.label for site in game.sites]
     config = data_config(backbone)
     look = {"mean": config["mean"], "std": config["std"]}
-    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=2, **look)
+    columns = 2 if len(sites) <= SIDE_BY_SIDE else 1
+    return tokens_figure(images, episode.keep, backbone.grid_size, sites, titles=captions, columns=columns, **look)

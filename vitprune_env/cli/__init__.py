@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,17 +60,37 @@ Token pruning of Vision Transformers as a multi-agent game.
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn an error about what was asked for into one line on stderr and exit code 2, without a traceback."""
+    """Turn an error about what was asked for into one line on stderr and exit code 2, without a traceback.
+
+    Warnings of this package become a line on stderr each. Both name flags where the library names arguments.
+    """
     from vitprune_env.errors import VitPruneError
 
+    log, shown = logging.getLogger("vitprune_env"), _OnStderr(logging.WARNING)
+    log.addHandler(shown)
     try:
         yield
     except (VitPruneError, ConnectionError) as error:
-        _fail(str(error))
+        _fail(_in_flags(str(error)))
     except ValueError as error:
         if re.match(r"\w[\w.\[\]]*: expected", str(error)):  # the sentence that all checks of arguments speak
-            _fail(str(error))
+            _fail(_in_flags(str(error)))
         raise
+    finally:
+        log.removeHandler(shown)
+
+
+class _OnStderr(logging.Handler):
+    """Prints each record as one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {_in_flags(record.getMessage())}", file=sys.stderr)
+
+
+def _in_flags(message: str) -> str:
+    from vitprune_env.cli.flags import in_flags
+
+    return in_flags(message)
 
 
 def _fail(message: str) -> None:

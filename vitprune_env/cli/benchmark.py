@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,10 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         if getattr(args, name) < 1:
             raise SettingsError(f"{name}: expected 1 or more, got {getattr(args, name)}")
     args = replace(args, split="validation") if args.split == "val" else args
-    small: dict[str, Any] = {
-        "images": 64,
-        "tune_images": 16,
-        "fit_images": 256,
-        "seeds": 2,
-        "pairs": 2,
-        "timed_images": 16,
-    }
-    small["budgets"] = (max(args.budgets),)  # which most methods can meet
-    return replace(args, **small) if args.common.quick else args
+    if not args.common.quick:
+        return args
+    args = replace(args, budgets=(max(args.budgets),))  # which most methods can meet
+    return lowered(args, images=64, tune_images=16, fit_images=256, seeds=2, pairs=2, timed_images=16)
 
 
 def entries(args: Args) -> dict[str, str | list[str]]:
@@ -110,14 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     common, source = args.common, args.source
     common.prepare(built_in=not source.reads_files)
     backbone = source.network(common.seed, common.device)
+    tune, fit, test = source.open_apart(
+        backbone,
+        ("train", args.tune_images, TUNE_SEED),
+        ("train", args.fit_images, common.seed),
+        (args.split, args.images, TEST_SEED),
+    )
     result = benchmark(
         entries(args),
         backbone,
-        source.open(backbone, args.split, args.images, TEST_SEED),
+        test,
         budgets=args.budgets,
         sites=sites_of(args),
-        tune=source.open(backbone, "train", args.tune_images, TUNE_SEED),
-        fit=source.open(backbone, "train", args.fit_images, common.seed),
+        tune=tune,
+        fit=fit,
         seeds=args.seeds,
         seed=common.seed,
         timing=Timing(args.pairs, args.timed_images),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.flags import CommonFlags, lowered, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.data import Digits
@@ -47,10 +47,10 @@ def write_scenes(scenes: Digits, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write both splits."""
     args = read_flags(Args, argv, __doc__, prog="vitprune digits-folder")
+    args = lowered(args, train=20, val=20) if args.common.quick else args
     from vitprune_env.data import Digits, DigitsConfig
 
     scene, seed, output = DigitsConfig().resized(args.size), args.common.seed, args.common.output
-    train, val = (20, 20) if args.common.quick else (args.train, args.val)
-    write_scenes(Digits("train", train, seed, scene), output / "train")
-    write_scenes(Digits("test", val, seed, scene), output / "val")
-    print(f"{train} + {val} images are in {output}/")
+    write_scenes(Digits("train", args.train, seed, scene), output / "train")
+    write_scenes(Digits("test", args.val, seed, scene), output / "val")
+    print(f"{args.train} + {args.val} images are in {output}/")

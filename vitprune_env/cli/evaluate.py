@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vitprune_env.agents import TokenPolicy
     from vitprune_env.benchmarking.images import Batches
     from vitprune_env.benchmarking.measurement import Row
@@ -54,9 +56,18 @@ class Args:
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/evaluation")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
-    def batches(self, backbone: Backbone, split: str, count: int | None, seed: int) -> Batches:
-        """Labelled images of a split."""
-        return self.source.batches(backbone, split, count, seed, self.batch_size, self.common.device)
+    def batches(self, backbone: Backbone, calibrate: bool) -> tuple[Batches, Sequence[tuple[Tensor, Tensor]]]:
+        """Images to report on and, if a threshold is to be calibrated, other ones for that."""
+        import torch
+
+        from vitprune_env.benchmarking.images import as_batches
+
+        tune = [("train", 32 if self.common.quick else 512, TUNE_SEED)] if calibrate else []
+        report = (self.source.held_out_split(self.split), self.images, TEST_SEED)
+        parts = self.source.open_apart(backbone, *tune, report)
+        device = torch.device(self.common.device)
+        *others, test = [as_batches(part, self.batch_size, device) for part in parts]
+        return test, [batch for part in others for batch in part]
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
@@ -76,7 +87,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         network = ImageFlags(model=found.model, pretrained=True)
         default = Args(policy=found.policy, keep_rate=found.keep_rate, source=network)
         args = read_flags(Args, argv, __doc__, prog, default)
-    return replace(args, images=100) if args.common.quick else args
+    return lowered(args, images=100) if args.common.quick else args
 
 
 def load(args: Args) -> tuple[Policy, Backbone]:
@@ -108,22 +119,28 @@ def load(args: Args) -> tuple[Policy, Backbone]:
     return policy, backbone
 
 
-def at_share(args: Args, policy: Policy, backbone: Backbone, share: float) -> TokenPolicy:
-    """A trained policy at another budget.
+def to_calibrate(policy: Policy, share: float | None) -> bool:
+    """Whether another budget needs images to calibrate a threshold on.
 
     Raises:
-        SettingsError: for a policy that has no threshold.
+        SettingsError: for another budget of a policy that has no threshold.
     """
-    from vitprune_env.agents import AdaptivePolicy, TokenPolicy, calibrate_threshold
+    from vitprune_env.agents import AdaptivePolicy, TokenPolicy
     from vitprune_env.errors import SettingsError
+
+    if share is not None and not isinstance(policy, TokenPolicy):
+        raise SettingsError("target_share: expected a trained policy, whose threshold can be moved; got a keep rate")
+    return share is not None and not isinstance(policy, AdaptivePolicy)
+
+
+def at_share(policy: Any, backbone: Backbone, share: float, tune: Sequence[tuple[Tensor, Tensor]]) -> TokenPolicy:
+    """A trained policy at another budget; its threshold is calibrated on `tune`, unless it serves many budgets."""
+    from vitprune_env.agents import AdaptivePolicy, calibrate_threshold
     from vitprune_env.game.token_game import TokenGame
 
-    if not isinstance(policy, TokenPolicy):
-        raise SettingsError("target_share: expected a trained policy, whose threshold can be moved; got a keep rate")
     if isinstance(policy, AdaptivePolicy):
         return policy.at(share)
     game = TokenGame.for_policy(backbone, policy)
-    tune = args.batches(backbone, "train", 32 if args.common.quick else 512, TUNE_SEED)
     return calibrate_threshold(game, policy, [images for images, _ in tune], share * game.cost.dense())
 
 
@@ -134,20 +151,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy, backbone = load(args)
     import torch
 
-    from vitprune_env.benchmarking.images import first_images
     from vitprune_env.benchmarking.measurement import Timing, measure
     from vitprune_env.benchmarking.trained import figure_of_tokens
     from vitprune_env.policy import KeepAll
 
-    test = args.batches(backbone, args.source.held_out_split(args.split), args.images, TEST_SEED)
+    test, tune = args.batches(backbone, to_calibrate(policy, args.target_share))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     with torch.autocast(torch.device(args.common.device).type, dtype, enabled=dtype is not None):
         if args.target_share is not None:
-            policy = at_share(args, policy, backbone, args.target_share)
+            policy = at_share(policy, backbone, args.target_share, tune)
         timing = Timing(3, 16) if args.common.quick else Timing(9, args.batch_size)
         dense = replace(measure("dense", backbone, KeepAll(), test), speedup=1.0)
         pruned = measure(args.policy or "policy", backbone, policy, test, timing=timing)
-        figure = figure_of_tokens(backbone, policy, *first_images(test, 8))
+        figure = figure_of_tokens(backbone, policy, test)
     figure.savefig(args.common.output / "tokens.png", dpi=150)
     report(args, [dense, pruned], policy, list(getattr(test, "skipped", [])))
 

@@ -22,7 +22,7 @@ from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
 from vitprune_env.baselines import calibrate, describe
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.deploy.policy_files import load_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import replace_file
@@ -104,8 +104,8 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     args = read_flags(Args, argv, __doc__, prog)
     if not args.common.quick:
         return args
-    optimiser = replace(args.optimiser, steps=5, batch_size=16, cache_images=32)
-    return replace(args, optimiser=optimiser, train_images=64, images=100)
+    optimiser = lowered(args.optimiser, steps=5, batch_size=16, cache_images=32)
+    return lowered(replace(args, optimiser=optimiser), train_images=64, images=100)
 
 
 def pruner(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None]:

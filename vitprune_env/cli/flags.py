@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+ARGUMENTS = {"checkpoint": "weights", "root": "data_dir", "data": "data_dir"}  # of the library, and their flags
+_flags: set[str] = set()  # names of the flags of the command line that was read last
 TUNE_SEED = 1_000_003  # scenes to calibrate on: training digits, other compositions than those of training
 TEST_SEED = 2_000_003  # scenes to report on
 
@@ -42,10 +45,17 @@ class CommonFlags:
 
         Raises:
             StorageError: if the folder cannot be made.
+            SettingsError: for a device that is not there.
         """
         import torch
 
-        from vitprune_env.errors import StorageError
+        from vitprune_env.errors import SettingsError, StorageError
+
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch built without this kind of device asserts
+            reason = str(error).splitlines()[0]
+            raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
 
         try:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,8 @@ class ImageFlags:
     dataset: str = ""
     """timm's name of the dataset, such as torch/cifar10 or hfds/ILSVRC/imagenet-1k; empty: folders."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File that numbers the classes; needed where the images show fewer classes than the network knows."""
+    """File that lists the class names in the order of the network's head; needed where the network knows no names and
+    the images are numbered otherwise, or show fewer classes."""
     download: bool = False
     """Let torchvision download the dataset (torch/...)."""
     on_corrupt: Literal["skip", "fail"] = "skip"
@@ -73,15 +84,17 @@ class ImageFlags:
     workers: int = 2
     """Processes (or threads) that decode images."""
     model: str | None = None
-    """Network to prune: vit_digits, lv_vit_s, or any plain ViT of timm; None: the policy's, or vit_digits."""
+    """Network to prune: vit_digits, lv_vit_s, or any plain ViT of timm; None: that of the weight file or of the policy,
+    or vit_digits."""
     pretrained: bool = False
     """Let timm download the network's weights, unless a file is given."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Local weights of the network instead: .pth, .safetensors or .npz."""
     img_size: int | None = None
-    """Height and width of the images, in pixels; None: the network's own. Position embeddings are interpolated."""
+    """Height and width of the images, in pixels; None: that of the weight file, or the network's own. Position
+    embeddings are interpolated."""
     num_classes: int | None = None
-    """Classes of the network; None: its own, 1000 for ImageNet."""
+    """Classes of the network; None: those of the weight file, or its own, 1000 for ImageNet."""
 
     @property
     def reads_files(self) -> bool:
@@ -97,9 +110,10 @@ class ImageFlags:
         import torch
 
         from vitprune_env.errors import SettingsError
-        from vitprune_env.models.load import load_backbone
+        from vitprune_env.models.load import about_weights, is_registered, is_timm_name, load_backbone
 
-        name = self.model or default
+        written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
+        name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
         if not self.reads_files and name != "vit_digits":
             raise SettingsError(f"data_dir: expected images for {name}; only vit_digits reads the built-in task")
         options = {"img_size": self.img_size, "num_classes": self.num_classes}
@@ -129,10 +143,17 @@ class ImageFlags:
             backbone: the network that they are prepared for.
             split: train, validation or test.
             count: how many; None: 2000 scenes of the built-in task, all image files.
-            seed: which scenes of the built-in task, or which of the files.
+            seed: which scenes of the built-in task, or which of the files, evenly over the classes.
+
+        Raises:
+            SettingsError: for a count below 1.
+            ValueError: for images that cannot be opened or do not fit the network.
         """
         from vitprune_env.data import Digits, open_images
+        from vitprune_env.errors import SettingsError
 
+        if count is not None and count < 1:
+            raise SettingsError(f"images: expected 1 or more of split {split}, got {count}")
         if not self.reads_files:
             return Digits(split, size=count or 2000, seed=seed)
         return open_images(
@@ -147,6 +168,42 @@ class ImageFlags:
             seed=seed,
             workers=self.workers,
         )
+
+    def open_apart(self, backbone: Backbone, *parts: tuple[str, int | None, int]) -> list[Digits | ImageFiles]:
+        """Images for several purposes, none of them for two, also where two splits are the same files.
+
+        Args:
+            backbone: the network that they are prepared for.
+            *parts: split, count and seed of each, see `open`. Of the same files each part but the last gets at most a
+                quarter of what those before it leave.
+        """
+        if not self.reads_files:
+            return [self.open(backbone, *part) for part in parts]
+        whole = {split: cast("ImageFiles", self.open(backbone, split, None, 0)) for split, _, _ in parts}
+        places = {split: split if self.dataset else files.source.reader.root for split, files in whole.items()}
+        left = {places[split]: files for split, files in whole.items()}
+        found: list[Digits | ImageFiles] = []
+        for index, (split, count, seed) in enumerate(parts, start=1):
+            files = left[places[split]]
+            shared = any(places[other] == places[split] for other, _, _ in parts[index:])
+            most = max(1, len(files) // 4) if shared else len(files)
+            count = most if count is None else min(count, most)
+            if count < len(files):
+                files, left[places[split]] = files.split(count, seed)
+            found.append(files)
+        return found
+
+
+def lowered(flags: T, **most: Any) -> T:
+    """The same flags with numbers of at most these; one that is None, for all there are, becomes this.
+
+    Args:
+        flags: a dataclass.
+        **most: the largest values by the names of its fields.
+    """
+    given = {name: getattr(flags, name) for name in most}
+    less = {name: most[name] if value is None else min(value, most[name]) for name, value in given.items()}
+    return replace(cast(Any, flags), **less)
 
 
 def read_flags(
@@ -165,6 +222,37 @@ def read_flags(
         prog: name of the command; None: that of the process.
         default: values of flags that are not given; None: those of the dataclass.
     """
+    _flags.clear()
+    _flags.update(_names(flags))
     given: dict[str, Any] = {} if default is None else {"default": default}
     short_names = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(flags, args=argv, description=description, prog=prog, config=short_names, **given)
+
+
+def _names(flags: type) -> list[str]:
+    """Names of the fields of a dataclass, of those inside it as well."""
+    found = []
+    for name, kind in get_type_hints(flags).items():
+        found += _names(kind) if is_dataclass(kind) else [name]
+    return found
+
+
+def in_flags(message: str) -> str:
+    """What the library says of its arguments, with the flags of the command line that was read in their place.
+
+    `num_classes: expected` becomes `--num-classes: expected`, `num_classes=101` becomes `--num-classes 101`, and
+    `pretrained=False` becomes `--no-pretrained`.
+    """
+    names = {name: name for name in _flags} | {name: flag for name, flag in ARGUMENTS.items() if flag in _flags}
+    if not names:
+        return message
+    known = "|".join(sorted(names, key=len, reverse=True))
+    long = "|".join(name for name in names if "_" in name) or "(?!)"  # no words of a sentence
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = names[found[1]].replace("_", "-"), (found.groupdict().get("value") or "")
+        return {"True": f"--{name}", "False": f"--no-{name}", "": f"--{name}"}.get(value, f"--{name} {value}")
+
+    message = re.sub(rf"^({known})(?=: )", flag, message)
+    message = re.sub(rf"(?<![\w./(-])({known})=(?P<value><[^>]*>|[^\s,;()]+)", flag, message)
+    return re.sub(rf"(?<![\w./'\"-])({long})(?![\w/'\"=(]|\.\w)", flag, message)

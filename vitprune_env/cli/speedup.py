@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.flags import CommonFlags, lowered, read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Time every case, and write after each, so that an interrupted run leaves its results."""
     args = read_flags(Args, argv, __doc__, prog="vitprune speedup")
     if args.common.quick:
-        args = replace(args, models=("vit_digits",), batch_sizes=(1, 8), pairs=3, seconds=1.0)
+        batch_sizes = tuple(dict.fromkeys(min(size, 8) for size in args.batch_sizes))
+        args = lowered(replace(args, models=("vit_digits",), batch_sizes=batch_sizes), pairs=3, seconds=1.0)
     import torch
 
     from vitprune_env.benchmarking.speed import time_case

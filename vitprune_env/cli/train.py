@@ -27,7 +27,7 @@ from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.train_flags import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, batches_of
 from vitprune_env.engine.backbone import Backbone
@@ -91,14 +91,14 @@ def _small(args: Args) -> Args:
     """The same run in miniature."""
     training = args.training
     small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 64, "checkpoint_every": 2}
-    finetune = replace(
-        training.finetune,
-        finetune_every=min(training.finetune.finetune_every, 2),
-        finetune_steps=min(training.finetune.finetune_steps, 4),
+    finetune = lowered(training.finetune, finetune_every=2, finetune_steps=4)
+    training = replace(
+        training,
+        run=lowered(training.run, **small),
+        learner=lowered(training.learner, epochs=2),
+        finetune=finetune,
     )
-    learner = replace(training.learner, epochs=min(training.learner.epochs, 2))
-    training = replace(training, run=replace(training.run, **small), learner=learner, finetune=finetune)
-    return replace(args, training=training, test_images=100, untrained_actors=2)
+    return lowered(replace(args, training=training), test_images=100, untrained_actors=2)
 
 
 def open_task(args: Args, backbone: Backbone) -> Task:

@@ -371,6 +371,6 @@ def _check_classes(files: ImageFiles, backbone: Backbone, given: bool) -> None:
     by_name = backbone.class_names is not None and files.class_names == backbone.class_names
     if count is not None and (count > head or (count < head and not given and not by_name)):
         raise ValueError(
-            f"classes: expected those of the head; the images have {count}, the head of {backbone.name} has {head}; load "
-            f"the model with num_classes={count}, or number the classes as the model does with a class_map file"
+            f"classes: expected those of the head; the images have {count}, the head of {backbone.name} has {head}; "
+            f"load the model with num_classes={count}, or number the classes as the model does with a class_map file"
         )

@@ -117,7 +117,8 @@ def load_backbone(
         if timm_options:
             given = ", ".join(timm_options)
             raise ValueError(
-                f"model: expected a name of timm beside {given}; {model} is built in or registered and takes no timm options"
+                f"model: expected a name of timm beside {given}; "
+                f"{model} is built in or registered and takes no timm options"
             )
         network, name = _BUILDERS[model](), model
         if isinstance(network, Backbone):
@@ -255,5 +256,5 @@ def _check_head(network: VisionTransformer, classes: int) -> None:
     if classes != network.num_classes:
         raise CheckpointError(
             f"checkpoint: expected one for the model; the file has a head of {classes} classes, the model one of "
-            f"{network.num_classes} (num_classes={classes} gives it as many)"
+            f"{network.num_classes}; num_classes={classes} gives it as many"
         )

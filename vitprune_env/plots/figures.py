@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from vitprune_env.plots.render import Scene, draw_row, panel_size, tint, to_rgb
+from vitprune_env.plots.render import Scene, class_name, draw_row, label_text, panel_size, tint, to_rgb
 from vitprune_env.types import Site
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ Curve = Sequence[float] | Sequence[Sequence[float]]
 MARKERS = "osD^vP*X<>pd"
 GREYS = (14, 15)  # of matplotlib's tab20
 NEAR = 0.1  # the enlarged panel shows accuracies down to this far below the reference
+LINE = 20  # characters of a line of text beside or above a panel
 MAX_IMAGES = 8  # more images in a figure would be too small on a page
 
 
@@ -39,7 +41,7 @@ def tokens_figure(
         keep: `[T, B, N]` bool, tokens alive after each site (an `Episode`'s `keep`).
         grid_size: rows and columns of patches, N in all.
         sites: the T sites at which tokens were pruned.
-        titles: one per image, written on its left; None: no titles.
+        titles: one per image, written on its left, long lines broken; None: no titles.
         mean: of the images' normalisation, see `to_rgb`.
         std: likewise.
         columns: number of images per row of the figure.
@@ -68,11 +70,16 @@ def tokens_figure(
         if index < len(images):
             scene = Scene(rgb[index], kept[:, index], grid_size, tuple(map(str, sites)))
             draw_row(axes, scene, first=index % rows == 0)
-            axes[0].set_ylabel(titles[index] if titles else "")
+            axes[0].set_ylabel(_lines(titles[index]) if titles else "", fontsize="small")
         else:
             for panel in axes:
                 panel.set_axis_off()
     return figure
+
+
+def _lines(text: str) -> str:
+    """Text in lines that fit a panel."""
+    return "\n".join(textwrap.fill(line, LINE) for line in text.splitlines())
 
 
 def learning_curve_figure(
@@ -199,6 +206,7 @@ def fates_figure(
     predicted: Mapping[str, Sequence[int]] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Figure:
     """The tokens that several methods leave of the same images: the images, then one row per method.
 
@@ -213,6 +221,7 @@ def fates_figure(
         predicted: for each method the predicted classes, written below the panels, wrong ones in red.
         mean: of the images' normalisation, see `to_rgb`.
         std: likewise.
+        class_names: of the classes, to write in place of their numbers.
 
     Raises:
         ValueError: for shapes that do not fit together, no methods or too many images.
@@ -227,7 +236,7 @@ def fates_figure(
     from matplotlib.figure import Figure
 
     rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
-    figure = Figure(figsize=(len(images) + 1.6, 1.15 * (len(sources) + 1) + 0.2), layout="constrained")
+    figure = Figure(figsize=(1.5 * len(images) + 1.6, 1.7 * (len(sources) + 1) + 0.4), layout="constrained")
     table = figure.subplots(len(sources) + 1, len(images), squeeze=False)
     for panel in table.flat:
         panel.set(xticks=[], yticks=[])
@@ -236,10 +245,11 @@ def fates_figure(
     for column, image in enumerate(rgb):
         label = None if labels is None else labels[column]
         table[0, column].imshow(image)
-        table[0, column].set_title("" if label is None else f"class {label}", fontsize="small")
+        table[0, column].set_title("" if label is None else _lines(label_text(label, class_names)), fontsize="small")
         for panel, (name, source) in zip(table[1:, column], sources.items(), strict=True):
             panel.imshow(tint(image, source[column].cpu().numpy(), grid_size))
             guess = None if predicted is None else predicted[name][column]
             colour = "black" if label in (None, guess) else "tab:red"
-            panel.set_xlabel("" if guess is None else f"{guess}", fontsize="small", color=colour, labelpad=1)
+            text = "" if guess is None else _lines(class_name(guess, class_names))
+            panel.set_xlabel(text, fontsize="small", color=colour, labelpad=1)
     return figure

@@ -62,6 +62,16 @@ def site_title(site: int | str | Site) -> str:
     return f"in block {site.block}" if site.inside else f"after block {site.block}"
 
 
+def class_name(number: int, names: Sequence[str] | None = None) -> str:
+    """A class by its name, with blanks for underscores; by its number where names are unknown."""
+    return str(number) if names is None else names[number].replace("_", " ")
+
+
+def label_text(label: int, names: Sequence[str] | None = None) -> str:
+    """What is written of the true class of an image: its name, or "class 3"."""
+    return class_name(label, names) if names is not None else f"class {label}"
+
+
 def shade(image: np.ndarray, before: np.ndarray, after: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
     """Cover the pruned patches of an image `[H, W, 3]` in 0..1.
 
@@ -113,6 +123,7 @@ class Scene:
     sites: tuple[str, ...]  # T of them
     label: int | None = None  # the true class
     prediction: int | None = None  # the predicted class, once the game is over
+    class_names: tuple[str, ...] | None = None  # None: unknown
 
     @classmethod
     def of(cls, game: TokenGame, rgb: Tensor, label: int | None = None) -> Scene:
@@ -131,13 +142,16 @@ class Scene:
             sites=tuple(site.label for site in game.sites),
             label=label,
             prediction=int(game.outcome().logits[0].argmax()) if len(played) == game.num_steps else None,
+            class_names=game.backbone.class_names,
         )
 
     @property
     def title(self) -> str:
         """The true and the predicted class, as far as they are known."""
-        verdict = "not classified yet" if self.prediction is None else f"predicted {self.prediction}"
-        return verdict if self.label is None else f"class {self.label}, {verdict}"
+        read = "not classified yet"
+        if self.prediction is not None:
+            read = f"predicted {class_name(self.prediction, self.class_names)}"
+        return read if self.label is None else f"{label_text(self.label, self.class_names)}, {read}"
 
     @property
     def alive(self) -> np.ndarray:
