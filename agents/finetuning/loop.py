@@ -161,8 +161,9 @@ def _resume(
     path: Path, tuner: FineTuner, facts: Mapping[str, Any], streams: Sequence[torch.Generator]
 ) -> list[dict[str, float]]:
     state = load_state(path, kind="fine-tuning")
-    before, settings = state.get("config", {}), fields(FinetuneConfig)
-    others = [field.name for field in settings if before.get(field.name) != facts["config"][field.name]]
+    before, now = state.get("config", {}), facts["config"]
+    fixed = [field.name for field in fields(FinetuneConfig) if field.name not in FinetuneConfig.may_change]
+    others = [name for name in fixed if before.get(name) != now[name]]
     others += [name for name, value in facts.items() if name != "config" and state.get(name) != value]
     if others:
         raise CheckpointError(
