@@ -46,7 +46,7 @@ class TokenDropping:
     """Share of the batches that keep all tokens."""
     most_sites: int = 4
     """Largest number of sites of a batch."""
-    keep_rates: tuple[float, float] = (0.3, 0.9)
+    keep_rates: tuple[float, float] = (0.25, 0.8)
     """Smallest and largest keep rate of a site."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class RandomSites(BasePolicy):
 class BackboneConfig:
     """Settings of `finetune_backbone`; the defaults suit some thousand photographs and a pretrained ViT."""
 
-    epochs: float = 20.0
+    epochs: float = 30.0
     """Passes over the images while blocks learn; each pass sees other views of them."""
     steps: int | None = None
     """Gradient steps instead of passes; None: as many as `epochs` take."""
@@ -121,7 +121,7 @@ class BackboneConfig:
     """Weight decay of matrices (AdamW)."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
-    view_scale: tuple[float, float] = (0.35, 1.0)
+    view_scale: tuple[float, float] = (0.25, 1.0)
     """Smallest and largest part of a photograph's area that a view shows; see `RandomViews`."""
     head_views: int = 2
     """Views of every image that the head is fitted on before the blocks learn."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import measure
 from vitprune_env.benchmarking.trained import FEW, comparison_table
 from vitprune_env.cli.flags import CommonFlags, ImageFlags, read_flags
-from vitprune_env.data import ImageFiles, fetch, names_of, open_source
+from vitprune_env.data import ImageFiles, batches_of, names_of, open_source
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import Amp
 from vitprune_env.errors import BudgetError, SettingsError
@@ -133,7 +134,7 @@ def new_network(args: Args) -> Backbone:
     classes = source.num_classes if names is None else len(names)
     if classes is None:
         raise SettingsError("num_classes: expected their number for a dataset that does not name them, got none")
-    sizes = {} if source.img_size is None else {"img_size": source.img_size}
+    sizes: dict[str, Any] = {} if source.img_size is None else {"img_size": source.img_size}
     torch.manual_seed(args.common.seed)  # of the head's random weights, which the fit replaces
     return load_backbone(
         source.model,
@@ -160,9 +161,7 @@ class Validation:
 
     def __init__(self, backbone: Backbone, images: ImageFiles, every: int, last: int, args: Args) -> None:
         self.every, self.last = every, last
-        rows = torch.arange(len(images)).split(BATCH)
-        device = args.common.device
-        self.batches = [tuple(part.to(device) for part in fetch(images, chunk.tolist())) for chunk in rows]
+        self.batches = batches_of(images, BATCH, args.common.device)
         self.random = random_drop(backbone, WATCHED, self.batches, args.common.seed)
 
     def __call__(self, step: int, backbone: Backbone) -> Mapping[str, float]:
@@ -210,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"output: expected a folder without a finished network, got {common.output} (--resume continues a run)"
         )
     backbone = new_network(args)
-    train = source.open(backbone, "train", None, common.seed)
+    train = cast(ImageFiles, source.open(backbone, "train", None, common.seed))
     held_out = source.held_out_split(None)
-    few = source.open(backbone, held_out, args.validate_images, common.seed)
+    few = cast(ImageFiles, source.open(backbone, held_out, args.validate_images, common.seed))
     steps = config.training(len(train), backbone.depth, common.device).steps
     result = finetune_backbone(
         backbone,
