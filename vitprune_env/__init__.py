@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, TeamOutcome
     from vitprune_env.game.rollout import evaluate, play
     from vitprune_env.game.token_game import TokenGame
-    from vitprune_env.models.load import load_backbone, register_backbone
+    from vitprune_env.models.load import load_backbone, register_backbone, save_backbone
     from vitprune_env.policy import BasePolicy, KeepAll, Policy, register_policy
     from vitprune_env.types import Decision, Episode, Observation, Outcome, Site
 

@@ -39,7 +39,8 @@ def calibrate_threshold(
 ) -> Adjustable:
     """The same policy with the threshold at which its greedy play costs the target, or a little less.
 
-    Bisection in logit space; policies whose probabilities are near 0 and 1 need many steps.
+    Bisection in logits, drawn together as `logit / (1 + |logit|)`: most thresholds lie near 0, where each step halves
+    the range, but policies whose probabilities are near 0 and 1 need thresholds far out, and many steps.
 
     Args:
         game: what is played.
@@ -63,8 +64,8 @@ def calibrate_threshold(
         macs = [play(game, candidate, batch).outcome.macs for batch in batches]
         return candidate, float(torch.cat(macs).mean())
 
-    low, high = -LOGIT_RANGE, LOGIT_RANGE
-    best, least = at(high)
+    low, high = -LOGIT_RANGE / (1 + LOGIT_RANGE), LOGIT_RANGE / (1 + LOGIT_RANGE)
+    best, least = at(LOGIT_RANGE)
     if least > target_macs:
         raise BudgetError(
             f"target_macs: expected at least {least / 1e9:.5g} GMACs, what is left when the policy prunes all it can, "
@@ -72,7 +73,7 @@ def calibrate_threshold(
         )
     for _ in range(steps):
         middle = (low + high) / 2
-        candidate, macs = at(middle)
+        candidate, macs = at(middle / (1 - abs(middle)))
         if macs > target_macs:
             low = middle
         else:

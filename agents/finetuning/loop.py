@@ -152,6 +152,7 @@ def _facts(tuner: FineTuner, policy: Policy) -> dict[str, Any]:
         "config": asdict(tuner.config),
         "backbone": tuner.backbone.name,
         "dataset_size": tuner.images.size,
+        "first_image": tuner.images.digest,
         "policy": type(policy).__name__,
         "sites": [site.label for site in tuner.game.sites],
     }

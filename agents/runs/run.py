@@ -300,7 +300,11 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint, beside its settings."""
-        return {"backbone": self.game.backbone.name, "dataset_size": self.images.size}
+        return {
+            "backbone": self.game.backbone.name,
+            "dataset_size": self.images.size,
+            "first_image": self.images.digest,
+        }
 
     def state(self) -> dict[str, Any]:
         """All that the coming updates depend on. Exploration has no state: its noise follows from seed and game."""

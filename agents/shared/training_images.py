@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from hashlib import sha256
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -98,6 +99,12 @@ class TrainingImages:
     def size(self) -> int:
         """Images of the dataset."""
         return len(cast(Sized, self.dataset))
+
+    @property
+    def digest(self) -> str:
+        """A short name for the first image that is drawn: of other data, or other views of it, it is another."""
+        pixels = self.raw(1).cpu().contiguous().numpy()
+        return sha256(pixels.tobytes()).hexdigest()[:16]
 
     def state(self) -> dict[str, Tensor]:
         """Which images come next, for a checkpoint."""

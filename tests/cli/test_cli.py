@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -27,7 +28,8 @@ from vitprune_env.agents import (
     TokenPolicy,
     save_policy,
 )
-from vitprune_env.cli import COMMANDS, benchmark, evaluate, main
+from vitprune_env.cli import COMMANDS, benchmark, evaluate, explained, finetune, main
+from vitprune_env.cli.flags import in_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
@@ -95,22 +97,65 @@ def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'trian'; did you mean train?" in mistake(capsys, "trian")
     line = mistake(capsys, "train", "--quick", "--sites", 3, 99, "--output", tmp_path)
-    assert line == "error: sites: expected blocks 1 to 8, got '99'"
+    assert line == "error: --sites: expected blocks 1 to 8, got '99'"
     line = mistake(capsys, "train", "--quick", "--target-share", 0.1, "--output", tmp_path)
     assert line.startswith("error: budget: expected above 0.00495")
     line = mistake(capsys, "train", "--epochs", 0, "--output", tmp_path)
-    assert line == "error: epochs: expected at least 1, got 0"
+    assert line == "error: --epochs: expected at least 1, got 0"
     line = mistake(capsys, "evaluate", "--checkpoint", "nowhere", "--output", tmp_path)
     assert re.search("error: .*nowhere.*expected a policy file, found none", line)
     line = mistake(capsys, "benchmark", "--methods", "evt", "--output", tmp_path)
     assert "did you mean evit" in line
     line = mistake(capsys, "benchmark", "--images", 0, "--output", tmp_path)
-    assert line == "error: images: expected 1 or more, got 0"
+    assert line == "error: --images: expected 1 or more, got 0"
     line = mistake(capsys, "benchmark", "--quick", "--budgets", 1.5, "--methods", "evit", "--output", tmp_path)
-    assert "budgets: expected shares of the dense GMACs between 0 and 1, got 1.5" in line
+    assert "--budgets: expected shares of the dense GMACs between 0 and 1, got 1.5" in line
     (tmp_path / "file").touch()
-    assert "output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
+    assert "--output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
     assert "did you mean evit" in mistake(capsys, "info", "--method", "evt")
+
+
+def test_arguments_of_the_library_are_called_by_their_flags() -> None:
+    benchmark.parse([])
+    assert in_flags("checkpoint: a head of 7 classes; num_classes=7 gives it") == (
+        "--weights: a head of 7 classes; --num-classes 7 gives it"
+    )
+    assert in_flags("pretrained: pass checkpoint=<a file>, or pretrained=False") == (
+        "--pretrained: pass --weights <a file>, or --no-pretrained"
+    )
+    assert in_flags("a class_map file, download=True") == "a --class-map file, --download"
+    for kept in ("runs/class_map/x: an EViT(keep_rate=0.5)", "images are split", "the model: dense", "num_classes_x"):
+        assert in_flags(kept) == kept
+    assert in_flags("keep_rate: expected 0 to 1") == "keep_rate: expected 0 to 1"  # no flag of this command
+    evaluate.parse([])
+    assert in_flags("keep_rate: expected 0 to 1") == "--keep-rate: expected 0 to 1"
+
+
+def test_a_quick_run_takes_fewer_of_everything_and_never_more() -> None:
+    assert evaluate.parse(["--quick"]).images == 100
+    assert evaluate.parse(["--quick", "--images", "16"]).images == 16
+    assert evaluate.parse(["--quick", "--images", "500"]).images == 100
+    small = benchmark.parse(["--quick", "--images", "9", "--tune-images", "5", "--seeds", "1"])
+    assert (small.images, small.tune_images, small.fit_images, small.seeds, small.pairs) == (9, 5, 256, 1, 2)
+    args = parse(["--quick", "--images", "8", "--test-images", "20", "--updates", "1", "--cache-images", "0"])
+    run = args.training.run
+    assert (run.images, args.test_images, run.updates, run.cache_images) == (8, 20, 1, 0)
+    tuned = finetune.parse(["--quick", "--images", "10", "--steps", "2"])
+    assert (tuned.images, tuned.optimiser.steps, tuned.train_images) == (10, 2, 64)
+
+
+def test_warnings_reach_stderr_as_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.parse([])
+    with explained():
+        logging.getLogger("vitprune_env.data").warning("skipped %s; num_classes=%d", "a.png", 7)
+    assert capsys.readouterr().err == "warning: skipped a.png; --num-classes 7\n"
+    assert not logging.getLogger("vitprune_env").handlers
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda:99", "no-such-device"):
+        line = mistake(capsys, "evaluate", "--policy", "evit", "--device", device, "--output", tmp_path)
+        assert line.startswith(f"error: --device: expected one that torch finds, got '{device}'")
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vitprune_env import Backbone, PaperReward, TokenGame, load_backbone
+from vitprune_env import Backbone, PaperReward, TokenGame, load_backbone, save_backbone
 from vitprune_env.agents import (
     PRESETS,
     GMACs,
@@ -28,7 +28,8 @@ from vitprune_env.baselines import EViT
 from vitprune_env.benchmarking.presets import PUBLISHED
 from vitprune_env.cli import evaluate, main
 from vitprune_env.cli import train as train_command
-from vitprune_env.data import open_images
+from vitprune_env.cli.flags import ImageFlags
+from vitprune_env.data import ImageFiles, classes, open_images
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.types import parse_sites
 
@@ -145,6 +146,83 @@ def test_flags_that_make_no_sense(
         vitprune("evaluate", *argv, "--quick", "--output", tmp_path)
     assert stopped.value.code == 2
     assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head whose classes are the ten digits, from nine to zero."""
+    network = load_backbone("deit_tiny_patch16_224", class_names=list("9876543210"), img_size=48, num_classes=10)
+    return save_backbone(network, tmp_path_factory.mktemp("weights") / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--weights", "{weights}", "--num-classes", 7],
+            "--weights: expected .* head of 10 .*; --num-classes 10 gives",
+        ),
+        (["--weights", "nowhere.safetensors"], r"--weights: expected a weight file, got nowhere"),
+        (["--weights", "nowhere.pth"], r"--weights: expected weights of this model, got nowhere"),
+        (["--weights", "{weights}", "--data-dir", "nowhere"], "--data-dir: expected a folder of images, found none at"),
+        (
+            ["--weights", "{weights}", "--class-map", "nowhere.txt"],
+            "--class-map: expected a file .* found none at nowhere",
+        ),
+        (["--weights", "{weights}", "--split", "test"], r"--split: expected a folder for 'test' in .*'train', 'val'"),
+        (["--num-classes", 7], "classes: .* the images have 10, .* has 7; load the model with --num-classes 10"),
+        ([], "has 1000; load the model with --num-classes 10, or .* with a --class-map file"),
+        (["--model", "vit_digits", "--num-classes", 7], "--model: expected a name of timm beside --num-classes;"),
+        (["--model", "deit_smal_patch16_224"], "unknown model 'deit_smal_patch16_224'; did you mean deit_small"),
+        (
+            ["--model", "vit_small_patch14_dinov2"],
+            "--model: .* no classifier .*; --num-classes <how many> gives it one",
+        ),
+        (["--keep-rate", 2], "--keep-rate: expected"),
+        (["--weights", "{weights}", "--images", 0], "--images: expected 1 or more of split validation, got 0"),
+    ],
+)
+def test_mistakes_with_networks_and_images_name_the_flag(
+    argv: list[Any], message: str, folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(word).format(weights=weights) for word in argv]
+    with pytest.raises(SystemExit) as stopped:
+        vitprune("evaluate", "--model", "deit_tiny_patch16_224", "--policy", "evit", "--data-dir", folder,
+                 "--output", tmp_path, *given)  # fmt: skip
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line)
+
+
+def test_a_weight_file_says_what_network_and_which_classes(
+    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes._warn.cache_clear()
+    vitprune("evaluate", "--weights", weights, "--data-dir", folder, "--policy", "evit", "--images", 12, "--quick",
+             "--workers", 0, "--output", tmp_path)  # fmt: skip
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "warning: classes: 10 of 10 have another number among the images than in the network's head; labels are mapped "
+        "by name"
+    ]
+    assert len(results(tmp_path)["rows"]) == 2
+    assert results(tmp_path)["settings"]["images"] == "12"
+    vitprune("info", "--weights", weights)
+    shown = capsys.readouterr().out
+    assert re.search(r"^architecture +deit_tiny_patch16_224$", shown, flags=re.MULTILINE)
+    assert re.search(r"^class_names +9, 8, 7, .*, 0$", shown, flags=re.MULTILINE)
+
+
+def test_images_for_several_purposes_are_apart(folder: Path) -> None:
+    """Also where one folder serves as training and validation images."""
+    backbone = load_backbone("vit_digits")
+    for root, sizes in ((folder, (8, 32, 60)), (folder / "val", (8, 13, 39))):
+        parts = ImageFlags(data_dir=root, workers=0).open_apart(
+            backbone, ("train", 8, 1), ("train", 100, 2), ("validation", None, 3)
+        )
+        assert tuple(map(len, parts)) == sizes
+        names = [{cast(ImageFiles, part).name(index) for index in range(len(part))} for part in parts]
+        assert sum(map(len, names)) == len(set.union(*names))
 
 
 def test_a_policy_of_another_width_is_refused(trained: Path, folder: Path) -> None:

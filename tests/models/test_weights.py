@@ -13,8 +13,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vitprune_env import load_backbone
+from vitprune_env import Backbone, PrunedViT, load_backbone, load_pruned, save_backbone, save_policy
+from vitprune_env.agents.runs.folder import RunFolder
+from vitprune_env.agents.shared.processes import Processes
+from vitprune_env.baselines import EViT
 from vitprune_env.errors import CheckpointError, UnknownNameError
+from vitprune_env.models.load import about_weights
 
 NAME = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -149,3 +153,83 @@ def test_wrappers_of_training_scripts_are_taken_off(network: nn.Module, tmp_path
 def test_an_unknown_tag_gives_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown weights .*did you mean .*deit_tiny_patch16_224\.fb_in1k"):
         load_backbone("deit_tiny_patch16_224.fb_in1")
+
+
+ANIMALS = ("Bee", "ant", "Cow", "dog", "eel")
+
+
+@pytest.fixture
+def named(network: nn.Module) -> Backbone:
+    backbone = load_backbone(NAME, class_names=ANIMALS, **TINY)
+    backbone.model.load_state_dict(network.state_dict())
+    return backbone
+
+
+def test_weights_carry_class_names_and_sizes(named: Backbone, tmp_path: Path) -> None:
+    path = save_backbone(named, tmp_path / "weights.safetensors")
+    assert about_weights(path) == {
+        "architecture": NAME,
+        "img_size": [64, 64],
+        "num_classes": 5,
+        "class_names": list(ANIMALS),
+    }
+    sizes = {name: TINY[name] for name in ("depth", "embed_dim", "num_heads")}
+    loaded = load_backbone(NAME, checkpoint=path, **sizes)  # image size and number of classes are the file's
+    assert loaded.class_names == ANIMALS
+    assert torch.equal(loaded(images()), named(images()))
+    others = tuple("abcde")
+    assert load_backbone(NAME, checkpoint=path, class_names=others, **sizes).class_names == others
+    assert load_backbone(NAME, checkpoint=path, **(sizes | {"img_size": 48})).image_size == (48, 48)
+    with pytest.raises(CheckpointError, match=r"head of 5 classes, the model one of 7; num_classes=5 gives"):
+        load_backbone(NAME, checkpoint=path, **(sizes | {"num_classes": 7}))
+
+
+def test_weights_can_be_kept_in_half_precision(named: Backbone, tmp_path: Path) -> None:
+    whole, half = (save_backbone(named, tmp_path / f"{dtype}.safetensors", dtype) for dtype in (None, torch.float16))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    loaded = load_backbone(NAME, checkpoint=half, **TINY)
+    assert loaded.class_names == ANIMALS
+    assert loaded(images()).dtype == torch.float32
+    assert torch.allclose(loaded(images()), named(images()), atol=0.05)
+    with pytest.raises(ValueError, match=r"path: expected a file name that ends in \.safetensors"):
+        save_backbone(named, tmp_path / "weights.pth")
+
+
+def test_files_of_others_say_nothing_or_something_else(network: nn.Module, tmp_path: Path) -> None:
+    path = save_as(network, tmp_path / "weights.safetensors")
+    assert about_weights(path) == about_weights(save_as(network, tmp_path / "weights.pth")) == {}
+    save_file(network.state_dict(), path, {"class_names": "cat, dog", "num_classes": "many", "img_size": "64"})
+    assert about_weights(path) == {}
+    assert load_backbone(NAME, checkpoint=path, **TINY).class_names is None
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    for missing in ("no.safetensors", "nowhere.safetensors"):
+        with pytest.raises(CheckpointError, match=f"checkpoint: expected a weight file, got .*{missing}"):
+            load_backbone(NAME, checkpoint=tmp_path / missing, **TINY)
+
+
+def test_class_names_survive_whatever_is_saved(named: Backbone, tmp_path: Path) -> None:
+    named = load_backbone(NAME, class_names=ANIMALS, img_size=32, num_classes=5)  # of sizes that a name tells
+    PrunedViT(named, EViT(0.5)).save_pretrained(tmp_path / "folder")
+    save_policy(EViT(0.5), tmp_path / "policy.safetensors", named)
+    RunFolder(tmp_path / "run", Processes()).save_backbone(named)
+    found = [
+        PrunedViT.from_pretrained(tmp_path / "folder").backbone,
+        load_pruned(tmp_path / "policy.safetensors").backbone,
+        load_backbone(NAME, checkpoint=tmp_path / "run" / "backbone.safetensors"),
+    ]
+    assert [backbone.class_names for backbone in found] == [ANIMALS] * 3
+    assert [backbone.image_size for backbone in found] == [(32, 32)] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "got"),
+    [
+        (tuple("abcd"), "got 4, 4 of them different"),
+        (tuple("abcda"), "got 5, 4 of them different"),
+        ("abcde", "got 'abcde'"),
+        ((1, 2, 3, 4, 5), r"got \(1, 2, 3, 4, 5\)"),
+    ],
+)
+def test_class_names_must_fit_the_head(names: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"class_names: expected 5 different strings, .* {got}"):
+        load_backbone(NAME, class_names=names, **TINY)

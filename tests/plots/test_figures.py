@@ -56,6 +56,19 @@ def test_fates_figure_has_a_row_per_method_and_marks_mistakes() -> None:
     assert colours == ["black", "tab:red", "tab:red"]
 
 
+def test_classes_are_written_by_name() -> None:
+    names = ("ant", "crocodile_head", "a_class_of_a_very_long_name")
+    figure = fates_figure(torch.randn(2, 3, 8, 12), {"a": torch.arange(6).expand(2, 6)}, (2, 3), [1, 2], {"a": [1, 0]},
+                          class_names=names)  # fmt: skip
+    image, other, right, wrong = figure.axes
+    assert [panel.get_title() for panel in (image, other)] == ["crocodile head", "a class of a very\nlong name"]
+    assert [panel.get_xlabel() for panel in (right, wrong)] == ["crocodile head", "ant"]
+    assert wrong.xaxis.label.get_color() == "tab:red"
+    width, height = figure.get_size_inches()
+    assert width / 2 > 1.5
+    assert height / 2 > 1.5
+
+
 def test_fates_figure_refuses_what_does_not_fit() -> None:
     images = torch.randn(2, 3, 8, 12)
     with pytest.raises(ValueError, match=r"sources: expected shape \[B, N\] = \(2, 6\) of 'a', got \(2, 5\)"):

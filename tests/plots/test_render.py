@@ -109,6 +109,14 @@ def test_rgb_array_has_one_panel_per_site_and_never_changes_size(on_prune: str) 
     np.testing.assert_array_equal(frames[0][:, 266:522], frames[0][:, 532:788], "sites to come look alike")
 
 
+def test_a_scene_names_classes() -> None:
+    shown = {"image": np.zeros((4, 4, 3)), "keep": np.ones((0, 4), dtype=bool), "grid_size": (2, 2), "sites": ("1",)}
+    names = ("ant", "sea_horse")
+    assert Scene(**shown, label=1, class_names=names).title == "sea horse, not classified yet"
+    assert Scene(**shown, label=1, prediction=0, class_names=names).title == "sea horse, predicted ant"
+    assert Scene(**shown, label=1, prediction=0).title == "class 1, predicted 0"
+
+
 def test_pettingzoo_render_test() -> None:
     dataset = TensorDataset(random_images(toy(NAME), 4), torch.arange(4))
     with warnings.catch_warnings():

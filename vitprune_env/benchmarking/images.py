@@ -143,7 +143,11 @@ def shown_rows(labels: Tensor, count: int) -> list[int]:
 
 
 def shown_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of `shown_rows`; no more batches are read than it takes to find them."""
+    """The images and labels of `shown_rows`; no more batches are read than it takes to find them.
+
+    Raises:
+        ValueError: for no images.
+    """
     kept: dict[int, Tensor] = {}
     labels = torch.empty(0, dtype=torch.int64)
     for images, targets in batches:
@@ -152,7 +156,10 @@ def shown_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
         kept = {row: kept[row] if row in kept else images[row - start] for row in rows}
         if len(labels) >= LOOK or len(labels[rows].unique()) == count:
             break
-    return torch.stack(list(kept.values())), labels[list(kept)].to(images.device)
+    if not kept:
+        raise ValueError("test: expected at least one batch of labelled images, got an empty dataset")
+    images = torch.stack(list(kept.values()))
+    return images, labels[list(kept)].to(images.device)
 
 
 def digest(*tensors: Tensor) -> str:

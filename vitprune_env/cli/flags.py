@@ -150,10 +150,8 @@ class ImageFlags:
             ValueError: for images that cannot be opened or do not fit the network.
         """
         from vitprune_env.data import Digits, open_images
-        from vitprune_env.errors import SettingsError
 
-        if count is not None and count < 1:
-            raise SettingsError(f"images: expected 1 or more of split {split}, got {count}")
+        _check_count(split, count)
         if not self.reads_files:
             return Digits(split, size=count or 2000, seed=seed)
         return open_images(
@@ -177,6 +175,8 @@ class ImageFlags:
             *parts: split, count and seed of each, see `open`. Of the same files each part but the last gets at most a
                 quarter of what those before it leave.
         """
+        for split, count, _ in parts:
+            _check_count(split, count)
         if not self.reads_files:
             return [self.open(backbone, *part) for part in parts]
         whole = {split: cast("ImageFiles", self.open(backbone, split, None, 0)) for split, _, _ in parts}
@@ -192,6 +192,13 @@ class ImageFlags:
                 files, left[places[split]] = files.split(count, seed)
             found.append(files)
         return found
+
+
+def _check_count(split: str, count: int | None) -> None:
+    from vitprune_env.errors import SettingsError
+
+    if count is not None and count < 1:
+        raise SettingsError(f"images: expected 1 or more of split {split}, got {count}")
 
 
 def lowered(flags: T, **most: Any) -> T:
@@ -233,7 +240,7 @@ def _names(flags: type) -> list[str]:
     """Names of the fields of a dataclass, of those inside it as well."""
     found = []
     for name, kind in get_type_hints(flags).items():
-        found += _names(kind) if is_dataclass(kind) else [name]
+        found += _names(cast(type, kind)) if is_dataclass(kind) else [name]
     return found
 
 

@@ -1,8 +1,9 @@
-"""Show versions, the built-in network, all baselines, or what a saved policy is.
+"""Show versions, the built-in network, all baselines, or what a saved policy or a weight file is.
 
 vitprune info
 vitprune info --method evit
 vitprune info --checkpoint runs/mappo
+vitprune info --weights runs/finetune/backbone.safetensors
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Args:
     """A baseline, by its registry name."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder of a training run, or a policy file."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Weights of a network that this package wrote."""
 
 
 def overview() -> dict[str, Any]:
@@ -72,6 +75,22 @@ def about_policy(path: Path) -> dict[str, Any]:
     return {"policy": description["name"], **settings, **getattr(policy, "info", {})}
 
 
+def about_network(path: Path) -> dict[str, Any]:
+    """A weight file: the architecture it is for, and the classes of its head.
+
+    Raises:
+        CheckpointError: for a file that does not say.
+    """
+    from vitprune_env.errors import CheckpointError
+    from vitprune_env.models.load import about_weights
+
+    found = about_weights(path)
+    if not found:
+        raise CheckpointError(f"checkpoint: expected a weight file of this package, which says what it is, got {path}")
+    names = found.pop("class_names", None)
+    return {**found, "class_names": "unknown" if names is None else ", ".join(names)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect and print."""
     args = read_flags(Args, argv, __doc__, prog="vitprune info")
@@ -80,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found |= about_method(args.method)
     if args.checkpoint is not None:
         found |= about_policy(args.checkpoint)
+    if args.weights is not None:
+        found |= about_network(args.weights)
     found = found or overview()
     width = max(map(len, found))
     for name, value in found.items():

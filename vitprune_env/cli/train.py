@@ -7,7 +7,9 @@
     vitprune train --finetune after           # the network learns, too, from what the policy leaves
     vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT
     vitprune train --resume                   # goes on after Ctrl-C, a crash or a power cut, to the same bits
+    vitprune train --data-dir DIR --model vit_small_patch14_dinov2 --weights FILE --updates 150 --images 64
 
+Image files are learnt from as random crops of them (`--views`): their network knows its training images by heart.
 The output folder holds summary.json, table.md, figures, history.jsonl, TensorBoard logs, the checkpoint and the policy.
 """
 
@@ -29,11 +31,38 @@ from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.train_flags import TrainingFlags
-from vitprune_env.data import Digits, ImageFiles, batches_of
+from vitprune_env.data import Digits, ImageFiles, RandomViews, batches_of
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.kernels import autocast, multiplies_bf16
+from vitprune_env.errors import SettingsError
 
 TUNE_IMAGES = 256
+VIEWS = 8  # of every image file
 LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
+
+
+@dataclass(frozen=True)
+class ViewFlags:
+    """What is shown of the images to learn from."""
+
+    views: int | None = None
+    """Random crops of every image file, on which the policy learns and is calibrated; 0: the images as they are
+    evaluated; None: 8, of the built-in task none."""
+    smallest_view: float = 0.35
+    """Smallest part of an image's area that a crop shows."""
+
+    def of(self, images: Digits | ImageFiles, seed: int) -> Digits | ImageFiles | RandomViews:
+        """The images as they are shown.
+
+        Raises:
+            SettingsError: for views of the built-in task.
+        """
+        if isinstance(images, Digits):
+            if self.views:
+                raise SettingsError(f"views: expected image files to crop, got {self.views} of the built-in task")
+            return images
+        views = VIEWS if self.views is None else self.views
+        return RandomViews(images, views, (self.smallest_view, 1.0), seed=seed) if views else images
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,7 @@ class Args:
     """Untrained actors to average for the control row."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/mappo")))
     training: TrainingFlags = field(default_factory=TrainingFlags)
+    shown: ViewFlags = field(default_factory=ViewFlags)
     images: ImageFlags = field(default_factory=ImageFlags)
 
     @property
@@ -63,6 +93,8 @@ class Args:
         """The same on the device of this process, with the output folder made and the number of threads set."""
         common = replace(self.common, device=device)
         common.prepare(built_in=not self.images.reads_files)
+        if self.training.run.amp and not multiplies_bf16(device):
+            print("note: this processor has no units for bfloat16, which makes --amp slower than single precision")
         return replace(self, common=common)
 
 
@@ -70,7 +102,7 @@ class Args:
 class Task:
     """Images to train on, to calibrate baselines on and to report on."""
 
-    training: Digits | ImageFiles
+    training: Digits | ImageFiles | RandomViews
     tune: Sequence[tuple[Tensor, Tensor]]
     test: Batches
 
@@ -105,27 +137,28 @@ def open_task(args: Args, backbone: Backbone) -> Task:
     """The images of the flags; those of different purpose never coincide."""
     images, common, run = args.images, args.common, args.training.run
     if images.reads_files:
-        training = images.open(backbone, "train", None, common.seed)
+        training = args.shown.of(images.open(backbone, "train", None, common.seed), common.seed)
     else:
         training = Digits("train", size=max(run.cache_images, run.calibration_images), seed=common.seed)
-    tune = images.open(backbone, "train", 32 if common.quick else TUNE_IMAGES, TUNE_SEED)
+    tune = args.shown.of(images.open(backbone, "train", 32 if common.quick else TUNE_IMAGES, TUNE_SEED), TUNE_SEED)
     split = images.held_out_split(args.split)
     test = images.batches(backbone, split, args.test_images, TEST_SEED, args.batch_size, common.device)
-    return Task(training, batches_of(tune, TUNE_IMAGES, common.device), test)
+    return Task(training, batches_of(tune, TUNE_IMAGES, common.device, TUNE_IMAGES), test)
 
 
 def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> TrainingReport:
-    """The trained policy beside what it has to beat, at its measured GMACs."""
-    return compare_trained(
-        result,
-        backbone,
-        task.tune,
-        task.test,
-        name=LEARNERS[args.training.algorithm],
-        seed=args.common.seed,
-        untrained_actors=args.untrained_actors,
-        timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
-    )
+    """The trained policy beside what it has to beat, at its measured GMACs and in the precision of training."""
+    with autocast(args.common.device, "bf16" if args.training.run.amp else "off"):
+        return compare_trained(
+            result,
+            backbone,
+            task.tune,
+            task.test,
+            name=LEARNERS[args.training.algorithm],
+            seed=args.common.seed,
+            untrained_actors=args.untrained_actors,
+            timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
+        )
 
 
 def report(args: Args, comparison: TrainingReport, seconds: float) -> None:

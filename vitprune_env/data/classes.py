@@ -98,9 +98,10 @@ def numbers_by_name(
         _warn(f"classes: the class map has names that the head does not have ({_few(unknown)}); its numbers are used")
         return None
     if unknown:
+        others = [name for name in head if name not in set(names)]
         raise ValueError(
-            f"classes: expected names of the head's classes ({_few(head)}), got {_few(unknown)}; to number the images "
-            "as the head does, list their class folders in its order in a class_map file"
+            f"classes: expected names of the head's classes (such as {_few(others or head)}), got {_few(unknown)}; to "
+            "number the images as the head does, list their class folders in its order in a class_map file"
         )
     number = {name: index for index, name in enumerate(head)}
     numbers = tuple(number[name] for name in names)
@@ -132,7 +133,7 @@ def warn_of_order(source: Any, names: Sequence[str] | None) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} others" if len(names) > SHOWN else "")
+    return ", ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 @cache

@@ -154,7 +154,8 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised image `[C, H, W]` and label; those of the next readable image if this one is skipped."""
-        picture, label = self.picture(index)
+        start = range(len(self))[index]  # an IndexError outside of it ends loops over all images
+        picture, label = self.picture(start)
         return self.transform(picture), label
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
@@ -344,6 +345,8 @@ def open_source(
     """
     if not name and (root is None or not Path(root).is_dir()):  # timm cannot read tar files in threads or processes
         raise ValueError(f"data_dir: expected a folder of images, found none at {root}")
+    if class_map is not None and not any(path.is_file() for path in (Path(class_map), Path(root or "", class_map))):
+        raise ValueError(f"class_map: expected a file with a class name per line, found none at {class_map}")
     place, classes = (None if path is None else str(path) for path in (root, class_map))
     try:
         source = create_dataset(name, place, split, class_map=cast(Any, classes), download=download)

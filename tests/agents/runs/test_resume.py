@@ -26,6 +26,7 @@ from vitprune_env.agents import MAPPO
 from vitprune_env.agents.runs.divergence import check_health
 from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
 from vitprune_env.cli.flags import CommonFlags
+from vitprune_env.data import Digits
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
 from vitprune_env.files import load_state
 
@@ -209,6 +210,12 @@ def test_another_dataset_is_not_resumed(tmp_path: Path) -> None:
     run(but(TINY, updates=1), output=tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(f"other dataset_size ({len(DATA)})")):
         run(but(TINY, updates=1), OwnLabels(50), output=tmp_path, resume=True)
+
+
+def test_other_images_in_the_same_number_are_not_resumed(tmp_path: Path) -> None:
+    run(but(TINY, updates=1), output=tmp_path)
+    with pytest.raises(CheckpointError, match="other first_image"):
+        run(but(TINY, updates=1), Digits("test", size=len(DATA), seed=99), output=tmp_path, resume=True)
 
 
 def test_starting_anew_in_a_used_folder_forgets_the_old_run(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def common_refusal(model: Any) -> str | None:
     if not isinstance(getattr(model, "patch_drop", None) or nn.Identity(), nn.Identity):
         return "patch_drop_rate > 0 (the number of agents must be fixed)"
     if model.num_classes <= 0:
-        return "no classifier (num_classes=0)"
+        return "no classifier (num_classes=0); num_classes=<how many> gives it one"
     return None
 
 
