@@ -4,7 +4,8 @@ from ..deploy.policy_files import load_policy, save_policy
 from .budgets.adaptive import AdaptivePolicy, BudgetRange
 from .budgets.calibration import calibrate_threshold
 from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, KeepRate, Share
-from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, finetune
+from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, LastBlocks, finetune
+from .finetuning.token_dropping import BackboneConfig, RandomSites, TokenDropping, finetune_backbone
 from .learners.buffer import Trajectory
 from .learners.exploration import ExploringPolicy
 from .learners.learner import Learner, LearnerConfig, Parts
@@ -22,6 +23,7 @@ __all__ = [
     "MAPPO",
     "PRESETS",
     "AdaptivePolicy",
+    "BackboneConfig",
     "Budget",
     "BudgetController",
     "BudgetRange",
@@ -33,6 +35,7 @@ __all__ = [
     "GMACs",
     "ImageCritic",
     "KeepRate",
+    "LastBlocks",
     "Learner",
     "LearnerConfig",
     "LightNetworks",
@@ -43,16 +46,19 @@ __all__ = [
     "Parts",
     "Preset",
     "Processes",
+    "RandomSites",
     "RunConfig",
     "Share",
     "TokenActor",
     "TokenCritic",
+    "TokenDropping",
     "TokenPolicy",
     "TrainResult",
     "TrainingStopped",
     "Trajectory",
     "calibrate_threshold",
     "finetune",
+    "finetune_backbone",
     "launched",
     "load_policy",
     "mlp",

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from ..shared.processes import Processes
 from ..shared.signals import StopSignals, TrainingStopped
 from ..shared.training_images import BatchedDataset
 from ..shared.writers import HistoryFile
-from .settings import CosineKeepRate, FinetuneConfig
+from .settings import CosineKeepRate, FinetuneConfig, LastBlocks
 from .step import FineTuner
 
-__all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "finetune"]
+__all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "LastBlocks", "finetune"]
 
 STATE_FILE = "finetuning.safetensors"
 WEIGHTS_FILE = "backbone.safetensors"
@@ -59,6 +59,7 @@ def finetune(
     progress: bool = True,
     resume: bool = False,
     processes: Processes | None = None,
+    after_step: Callable[[int, Backbone], Mapping[str, float]] | None = None,
 ) -> FinetuneResult:
     """Fine-tune a copy of a network with a frozen policy: cross-entropy on the pruned forward (Algorithm 1).
 
@@ -78,6 +79,8 @@ def finetune(
         resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh. Otherwise
             an old checkpoint is removed.
         processes: those that train together; each gets the same arguments and the same result.
+        after_step: called with the number of steps done and the network; what it returns joins the step's row of the
+            history.
 
     Returns:
         The fine-tuned copy, in evaluation mode, and the history.
@@ -112,6 +115,8 @@ def finetune(
         for step in range(len(history), config.steps):
             rate = {} if schedule is None else {"keep_rate": schedule(step / config.steps)}
             history.append({**tuner.step(scheduled(step / config.steps)), **rate})
+            if after_step is not None:
+                history[-1].update(after_step(step + 1, student))
             bar.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()})
             bar.update()
             done, number = step + 1, processes.largest(signals.received)
@@ -144,7 +149,7 @@ def _prepared(folder: Path, resume: bool, processes: Processes) -> Path:
 def _facts(tuner: FineTuner, policy: Policy) -> dict[str, Any]:
     """What a run that is resumed must have in common with its checkpoint."""
     return {
-        "config": vars(tuner.config),
+        "config": asdict(tuner.config),
         "backbone": tuner.backbone.name,
         "dataset_size": tuner.images.size,
         "first_image": tuner.images.digest,
@@ -157,8 +162,9 @@ def _resume(
     path: Path, tuner: FineTuner, facts: Mapping[str, Any], streams: Sequence[torch.Generator]
 ) -> list[dict[str, float]]:
     state = load_state(path, kind="fine-tuning")
-    before, settings = state.get("config", {}), fields(FinetuneConfig)
-    others = [field.name for field in settings if before.get(field.name) != facts["config"][field.name]]
+    before, now = state.get("config", {}), facts["config"]
+    fixed = [field.name for field in fields(FinetuneConfig) if field.name not in FinetuneConfig.may_change]
+    others = [name for name in fixed if before.get(name) != now[name]]
     others += [name for name, value in facts.items() if name != "config" and state.get(name) != value]
     if others:
         raise CheckpointError(

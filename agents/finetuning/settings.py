@@ -35,6 +35,24 @@ class CosineKeepRate:
 
 
 @dataclass(frozen=True)
+class LastBlocks:
+    """Lets the last blocks of a network learn, the earlier ones of them more slowly (layer-wise decay, as in BEiT).
+
+    Args:
+        count: how many blocks; what follows the last block learns, too.
+        layer_decay: factor between the learning rates of a block and the one behind it, above 0 and at most 1.
+    """
+
+    count: int
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "count", self.count >= 1, "at least 1 block")
+        check(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Settings of fine-tuning; the defaults suit a converged network and a few hundred steps."""
 
@@ -46,7 +64,7 @@ class FinetuneConfig:
     """Gradient steps in all."""
     batch_size: int = 64
     """Images per gradient step."""
-    trainable: Literal["after_first_site", "all"] = "after_first_site"
+    trainable: Literal["after_first_site", "all"] | LastBlocks = "after_first_site"
     """Which blocks learn. What comes before the first site is the same with and without pruning; left as it is, its
     tokens can be computed once and kept."""
     opt: str = "adamw"
@@ -94,4 +112,6 @@ class FinetuneConfig:
         for name in ("label_smoothing", "distill"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0 or None")
-        check(self, "trainable", self.trainable in ("after_first_site", "all"), "'after_first_site' or 'all'")
+        named = self.trainable in ("after_first_site", "all")
+        fine = named or isinstance(self.trainable, LastBlocks)
+        check(self, "trainable", fine, "'after_first_site', 'all' or LastBlocks(count)")

@@ -22,7 +22,7 @@ from ...policy import Policy
 from ...types import Site
 from ..shared.processes import Processes
 from ..shared.training_images import BatchedDataset, TrainingImages
-from .settings import FinetuneConfig
+from .settings import FinetuneConfig, LastBlocks
 
 
 class FineTuner:
@@ -41,7 +41,7 @@ class FineTuner:
             dataset.
 
     Raises:
-        ValueError: for fewer images per step than processes.
+        ValueError: for fewer images per step than processes, or more blocks to train than the network has.
     """
 
     def __init__(
@@ -74,8 +74,13 @@ class FineTuner:
             with torch.no_grad():  # the tokens that are kept need no history
                 images = TrainingImages(dataset, self.game, cached, generator, device, self.processes)
         self.images = images
+        some = config.trainable if isinstance(config.trainable, LastBlocks) else None
         self.optimizer = create_optimizer_v2(
-            cast(Any, self._parameters), opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+            cast(Any, self._parameters if some is None else self.backbone.model),
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=None if some is None else some.layer_decay,
         )
         warmup = min(config.warmup_steps, config.steps // 5)  # a short run has to reach its learning rate, too
         self.scheduler, _ = create_scheduler_v2(
@@ -100,7 +105,7 @@ class FineTuner:
             NumericalError: if loss or gradient is not finite; the weights are then as before the step.
         """
         batch, labels = self.images.draw(self.config.batch_size)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
         training = self.backbone.training
         self.backbone.train()
         try:
@@ -169,15 +174,20 @@ class FineTuner:
     def _learning(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters that learn; the others are frozen, whatever an earlier fine-tuning has left frozen."""
         named = list(self.backbone.model.named_parameters())
-        late = self._late_names() if self.config.trainable == "after_first_site" else ("",)
+        late = ("",) if self.config.trainable == "all" else self._late_names()
         for name, value in named:
             value.requires_grad_(name.startswith(late))
         return [(name, value) for name, value in named if value.requires_grad]
 
     def _late_names(self) -> tuple[str, ...]:
-        """What the names of parameters that act after the first site begin with."""
-        first, family = self.game.sites[0], self.backbone.family
-        late = [f"blocks.{number}." for number in range(first.block, self.backbone.depth)]
+        """What the names of parameters in the last blocks, or of those that act after the first site, begin with."""
+        first, family, depth = self.game.sites[0], self.backbone.family, self.backbone.depth
+        some = self.config.trainable
+        if isinstance(some, LastBlocks):
+            if some.count > depth:
+                raise ValueError(f"trainable: expected at most {depth} blocks, all of the network, got {some.count}")
+            return (*(f"blocks.{number}." for number in range(depth - some.count, depth)), *family.end_parts)
+        late = [f"blocks.{number}." for number in range(first.block, depth)]
         if first.inside:  # of its block, only the MLP half comes after it
             late += [f"blocks.{first.block - 1}.{part}" for part in family.mlp_parts]
         return (*late, *family.end_parts)

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a trained policy, or a method of the papers, on held-out images",
     "benchmark": "compare policies at equal cost: tables, intervals, figures",
     "finetune": "fine-tune a network for a policy that prunes it",
+    "finetune-backbone": "make a network that bears missing tokens, from pretrained weights and class folders",
     "speedup": "time dense and pruned model side by side",
     "export": "write a pruned model as a folder, a torch program or an ONNX file",
     "info": "show versions, networks, baselines, or what a saved policy is",

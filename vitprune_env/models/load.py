@@ -36,6 +36,7 @@ ABOUT: dict[str, Callable[[Any], bool]] = {  # JSON values in the metadata of a 
     "num_classes": lambda value: isinstance(value, int),
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
+HEADS = ("head.", "head_dist.")  # what the names of a head's parameters begin with
 Builder = Callable[[], nn.Module]
 _BUILDERS: dict[str, Builder] = {
     "vit_digits": lambda: Backbone(load_vit_digits(), "vit_digits", VIT_DIGITS.sites),
@@ -80,6 +81,7 @@ def load_backbone(
     checkpoint: str | Path | None = None,
     sites: Sequence[int | str | Site] | None = None,
     class_names: Sequence[str] | None = None,
+    new_head: bool = False,
     **timm_options: Any,
 ) -> Backbone:
     """Get a network to prune, in evaluation mode.
@@ -93,6 +95,8 @@ def load_backbone(
             interpolated as timm does it. Files of `save_backbone` bring image size, number and names of their classes.
         sites: default pruning sites; None: the preset's, or after every quarter of the blocks.
         class_names: names of the head's classes in its order; None: those of the file, if it has any.
+        new_head: whether the network keeps its random head, for classes that the file does not know; a head in the file
+            is left out, and one that is missing is not missed.
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`.
 
     Raises:
@@ -104,7 +108,7 @@ def load_backbone(
         CheckpointError: for weights that cannot be read or do not fit.
         ConnectionError: if `pretrained` weights cannot be downloaded.
     """
-    about = {} if checkpoint is None else about_weights(checkpoint)
+    about = {} if checkpoint is None or new_head else about_weights(checkpoint)
     if isinstance(model, nn.Module):
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
@@ -127,7 +131,7 @@ def load_backbone(
         network, name = _create_timm(model, pretrained, {**sizes, **timm_options}), model
     backbone = Backbone(network, name, sites)
     if checkpoint is not None:
-        _load_weights(backbone, Path(checkpoint))
+        _load_weights(backbone, Path(checkpoint), new_head)
     backbone.class_names = class_names or about.get("class_names")
     return backbone.eval()
 
@@ -206,39 +210,43 @@ def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.
         ) from error
 
 
-def _load_weights(backbone: Backbone, path: Path) -> None:
-    """Load a local weight file strictly.
+def _load_weights(backbone: Backbone, path: Path, new_head: bool) -> None:
+    """Load a local weight file strictly, with its head or without.
 
     Raises:
         CheckpointError: for a file that is missing, not a weight file, or of another model.
     """
     try:
         if path.suffix == ".npz":
-            _load_augreg(backbone.model, path)
+            _load_augreg(backbone.model, path, new_head)
         else:
-            _load_state(backbone, load_state_dict(str(path), weights_only=True))
+            _load_state(backbone, load_state_dict(str(path), weights_only=True), new_head)
     except CheckpointError:
         raise
     except (*NOT_WEIGHTS, *OTHER_WEIGHTS) as error:
         raise CheckpointError(f"checkpoint: expected weights of this model, got {path}: {error}") from error
 
 
-def _load_state(backbone: Backbone, state: Mapping[str, Tensor]) -> None:
+def _load_state(backbone: Backbone, state: Mapping[str, Tensor], new_head: bool) -> None:
     """Load a state dict, fitted to the network's image and patch size by timm."""
     network = backbone.model
     is_lv_vit = isinstance(network, LvVit)
     fitted = filter_checkpoint(state, network) if is_lv_vit else backbone.family.fitted(network, state)
-    if "head.weight" in fitted:
+    if new_head:
+        heads = {name: value for name, value in network.state_dict().items() if name.startswith(HEADS)}
+        fitted = {name: value for name, value in fitted.items() if not name.startswith(HEADS)} | heads
+    elif "head.weight" in fitted:
         _check_head(network, len(fitted["head.weight"]))
     network.load_state_dict(fitted, strict=True)
 
 
-def _load_augreg(network: VisionTransformer, path: Path) -> None:
+def _load_augreg(network: VisionTransformer, path: Path, new_head: bool) -> None:
     """Load a JAX checkpoint through timm, which silently skips a head or blocks that do not fit: check them first."""
     with np.load(path) as content:
         heads = [content[name].shape[-1] for name in content.files if name.endswith("head/bias")]
         blocks = {name.partition("encoderblock_")[2].partition("/")[0] for name in content.files} - {""}
-    _check_head(network, heads[0] if heads else 0)
+    if not new_head:
+        _check_head(network, heads[0] if heads else 0)
     if blocks and len(blocks) != len(network.blocks):
         raise CheckpointError(f"checkpoint: expected {len(network.blocks)} blocks, as the model has, got {len(blocks)}")
     network.load_pretrained(str(path))
