@@ -31,7 +31,7 @@ from vitprune_env.benchmarking.store import Store
 from vitprune_env.benchmarking.tables import comma_separated, markdown
 from vitprune_env.cli import train
 from vitprune_env.cli.flags import CommonFlags
-from vitprune_env.cli.train_flags import OUTCOMES, values_of
+from vitprune_env.cli.flags.training import OUTCOMES, values_of
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file

@@ -32,7 +32,7 @@ from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
-from vitprune_env.cli.train_flags import TrainingFlags
+from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import autocast, multiplies_bf16

@@ -1,0 +1,13 @@
+"""Flags that commands have in common; those of training are in `flags.training`, which imports torch."""
+
+from vitprune_env.cli.flags.common import (
+    TEST_SEED,
+    TUNE_SEED,
+    CommonFlags,
+    ImageFlags,
+    in_flags,
+    lowered,
+    read_flags,
+)
+
+__all__ = ["TEST_SEED", "TUNE_SEED", "CommonFlags", "ImageFlags", "in_flags", "lowered", "read_flags"]
