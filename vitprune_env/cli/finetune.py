@@ -48,7 +48,7 @@ class OptimiserFlags:
     """Gradient steps."""
     batch_size: int = FinetuneConfig.batch_size
     """Images per gradient step."""
-    trainable: Literal["after_first_site", "all"] = FinetuneConfig.trainable
+    trainable: Literal["after_first_site", "all"] = "after_first_site"
     """Which blocks learn. What comes before the first site is the same with and without pruning; left as it is, its
     tokens can be computed once and kept."""
     opt: str = FinetuneConfig.opt

@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = Store(output, settings, args.common.resume)
     if store.find("dense", None) is None:
         store.add(measure("dense", backbone, KeepAll(), task.test))
-    jobs = [(form, ratio) for form in args.forms for ratio in args.ratios]
+    jobs: list[tuple[Form, float]] = [(form, ratio) for form in args.forms for ratio in args.ratios]
     with tqdm(jobs, unit="run") as bar:
         for form, ratio in bar:
             bar.set_description(f"{form} {ratio:g}")

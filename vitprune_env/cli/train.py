@@ -105,7 +105,7 @@ class Task:
     """Images to train on, to calibrate baselines on and to report on."""
 
     training: Digits | ImageFiles | RandomViews
-    tune: Sequence[tuple[Tensor, Tensor]]
+    tune: list[tuple[Tensor, Tensor]]
     test: Batches
 
 
@@ -167,7 +167,7 @@ def open_task(args: Args, backbone: Backbone) -> Task:
     return Task(training, _some(tune, tuned, common.device), test)
 
 
-def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) -> Batches:
+def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """That many images, evenly spread over all, as one batch."""
     rows = [index * len(images) // count for index in range(min(count, len(images)))]
     batch, labels = fetch(images, rows)

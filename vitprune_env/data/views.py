@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -81,7 +82,7 @@ class RandomViews(Dataset[tuple[Tensor, int]]):
         left, top = round(across * (picture.width - width)), round(down * (picture.height - height))
         size = list(config["input_size"][1:])
         how = InterpolationMode(config["interpolation"])
-        picture = transforms.resized_crop(picture, top, left, height, width, size, how)
+        view: Any = transforms.resized_crop(cast(Any, picture), top, left, height, width, size, how)
         if self.flip and mirror < 0.5:
-            picture = transforms.hflip(picture)
-        return transforms.normalize(transforms.to_tensor(picture), config["mean"], config["std"])
+            view = transforms.hflip(view)
+        return transforms.normalize(transforms.to_tensor(view), config["mean"], config["std"])

@@ -17,6 +17,7 @@ from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
+from vitprune_env.types import parse_sites
 
 P = TypeVar("P", bound=Policy)
 
@@ -74,7 +75,8 @@ def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Ta
         same = all(len(of_few(end).unique()) == 1 for end in (0.0, 1.0))
         low, high = (float(of_few(end).mean()) / 1e9 if same else of_all(end) for end in (0.0, 1.0))
         if not low <= budget <= high:
-            raise out_of_reach(f"{type(build(setting(1.0))).__name__} reaches", low, high, budget)
+            name = type(build(setting(1.0))).__name__
+            raise out_of_reach(f"{name} reaches", low, high, budget, backbone, parse_sites(where, backbone.depth))
     elif len(of_few(position).unique()) == 1:
         return build(setting(position))
     tried, aim = {position: of_all(position)}, budget

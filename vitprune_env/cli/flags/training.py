@@ -196,7 +196,7 @@ class FinetuneFlags:
     """Images per step."""
     finetune_lr: float = FinetuneConfig.lr
     """Learning rate of the network; cosine, with a warm-up."""
-    trainable: Literal["after_first_site", "all"] = FinetuneConfig.trainable
+    trainable: Literal["after_first_site", "all"] = "after_first_site"
     """Which blocks learn; all of them, as in Algorithm 1, only with --cache-images 0."""
     distill: float = FinetuneConfig.distill
     """Weight of the dense model's soft labels against the true class, 0 to 1."""
