@@ -60,5 +60,5 @@ def test_flags_that_would_not_be_heard_are_refused(tmp_path: Path, capsys: pytes
     flags = ("--output", tmp_path, "--policy")
     assert "policy: expected life_regression with --scheme" in mistake(capsys, *flags, "evit", "--sharpness", 3)
     line = mistake(capsys, *flags, "life_regression", "--scheme", "two_stages", "--distill", 0.5)
-    assert line == "error: distill: expected 0.0 with --scheme, got 0.5"
+    assert line == "error: --distill: expected 0.0 with --scheme, got 0.5"
     assert not any(tmp_path.iterdir()), "before anything was done"

@@ -138,8 +138,14 @@ def test_the_built_in_task_needs_no_files(tmp_path: Path) -> None:
         (["--preset", "evit-deit-s"], r"--preset: expected one of evit-deit-s-0\.8, "),
         (["--policy", "tome"], "--target-share: tome needs a budget"),
         (["--policy", "dynamicvit"], "--target-share: dynamicvit needs a budget"),
-        (["--policy", "evo_vit", "--target-share", "0.3"], "EvoViT reaches .* got 30 %; up to the first"),
-        (["--policy", "evit", "--keep-rate", "0.5", "--target-gmacs", "0.01"], "expected one of them, got 2"),
+        (
+            ["--policy", "evo_vit", "--target-share", "0.3"],
+            "--target-gmacs: EvoViT reaches .*; up to the first",
+        ),
+        (
+            ["--policy", "evit", "--keep-rate", "0.5", "--target-gmacs", "0.01"],
+            "--target-gmacs: expected one of them, got 2",
+        ),
     ],
 )
 def test_flags_that_make_no_sense(

@@ -71,7 +71,7 @@ def test_the_two_forms_of_the_reward() -> None:
         (["--target-share", "0.5"], "ratios: expected no budget beside them"),
         (
             ["--price-rate", "0.5"],
-            "price_rate: expected 0.2 (the default) with PaperReward, which has no price to move",
+            "--price-rate: expected 0.2 (the default) with PaperReward, which has no price to move",
         ),
         (["--entropy", "-1"], "entropy: expected at least 0, got -1.0"),
     ],

@@ -149,7 +149,7 @@ def test_variants_are_compared_and_resumed(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == first
     with pytest.raises(SystemExit):
         example("ablation", *flags, "--variants", "mapo")
-    assert "error: variants: expected some of mappo, " in capsys.readouterr().err
+    assert "error: --variants: expected some of mappo, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
