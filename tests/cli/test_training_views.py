@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from vitprune_env import load_backbone
-from vitprune_env.cli import main
+from vitprune_env import benchmarking, load_backbone
+from vitprune_env.cli import evaluate, main
 from vitprune_env.cli.train import VIEWS, open_task, parse
-from vitprune_env.data import Digits, ImageFiles, RandomViews
+from vitprune_env.data import Digits, ImageFiles, RandomViews, open_images
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,23 @@ def test_the_built_in_task_has_no_views(tmp_path: Path, capsys: pytest.CaptureFi
         main(["train", "--quick", "--views", "3", "--output", str(tmp_path)])
     assert stop.value.code == 2
     assert "views: expected image files to crop, got 3 of the built-in task" in capsys.readouterr().err
+
+
+def test_methods_are_calibrated_on_random_views(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As policies are, in `benchmark` and in `evaluate`: the network knows its training images by heart."""
+    seen: list[Any] = []
+    monkeypatch.setattr(benchmarking, "benchmark", lambda *_, tune, **__: seen.append(tune) or Nothing())
+    flags = ["--data-dir", str(folder), "--model", "vit_digits", "--workers", "0", "--quick", "--output", str(tmp_path)]
+    main(["benchmark", *flags, "--methods", "topk"])
+    assert isinstance(seen[0], RandomViews)
+    args = evaluate.parse([*flags, "--policy", "evit", "--target-share", "0.5"])
+    images = next(iter(args.tuning(load_backbone("vit_digits"))))[0]
+    assert not torch.equal(images[0], open_images(load_backbone("vit_digits"), folder, "train")[0][0])
+    assert len(images) == 10  # at most a quarter of the files, one view of each
+
+
+class Nothing:
+    """A result without content."""
+
+    def table(self) -> str:
+        return ""

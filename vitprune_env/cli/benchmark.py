@@ -82,7 +82,7 @@ class Args:
     images: int | None = None
     """Images to report on; None: 2000 scenes of the built-in task, 1010 image files."""
     tune_images: int = 256
-    """Training images to calibrate on."""
+    """Training images to calibrate on; of image files random crops, since their network knows them by heart."""
     fit_images: int | None = None
     """Training images to fit on; None: 4096 scenes of the built-in task, 2048 image files."""
     fits: Literal["each", "middle"] | None = None
@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
     from vitprune_env.benchmarking import Fits, Timing, benchmark
+    from vitprune_env.data import Digits, RandomViews
 
     policies = entries(args)  # a wrong name ends the command before any network is loaded
     common, source = args.common, args.source
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         test,
         budgets=args.budgets,
         sites=sites_of(args),
-        tune=tune,
+        tune=tune if isinstance(tune, Digits) else RandomViews(tune, count=1, seed=TUNE_SEED),
         fit=fit,
         seeds=cast(int, args.seeds),
         seed=common.seed,

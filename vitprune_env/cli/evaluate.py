@@ -28,7 +28,7 @@ from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
     from vitprune_env.benchmarking.measurement import Row
-    from vitprune_env.data import Digits, ImageFiles
+    from vitprune_env.data import Digits, ImageFiles, RandomViews
     from vitprune_env.engine.backbone import Backbone
     from vitprune_env.policy import Policy
 
@@ -68,8 +68,11 @@ class Args:
         return self.target_share is not None or self.target_gmacs is not None
 
     def tuning(self, backbone: Backbone) -> Batches:
-        """Training images to calibrate on; none of them is reported on or trained on."""
-        return self._batches(self._apart(backbone)[0])
+        """Training images to calibrate on, as random views of them; none is reported on or trained on."""
+        from vitprune_env.data import Digits, RandomViews
+
+        images = self._apart(backbone)[0]
+        return self._batches(images if isinstance(images, Digits) else RandomViews(images, count=1, seed=TUNE_SEED))
 
     def training(self, backbone: Backbone) -> Digits | ImageFiles:
         """Training images to fit on."""
@@ -90,7 +93,7 @@ class Args:
         train = ("train", None if self.source.reads_files else 4096, self.common.seed)
         return self.source.open_apart(backbone, tune, self._reported, train)
 
-    def _batches(self, images: Digits | ImageFiles) -> Batches:
+    def _batches(self, images: Digits | ImageFiles | RandomViews) -> Batches:
         import torch
 
         from vitprune_env.benchmarking.images import as_batches
