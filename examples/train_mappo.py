@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             backbone,
             task.training,
             **args.settings.arguments,  # budget, learner, reward, run, finetune, sites
+            calibration=task.calibration,
             output=args.common.output,
             device=device,
             resume=args.common.resume,

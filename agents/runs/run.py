@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from tianshou.trainer import OnPolicyTrainerParams
 from tianshou.utils.torch_utils import torch_train_mode
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...engine.backbone import Backbone
+from ...engine.tokens import TokenState
 from ...envs.actions import ActionKind, KeepActions, action_kind, registered_actions
 from ...errors import SettingsError
 from ...files import PathLike
@@ -122,6 +123,7 @@ def train(
     *,
     sites: Sequence[int | str | Site] | None = None,
     actions: ActionKind | str = KeepActions(),  # noqa: B008, frozen
+    calibration: BatchedDataset | Dataset[Any] | None = None,
     output: PathLike | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -142,6 +144,8 @@ def train(
         sites: where tokens are pruned, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
         actions: what agents may do; an object, or the name of a registered kind. With `output`, a kind of your own has
             to be registered (`register_actions`), so that the policy can be saved.
+        calibration: images on which the threshold is set in the end, such as `RandomViews` of the training images, if
+            the network knows those by heart; None: the training images.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -175,7 +179,7 @@ def train(
     folder = None if output is None else RunFolder(output, processes)
     backbone = backbone if finetune is None else deepcopy(backbone)
     with torch_train_mode(backbone.to(device), enabled=False):
-        training = Run(backbone, data, settings, folder, torch.device(device), processes)
+        training = Run(backbone, data, settings, folder, torch.device(device), processes, calibration)
         if resume:
             training.resume()
         training.learn(progress and processes.is_main)
@@ -193,7 +197,9 @@ class Run:
         folder: RunFolder | None,
         device: torch.device,
         processes: Processes,
+        calibration: BatchedDataset | Dataset[Any] | None = None,
     ) -> None:
+        self.calibration = calibration
         budget, learner, config = settings.budget, settings.learner, settings.run
         self.settings, self.config = settings, config
         self.folder = folder
@@ -345,15 +351,15 @@ class Run:
             self.restore(state)
 
     def finish(self, progress: bool, resume: bool) -> TrainResult:
-        """Calibrate to the budget on training images, fine-tune the network if so set, measure, save."""
+        """Calibrate to the budget, fine-tune the network if so set, measure, save."""
         self.game.reward = SharedOutcome()  # the last reward may have a price for each image of a batch
-        batches = self.images.first(self.config.calibration_images)
+        batches = self._calibration_images()
         images = [batch for batch, _ in batches]
         greedy = self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions, self._info()).eval()
         policy = self.controller.calibrate(greedy, images)
         if self._finetunes_after:
             self._finetune(policy, progress, resume)
-            batches = self.images.first(self.config.calibration_images)
+            batches = self._calibration_images()
             policy = self.controller.calibrate(policy, [batch for batch, _ in batches])  # the features have changed
         measured = evaluate(self.game, policy, batches)
         if self.folder is not None:
@@ -364,6 +370,14 @@ class Run:
             self.game.backbone.requires_grad_(True)  # fine-tuning had frozen what comes before the first site
         results = self.controller.target, measured.macs, measured.accuracy, self.game.backbone
         return TrainResult(policy, self.algorithm.critic, tuple(self.history), *results)
+
+    def _calibration_images(self) -> list[tuple[Tensor | TokenState, Tensor]]:
+        """Images to set the threshold on, in batches."""
+        count = self.config.calibration_images
+        if self.calibration is None:
+            return self.images.first(count)
+        generator = torch.Generator().manual_seed(self.config.seed)  # its own: resumed runs draw the same images
+        return TrainingImages(self.calibration, self.game, count, generator, self.images.device).first(count)
 
     @property
     def _finetunes_after(self) -> bool:

@@ -10,7 +10,8 @@ import torch
 
 from vitprune_env import benchmarking, load_backbone
 from vitprune_env.cli import evaluate, main
-from vitprune_env.cli.train import VIEWS, open_task, parse
+from vitprune_env.cli.flags import ImageFlags
+from vitprune_env.cli.train import open_task, parse
 from vitprune_env.data import Digits, ImageFiles, RandomViews, open_images
 
 
@@ -21,29 +22,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_image_files_are_shown_as_random_views_and_reported_on_as_they_are(folder: Path) -> None:
+def test_thresholds_are_set_on_random_views_and_files_are_reported_on_as_they_are(folder: Path) -> None:
     backbone = load_backbone("vit_digits")
     flags = ["--data-dir", str(folder), "--model", "vit_digits", "--workers", "0", "--quick"]
     task = open_task(parse(flags), backbone)
-    assert isinstance(task.training, RandomViews)
-    assert len(task.training) == VIEWS * 40
-    assert task.training.scale == (0.35, 1.0)
-    files = open_task(parse([*flags, "--views", "0"]), backbone)
-    assert isinstance(files.training, ImageFiles)
-    reported, as_they_are = (next(iter(each.test))[0] for each in (task, files))
-    torch.testing.assert_close(reported, as_they_are, rtol=0, atol=0)
-    assert not torch.equal(task.tune[0][0], files.tune[0][0])  # rivals are calibrated on the same kind of images
-    narrow = open_task(parse([*flags, "--views", "2", "--smallest-view", "0.9"]), backbone).training
-    assert isinstance(narrow, RandomViews)
-    assert (narrow.count, narrow.scale) == (2, (0.9, 1.0))
+    assert isinstance(task.training, ImageFiles)
+    assert isinstance(task.calibration, RandomViews)
+    assert len(task.calibration) == len(task.training) == 40
+    tuned = task.tune[0][0]  # rivals are calibrated on the same kind of images
+    assert torch.equal(tuned, task.calibration.batch([row * 40 // len(tuned) for row in range(len(tuned))])[0])
+    plain = ImageFlags(data_dir=folder, workers=0).open(backbone, "validation", None, 0)
+    torch.testing.assert_close(next(iter(task.test))[0], plain.batch(range(60))[0], rtol=0, atol=0)
+
+
+def test_a_policy_learns_from_random_views_if_asked_to(folder: Path) -> None:
+    flags = ["--data-dir", str(folder), "--model", "vit_digits", "--workers", "0", "--quick"]
+    learnt = open_task(parse([*flags, "--views", "2", "--smallest-view", "0.9"]), load_backbone("vit_digits")).training
+    assert isinstance(learnt, RandomViews)
+    assert (learnt.count, learnt.scale) == (2, (0.9, 1.0))
 
 
 def test_the_built_in_task_has_no_views(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(open_task(parse(["--quick"]), load_backbone("vit_digits")).training, Digits)
+    task = open_task(parse(["--quick"]), load_backbone("vit_digits"))
+    assert isinstance(task.training, Digits)
+    assert task.calibration is None
     with pytest.raises(SystemExit) as stop:
         main(["train", "--quick", "--views", "3", "--output", str(tmp_path)])
     assert stop.value.code == 2
-    assert "views: expected image files to crop, got 3 of the built-in task" in capsys.readouterr().err
+    assert "--views: expected image files to crop, got 3 of the built-in task" in capsys.readouterr().err
 
 
 def test_methods_are_calibrated_on_random_views(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

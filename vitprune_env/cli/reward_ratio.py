@@ -102,6 +102,7 @@ def run(args: Args, form: Form, ratio: float, backbone: Backbone, task: train.Ta
         result: TrainResult = train_policy(
             backbone,
             task.training,
+            calibration=task.calibration,
             **args.run(form, ratio).arguments,
             output=args.common.output / f"{form}_{ratio:g}",
             device=args.common.device,

@@ -10,7 +10,7 @@
     vitprune train --resume                   # goes on after Ctrl-C, a crash or a power cut, to the same bits
     vitprune train --data-dir DIR --model vit_small_patch14_dinov2 --weights FILE --updates 150 --images 64
 
-Image files are learnt from as random crops of them (`--views`): their network knows its training images by heart.
+The threshold is set on random crops of training images, where these are files: the network knows them by heart.
 The output folder holds summary.json, table.md, figures, history.jsonl, TensorBoard logs, the checkpoint and the policy.
 """
 
@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ from vitprune_env.engine.kernels import autocast, multiplies_bf16
 from vitprune_env.errors import SettingsError
 
 TUNE_IMAGES = 256
-VIEWS = 8  # of every image file
 LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
 
 
@@ -47,24 +46,18 @@ LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
 class ViewFlags:
     """What is shown of the images to learn from."""
 
-    views: int | None = None
-    """Random crops of every image file, on which the policy learns and is calibrated; 0: the images as they are
-    evaluated; None: 8, of the built-in task none."""
+    views: int = 0
+    """Random crops of every image file to learn from; 0: the images as they are evaluated."""
     smallest_view: float = 0.35
-    """Smallest part of an image's area that a crop shows."""
+    """Smallest part of an image's area that a crop shows, in learning and where the threshold is set."""
 
-    def of(self, images: Digits | ImageFiles, seed: int) -> Digits | ImageFiles | RandomViews:
-        """The images as they are shown.
+    def learnt(self, files: ImageFiles, seed: int) -> ImageFiles | RandomViews:
+        """The files as the policy sees them while it learns."""
+        return RandomViews(files, self.views, (self.smallest_view, 1.0), seed=seed) if self.views else files
 
-        Raises:
-            SettingsError: for views of the built-in task.
-        """
-        if isinstance(images, Digits):
-            if self.views:
-                raise SettingsError(f"views: expected image files to crop, got {self.views} of the built-in task")
-            return images
-        views = VIEWS if self.views is None else self.views
-        return RandomViews(images, views, (self.smallest_view, 1.0), seed=seed) if views else images
+    def calibrated(self, files: ImageFiles) -> RandomViews:
+        """One crop of every file, to set thresholds and keep rates on."""
+        return RandomViews(files, 1, (self.smallest_view, 1.0), seed=TUNE_SEED)
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,7 @@ class Task:
     """Images to train on, to calibrate baselines on and to report on."""
 
     training: Digits | ImageFiles | RandomViews
+    calibration: RandomViews | None  # to set the policy's threshold on; None: the training images
     tune: list[tuple[Tensor, Tensor]]
     test: Batches
 
@@ -157,14 +151,18 @@ def open_task(args: Args, backbone: Backbone) -> Task:
     if images.reads_files:
         parts = (split, args.test_images, TEST_SEED), ("train", None, common.seed)
         held_out, files = images.open_apart(backbone, *parts)
-        training, tune = (args.shown.of(files, seed) for seed in (common.seed, TUNE_SEED))
+        files = cast(ImageFiles, files)
+        training, calibration = args.shown.learnt(files, common.seed), args.shown.calibrated(files)
+        tune = calibration
     else:
+        if args.shown.views:
+            raise SettingsError(f"views: expected image files to crop, got {args.shown.views} of the built-in task")
         held_out = images.open(backbone, split, args.test_images, TEST_SEED)
         size = max(run.cache_images, run.calibration_images)
-        training = args.shown.of(Digits("train", size=size, seed=common.seed), common.seed)
+        training, calibration = Digits("train", size=size, seed=common.seed), None
         tune = images.open(backbone, "train", tuned, TUNE_SEED)
     test = as_batches(held_out, args.batch_size, torch.device(common.device))
-    return Task(training, _some(tune, tuned, common.device), test)
+    return Task(training, calibration, _some(tune, tuned, common.device), test)
 
 
 def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -211,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             backbone,
             task.training,
             **args.settings.arguments,
+            calibration=task.calibration,
             output=args.common.output,
             device=device,
             resume=args.common.resume,

@@ -60,6 +60,16 @@ def assert_same(one: TrainResult, two: TrainResult) -> None:
     assert (one.train_macs, one.train_accuracy) == (two.train_macs, two.train_accuracy)
 
 
+def test_the_threshold_is_set_on_other_images_if_there_are_any() -> None:
+    others = OwnLabels(48, seed=7)
+    one, two = run(), run(calibration=others)
+    assert torch.equal(weights(one), weights(two))  # learning does not see them
+    assert one.policy.threshold != two.policy.threshold
+    game = TokenGame.for_policy(toy(NAME), two.policy)
+    assert float(play(game, two.policy, others.images).outcome.macs.mean()) == pytest.approx(two.train_macs)
+    assert 0.95 * two.target_macs < two.train_macs <= two.target_macs
+
+
 def test_a_run_meets_its_budget_and_says_what_happened(tmp_path: Path) -> None:
     result = run(output=tmp_path)
     game = TokenGame.for_policy(toy(NAME), result.policy)
