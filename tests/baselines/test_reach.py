@@ -54,7 +54,7 @@ def test_heights_of_ats_reach_the_budgets_on_other_networks(network: str) -> Non
         assert evaluate(game, policy, batches).macs / game.cost.dense() == pytest.approx(share, abs=0.03)
 
 
-@every_ltmp
+@pytest.mark.parametrize("name", [LTMPS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LTMPS[1:])])
 def test_fitted_thresholds_reach_the_budgets(name: str) -> None:
     backbone, batches = problem("digits")
     dense = CostModel.of(backbone).dense() / 1e9

@@ -31,7 +31,7 @@ def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
         assert play_all(game, again, tune) == play_all(game, policy, tune)
 
 
-@pytest.mark.parametrize("name", ["ats", "dynamicvit", "evit", "ltmp"])
+@pytest.mark.parametrize("name", ["ats", "dynamicvit", "evit", pytest.param("ltmp", marks=pytest.mark.slow)])
 def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path) -> None:
     from vitprune_env import save_policy
 
