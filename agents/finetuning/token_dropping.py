@@ -42,11 +42,11 @@ class TokenDropping:
     saves anything. Each site has a keep rate of its own, uniform in `keep_rates`.
     """
 
-    dense: float = 0.15
+    dense: float = 0.25
     """Share of the batches that keep all tokens."""
     most_sites: int = 4
     """Largest number of sites of a batch."""
-    keep_rates: tuple[float, float] = (0.25, 0.8)
+    keep_rates: tuple[float, float] = (0.3, 0.9)
     """Smallest and largest keep rate of a site."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class RandomSites(BasePolicy):
 class BackboneConfig:
     """Settings of `finetune_backbone`; the defaults suit some thousand photographs and a pretrained ViT."""
 
-    epochs: float = 30.0
+    epochs: float = 14.0
     """Passes over the images while blocks learn; each pass sees other views of them."""
     steps: int | None = None
     """Gradient steps instead of passes; None: as many as `epochs` take."""
@@ -115,13 +115,13 @@ class BackboneConfig:
     """How many of the last blocks learn; None: the later half."""
     layer_decay: float = 0.8
     """Factor between the learning rates of a block and the one behind it."""
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Learning rate of the head after the warm-up, a tenth of the steps; it falls along a half cosine."""
     weight_decay: float = 0.05
     """Weight decay of matrices (AdamW)."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
-    view_scale: tuple[float, float] = (0.25, 1.0)
+    view_scale: tuple[float, float] = (0.35, 1.0)
     """Smallest and largest part of a photograph's area that a view shows; see `RandomViews`."""
     head_views: int = 2
     """Views of every image that the head is fitted on before the blocks learn."""

@@ -123,7 +123,7 @@ def test_the_head_comes_first_and_then_the_last_blocks(files: ImageFiles) -> Non
     learnt = {name for name in weights(before) if name.startswith(("blocks.2.", "blocks.3.", "norm.", "head."))}
     assert seen[-1][1] == changed(before, result.backbone) == learnt
     assert [row["mark"] for row in result.history] == [1, 2, 3, 4, 5]
-    assert len({row["gmacs"] for row in result.history}) > 2, "batches cost differently"
+    assert len({row["gmacs"] for row in result.history}) > 1, "batches cost differently"
     assert not result.backbone.training
 
 
@@ -169,15 +169,15 @@ def test_what_is_saved_is_the_network_with_its_classes(files: ImageFiles, tmp_pa
     assert (loaded.num_classes, loaded.image_size, loaded.class_names) == (3, (40, 40), ("ant", "bee", "Zebra"))
     assert not changed(result.backbone, loaded)
     settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["recipe"]["dropping"] == {"name": "TokenDropping", "dense": 0.15, "most_sites": 4,
-                                              "keep_rates": [0.25, 0.8]}  # fmt: skip
+    assert settings["recipe"]["dropping"] == {"name": "TokenDropping", "dense": 0.25, "most_sites": 4,
+                                              "keep_rates": [0.3, 0.9]}  # fmt: skip
     assert (settings["classes"], settings["images"]) == (3, 18)
 
 
 def test_a_run_with_other_settings_is_not_resumed(files: ImageFiles, tmp_path: Path) -> None:
     run(files, output=tmp_path)
     other = replace(SHORT, dropping=TokenDropping(dense=0.5), view_scale=(0.5, 1.0))
-    with pytest.raises(CheckpointError, match=r"recipe.dropping.dense was 0.15, now is 0.5, .*view_scale"):
+    with pytest.raises(CheckpointError, match=r"recipe.dropping.dense was 0.25, now is 0.5, .*view_scale"):
         run(files, other, output=tmp_path, resume=True)
 
 
