@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from math import floor, isfinite
-from typing import Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -63,6 +64,18 @@ class Knob:
         if self.kind == "schedule":
             return spread(value, num_sites)
         return round(value) if self.kind == "integer" else value
+
+    def turner(self, policy: Policy) -> Callable[[Any], Any] | None:
+        """What makes the same policy with another setting of this knob; None: it has no such parameter."""
+        if not hasattr(policy, self.name):
+            return None
+
+        def make(value: Any) -> Any:
+            made = copy(policy)
+            object.__setattr__(made, self.name, value)  # also where the policy is a frozen dataclass
+            return made
+
+        return make
 
 
 KEEP_RATE = Knob()

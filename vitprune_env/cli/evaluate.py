@@ -15,9 +15,7 @@ figure of the pruned tokens to the output folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -234,19 +232,12 @@ def at_budget(args: Args, policy: Policy, backbone: Backbone, budget: float) -> 
         if isinstance(policy, AdaptivePolicy):
             return policy.at(1e9 * budget / game.cost.dense())
         return calibrate_threshold(game, policy, [images for images, _ in args.tuning(backbone)], 1e9 * budget)
-    turn, knob = getattr(policy, "at", None), knob_of(type(policy))
-    if turn is None and not hasattr(policy, knob.name):
+    knob = knob_of(type(policy))
+    make = getattr(policy, "at", None) or knob.turner(policy)
+    if make is None:
         kind = type(policy).__name__
         raise SettingsError(f"target_share: expected a policy that can be brought to a budget, got {kind}")
-    make = turn or partial(_turned, policy, knob.name)
     return calibrate(make, budget, backbone, cast(Any, args.tuning(backbone)), knob=knob)
-
-
-def _turned(policy: Policy, name: str, value: Any) -> Policy:
-    """The same policy with another setting of its knob."""
-    made = copy(policy)
-    object.__setattr__(made, name, value)  # also where the policy is a frozen dataclass
-    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:

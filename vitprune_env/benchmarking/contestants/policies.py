@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from vitprune_env.agents import TokenPolicy
-from vitprune_env.baselines import Knob
 from vitprune_env.baselines.calibration import KEEP_RATE
 from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.contestants.search import at_budget
@@ -64,7 +61,7 @@ def of_policy(label: str, policy: Policy, origin: str = "") -> Contestant:
     method = next((method for method in METHODS if method.make is type(policy)), None)
     trained = hasattr(policy, "at")  # methods of this package that are trained: their weights go with their sites
     knob = KEEP_RATE if method is None else method.fitted_knob if trained else method.knob
-    make = getattr(policy, "at", None) or _with(policy, knob)
+    make = getattr(policy, "at", None) or knob.turner(policy)
     if make is None:
         return as_it_is(label, "baseline", lambda: policy, origin)
 
@@ -78,16 +75,3 @@ def of_policy(label: str, policy: Policy, origin: str = "") -> Contestant:
         return [at_budget(make, knob, budget, task, sites(task))]
 
     return Contestant(label, "baseline", at, sites, knob.name, origin)
-
-
-def _with(policy: Policy, knob: Knob) -> Callable[[Any], Policy] | None:
-    """What makes the same policy with another setting of its knob; None: it has no such parameter."""
-    if not hasattr(policy, knob.name):
-        return None
-
-    def make(value: Any) -> Policy:
-        made = copy.copy(policy)
-        object.__setattr__(made, knob.name, value)  # also where the policy is a frozen dataclass
-        return made
-
-    return make
