@@ -112,7 +112,7 @@ class BackboneConfig:
     batch_size: int = 32
     """Images per gradient step."""
     blocks: int | None = None
-    """How many of the last blocks learn; None: the later half."""
+    """How many of the last blocks learn; None: the later two thirds."""
     layer_decay: float = 0.8
     """Factor between the learning rates of a block and the one behind it."""
     lr: float = 1e-4
@@ -123,7 +123,7 @@ class BackboneConfig:
     """Share of the target spread over all classes."""
     view_scale: tuple[float, float] = (0.35, 1.0)
     """Smallest and largest part of a photograph's area that a view shows; see `RandomViews`."""
-    head_views: int = 2
+    head_views: int = 1
     """Views of every image that the head is fitted on before the blocks learn."""
     head_decay: float = 1e-3
     """Weight of the squared weights of the head in that fit."""
@@ -158,7 +158,7 @@ class BackboneConfig:
         return FinetuneConfig(
             steps=steps,
             batch_size=self.batch_size,
-            trainable=LastBlocks(self.blocks or max(1, depth // 2), self.layer_decay),
+            trainable=LastBlocks(self.blocks or max(1, round(depth * 2 / 3)), self.layer_decay),
             lr=self.lr,
             min_lr=self.lr / 100,
             warmup_steps=steps // 10,

@@ -55,7 +55,7 @@ class RecipeFlags:
     batch_size: int = BackboneConfig.batch_size
     """Photographs per gradient step."""
     blocks: int | None = BackboneConfig.blocks
-    """How many of the last blocks learn; None: the later half."""
+    """How many of the last blocks learn; None: the later two thirds."""
     lr: float = BackboneConfig.lr
     """Learning rate of the head after the warm-up."""
     layer_decay: float = BackboneConfig.layer_decay

@@ -120,7 +120,7 @@ def test_the_head_comes_first_and_then_the_last_blocks(files: ImageFiles) -> Non
     result = run(files, after_step=lambda step, now: seen.append((step, changed(before, now))) or {"mark": float(step)})
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert seen[0][1] == {"head.weight", "head.bias"}
-    learnt = {name for name in weights(before) if name.startswith(("blocks.2.", "blocks.3.", "norm.", "head."))}
+    learnt = {name for name in weights(before) if name.startswith(("blocks.1.", "blocks.2.", "blocks.3.", "norm.", "head."))}
     assert seen[-1][1] == changed(before, result.backbone) == learnt
     assert [row["mark"] for row in result.history] == [1, 2, 3, 4, 5]
     assert len({row["gmacs"] for row in result.history}) > 1, "batches cost differently"
@@ -212,5 +212,5 @@ def test_dropping_refuses_nonsense_by_name(wrong: dict[str, Any]) -> None:
 def test_passes_over_the_images_become_steps() -> None:
     config = BackboneConfig(epochs=1.5, batch_size=10)
     assert config.training(images=40, depth=12, device="cpu").steps == 6
-    assert cast(LastBlocks, config.training(40, 12, "cpu").trainable).count == 6, "the later half"
+    assert cast(LastBlocks, config.training(40, 12, "cpu").trainable).count == 8, "the later two thirds"
     assert replace(config, steps=9).training(40, 12, "cpu").steps == 9
