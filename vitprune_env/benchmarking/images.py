@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitprune_env.data import ImageDataset, ImageFiles, batches_of, fetch
+from vitprune_env.data import BatchList, ImageDataset, ImageFiles, batches_of, fetch, groups_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, C, H, W] and labels [B]; iterated more than once
 Images = ImageDataset | ImageFiles | Sequence[tuple[Tensor, Tensor]]
@@ -42,6 +42,10 @@ class _Rows:
         """Several items at once, the way the dataset does it best."""
         return fetch(self.dataset, [self.rows[int(index)] for index in indices])
 
+    def groups(self, indices: Sequence[int]) -> Tensor | None:
+        """The group of each item, if the dataset has groups."""
+        return groups_of(self.dataset, [self.rows[int(index)] for index in indices])
+
 
 @dataclass(frozen=True)
 class _Decoded:
@@ -70,6 +74,11 @@ class _ReadAgain:
     size: int
     device: torch.device
 
+    @property
+    def groups(self) -> Tensor | None:
+        """The group of each image; None: each image is its own."""
+        return groups_of(self.dataset, range(len(self.dataset)))
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.dataset), self.size):
             images, labels = fetch(self.dataset, range(start, min(start + self.size, len(self.dataset))))
@@ -90,7 +99,8 @@ def as_batches(data: Images, size: int, device: torch.device) -> Batches:
     if isinstance(data, ImageFiles):
         return data.batches(size, device)
     if isinstance(data, Sequence):
-        batches = [(images.to(device), labels.to(device)) for images, labels in data]
+        batches = BatchList((images.to(device), labels.to(device)) for images, labels in data)
+        batches.groups = getattr(data, "groups", None)
         if not batches:
             raise ValueError("data: expected at least one image, got none")
         return batches
@@ -161,6 +171,11 @@ class _Pairs:
         batch, row = self.place[index]
         images, labels = self.batches[batch]
         return images[row], int(labels[row])
+
+    def groups(self, indices: Sequence[int]) -> Tensor | None:
+        """The group of each image, if the batches have groups."""
+        groups = getattr(self.batches, "groups", None)
+        return None if groups is None else groups[list(indices)]
 
 
 def first_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vitprune_env.benchmarking.images import LOOK, Batches, first_images, shown_rows
-from vitprune_env.benchmarking.intervals import interval
+from vitprune_env.benchmarking.intervals import interval, standard_error
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.speed import Stopwatch
 from vitprune_env.deploy.pruned_vit import PrunedViT
@@ -46,6 +47,7 @@ class Run:
     sites: tuple[str, ...]
     source: tuple[tuple[int, ...], ...]  # of a few images, see `Row`
     predicted: tuple[int, ...]
+    image_groups: str = ""  # the number of each image's group, separated by spaces; empty: each image is its own
 
     @classmethod
     def load(cls, run: dict[str, Any]) -> Run:
@@ -75,6 +77,7 @@ class Row:
     out_of_reach: str = ""  # why there are no numbers
     origin: str = ""  # tells saved policies of the same name apart
     seconds: float = 0.0  # spent on fitting, calibrating and measuring
+    image_groups: str = ""  # see `Run`
 
     @classmethod
     def load(cls, row: dict[str, Any]) -> Row:
@@ -87,31 +90,33 @@ class Row:
         return np.array([[float(mark) for mark in run] for run in self.correct])
 
     @property
+    def groups(self) -> np.ndarray | None:
+        """`[images]` int64, the group of each image; None: each image is its own."""
+        return np.array(self.image_groups.split(), dtype=np.int64) if self.image_groups else None
+
+    @property
     def accuracy(self) -> float:
         """Mean over runs and images, 0 to 1."""
         return float(self.marks.mean())
 
     @property
     def stderr(self) -> float:
-        """Standard error of the accuracy: over the runs, or over the images of a single run."""
-        runs = self.marks.mean(axis=1).tolist()
-        if len(runs) > 1:
-            return statistics.stdev(runs) / len(runs) ** 0.5
-        return (runs[0] * (1 - runs[0]) / len(self.correct[0])) ** 0.5
+        """Standard error of the accuracy: over the runs, or over the images of a single run, see `intervals`."""
+        return standard_error(self.marks, self.groups)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the accuracy."""
-        return interval(self.marks)
+        return interval(self.marks, self.groups)
 
     def numbers(self) -> dict[str, Any]:
         """The row without what belongs to single images, with accuracy, standard error and interval."""
-        hidden = ("correct", "source", "predicted")
+        hidden = ("correct", "source", "predicted", "image_groups")
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in hidden}
         low, high = self.interval if self.correct else (None, None)
         accuracy, stderr = (self.accuracy, self.stderr) if self.correct else (None, None)
         return {**found, "accuracy": accuracy, "stderr": stderr, "accuracy_low": low, "accuracy_high": high,
-                "runs": len(self.correct)}  # fmt: skip
+                "runs": len(self.correct), "image_groups": len(set(self.image_groups.split())) or None}  # fmt: skip
 
 
 def _as_tuple(value: Any) -> Any:
@@ -163,8 +168,15 @@ def row_of(name: str, runs: Sequence[Run], **facts: Any) -> Row:
         sites=runs[0].sites,
         source=runs[0].source,
         predicted=runs[0].predicted,
+        image_groups=runs[0].image_groups,
         **facts,
     )
+
+
+def _groups_of(test: Batches) -> list[int]:
+    """The group of each image; none: each image is its own."""
+    groups: Tensor | None = getattr(test, "groups", None)
+    return [] if groups is None else groups.tolist()
 
 
 def game_of(backbone: Backbone, policy: Policy, sites: Sites | None = None) -> TokenGame:
@@ -208,6 +220,7 @@ def run_of(backbone: Backbone, policy: Policy, test: Batches, sites: Sites | Non
         sites=tuple(site.label for site in game.sites),
         source=_as_tuple([source[row] for row in shown]),
         predicted=tuple(predicted[row] for row in shown),
+        image_groups=" ".join(map(str, _groups_of(test))),
     )
 
 

@@ -36,6 +36,11 @@ class PreparedImages:
         self.backbone, self.batches, self.memory = backbone, batches, memory
         self._states: dict[int, list[TokenState]] = {}  # by half-blocks that have run
 
+    @property
+    def groups(self) -> Tensor | None:
+        """The group of each image; None: each image is its own."""
+        return getattr(self.batches, "groups", None)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches)
 

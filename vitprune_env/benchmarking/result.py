@@ -131,7 +131,8 @@ class BenchmarkResult:
             "sites": SITES_TEXT.get(str(found.get("sites")), f"{found.get('sites')}"),
             "trained methods": self._fits_text(),
             "random methods": f"{found.get('seeds')} seeds from {found.get('seed')} on",
-            "intervals": "95 %; of an accuracy Wilson's, of a difference a paired bootstrap over images and seeds",
+            "intervals": "95 %; of an accuracy Wilson's, of a difference a paired bootstrap over "
+            f"{self._drawn()} and seeds",
             "machine": f"{found.get('processor')}, {found.get('threads')} threads, {found.get('precision')}",
             "versions": ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items()),
         }
@@ -146,6 +147,13 @@ class BenchmarkResult:
 
     def _count(self) -> int:
         return len(self.dense.correct[0]) if self.dense.correct else 0
+
+    def _drawn(self) -> str:
+        """What varies independently, in words."""
+        groups = self.dense.groups if self.dense.correct else None
+        return (
+            "images" if groups is None else f"the {len(set(groups.tolist()))} groups of images with the same original"
+        )
 
     def _table(self, share: float | None) -> list[str]:
         rows = self.at(share)
@@ -279,7 +287,7 @@ def gain_text(row: Row, rival: Row) -> str:
     """By how many points a row is more accurate than another, with the 95 % interval."""
     if row.name in ("dense", rival.name) or row.name == "random":
         return ""
-    points, low, high = (100 * value for value in difference(row.marks, rival.marks))
+    points, low, high = (100 * value for value in difference(row.marks, rival.marks, groups=row.groups))
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 

@@ -20,7 +20,8 @@ COMMANDS = {
     "speedup": "time dense and pruned model side by side",
     "export": "write a pruned model as a folder, a torch program or an ONNX file",
     "info": "show versions, networks, baselines, or what a saved policy is",
-    "digits-folder": "write the built-in task as a folder of PNG images",
+    "oracle": "show what knowing where the digit is would be worth on the built-in tasks",
+    "digits-folder": "write a built-in task as a folder of PNG images",
 }
 
 

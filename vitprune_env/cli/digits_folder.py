@@ -1,4 +1,4 @@
-"""Write the built-in task as a folder of PNG images, to try everything that reads image folders.
+"""Write a built-in task as a folder of PNG images, to try everything that reads image folders.
 
     vitprune digits-folder --output runs/digits
     vitprune evaluate --data-dir runs/digits --model vit_digits --policy evit --keep-rate 0.7
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitprune_env.cli.flags import CommonFlags, lowered, read_flags
+from vitprune_env.cli.flags import CommonFlags, TaskName, lowered, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.data import Digits
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Args:
     """How much of the task to write."""
 
+    task: TaskName = "digits"
+    """Built-in task: one digit in each scene, or twins, two copies of it."""
     train: int = 2000
     """Training images, of training digits."""
     val: int = 1000
@@ -48,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write both splits."""
     args = read_flags(Args, argv, __doc__, prog="vitprune digits-folder")
     args = lowered(args, train=20, val=20) if args.common.quick else args
-    from vitprune_env.data import Digits, DigitsConfig
+    from vitprune_env.data import TASKS, Digits
 
-    scene, seed, output = DigitsConfig().resized(args.size), args.common.seed, args.common.output
+    scene, seed, output = TASKS[args.task].resized(args.size), args.common.seed, args.common.output
     write_scenes(Digits("train", args.train, seed, scene), output / "train")
     write_scenes(Digits("test", args.val, seed, scene), output / "val")
     print(f"{args.train} + {args.val} images are in {output}/")

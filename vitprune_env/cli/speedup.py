@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vitprune_env.cli.flags import CommonFlags, lowered, read_flags
+from vitprune_env.cli.flags import CommonFlags, TaskName, lowered, read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ class Args:
     """Images per batch."""
     dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
     """Number formats of weights and images."""
+    task: TaskName = "digits"
+    """Built-in task whose scenes vit_digits is timed on."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder of a training run, or a policy file; None: the scripted policy."""
     keep: tuple[float, ...] = (0.70, 0.49, 0.34)
@@ -72,14 +74,14 @@ def policy_for(args: Args, dtype: torch.dtype) -> Policy:
     return load_policy(path, device=args.common.device).to(dtype)
 
 
-def images_for(backbone: Backbone, batch: int, seed: int) -> Tensor:
+def images_for(backbone: Backbone, batch: int, seed: int, task: TaskName) -> Tensor:
     """Scenes for the built-in model, whose policy looks at them; noise for any other."""
     import torch
 
-    from vitprune_env.data import Digits
+    from vitprune_env.data import TASKS, Digits
 
     if backbone.name == "vit_digits":
-        return Digits("test", size=batch, seed=seed).batch(list(range(batch)))[0]
+        return Digits("test", batch, seed, TASKS[task]).batch(list(range(batch)))[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, backbone.in_chans, *backbone.image_size, generator=generator)
 
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             backbone = load_backbone(name).to(common.device, dtypes[dtype])
             policy = policy_for(args, dtypes[dtype])
             for batch in args.batch_sizes:
-                images = images_for(backbone, batch, common.seed).to(common.device, dtypes[dtype])
+                images = images_for(backbone, batch, common.seed, args.task).to(common.device, dtypes[dtype])
                 cases.append(
                     time_case(
                         backbone,

@@ -159,7 +159,7 @@ def open_task(args: Args, backbone: Backbone) -> Task:
             raise SettingsError(f"views: expected image files to crop, got {args.shown.views} of the built-in task")
         held_out = images.open(backbone, split, args.test_images, TEST_SEED)
         size = max(run.cache_images, run.calibration_images)
-        training, calibration = Digits("train", size=size, seed=common.seed), None
+        training, calibration = cast(Digits, images.open(backbone, "train", size, common.seed)), None
         tune = images.open(backbone, "train", tuned, TUNE_SEED)
     test = as_batches(held_out, args.batch_size, torch.device(common.device))
     return Task(training, calibration, _some(tune, tuned, common.device), test)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 class ImageDataset(Protocol):
-    """Any map-style dataset of `(image [C, H, W] float, label)` pairs."""
+    """Any map-style dataset of `(image [C, H, W] float, label)` pairs.
+
+    Two methods are used where a dataset has them: `batch(indices)`, several items at once, and `groups(indices)`, the
+    group of each item, `[B]` int64. Images of one group were made from the same original (one person, one video, one
+    handwritten digit), so that standard errors must not count them as independent.
+    """
 
     def __len__(self) -> int: ...
 
@@ -41,11 +46,29 @@ def fetch(dataset: ImageDataset, indices: Sequence[int] | Tensor) -> tuple[Tenso
     return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
 
 
+class BatchList(list[tuple[Tensor, Tensor]]):
+    """Batches of images `[B, C, H, W]` and labels `[B]`.
+
+    Attributes:
+        groups: the group of each image, `[images]` int64; None: each image is its own.
+    """
+
+    groups: Tensor | None = None
+
+
+def groups_of(dataset: ImageDataset, indices: Sequence[int] | Tensor) -> Tensor | None:
+    """The group of each item, `[B]` int64; None where the dataset has no groups."""
+    groups = getattr(dataset, "groups", None)
+    return None if groups is None else groups(indices)
+
+
 def batches_of(
     dataset: ImageDataset, size: int, device: str | torch.device = "cpu", images: int | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """The first `images` items of a dataset (None: all) as a list of batches of at most `size`, on a device."""
+) -> BatchList:
+    """The first `images` items of a dataset (None: all) as batches of at most `size`, on a device, with groups."""
     count = len(dataset) if images is None else min(images, len(dataset))
     starts = range(0, count, size)
     pairs = [fetch(dataset, range(start, min(start + size, count))) for start in starts]
-    return [(batch.to(device), labels.to(device)) for batch, labels in pairs]
+    batches = BatchList((batch.to(device), labels.to(device)) for batch, labels in pairs)
+    batches.groups = groups_of(dataset, range(count))
+    return batches

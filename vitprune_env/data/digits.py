@@ -1,8 +1,12 @@
-"""The built-in task: one real handwritten digit, somewhere on a canvas full of fragments of other digits.
+"""The built-in tasks: real handwritten digits, somewhere on a canvas full of fragments of other digits.
 
 The digits differ in size and place, so the useful patches differ from image to image. Because of the fragments, a patch
-with ink is not necessarily a useful one. Everything random about a scene is drawn at construction from one generator.
-A scene is a pure function of (split, seed, index): it depends neither on its batch nor on the size of the data set.
+with ink is not necessarily a useful one. In the task `digits` a scene has one digit. In `twins` it has two copies of
+the same one, of different sizes. One copy is enough to read the digit, so where tokens are scarce they should all be of
+the same copy, and a token cannot see alone which one that is.
+
+Everything random about a scene is drawn at construction from one generator. A scene is a pure function of (split, seed,
+index): it depends neither on its batch nor on the size of the data set.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ FRAGMENT = 3  # side of a clutter fragment, in source pixels
 FRAGMENT_MIN_INK = 0.35  # mean ink below which a fragment would hardly be visible
 BLEED = 1 + 1 / SOURCE  # bilinear sampling bleeds half a source pixel over each edge
 COLUMNS, FRAGMENT_COLUMNS = 30, 8  # uniform numbers that a scene and each of its fragments take
+COPY_COLUMNS = 8  # what each further copy of the digit takes at most
 NOISE_STARTS = 1 << 16  # places where an image's noise may start in the noise bank
 NOISE_STREAM = 1 << 40  # keeps the seeds of the noise apart from those of the scenes
 
@@ -34,7 +39,7 @@ class DigitsConfig:
 
     Attributes:
         canvas: Height and width of the image.
-        side: Smallest and largest side of the digit.
+        side: Smallest and largest side of the digit; copies divide this range evenly, so that no two are of one size.
         rotation: Largest rotation of the digit, either way.
         shear: Largest horizontal shear of the digit, either way (0 except for augmentation).
         warp: Largest elastic displacement of the digit, as a share of half its side (0 except for augmentation).
@@ -45,6 +50,7 @@ class DigitsConfig:
         clutter_side: Smallest and largest side of a fragment.
         mean: Intensity that becomes 0 in the normalised image.
         std: Intensity difference that becomes 1 in the normalised image.
+        copies: How often the digit is in the scene. The copies differ in size and place, and do not overlap.
     """
 
     canvas: int = 40
@@ -59,17 +65,25 @@ class DigitsConfig:
     clutter_side: tuple[float, float] = (5.0, 10.0)
     mean: float = 0.15
     std: float = 0.3
+    copies: int = 1
 
     def __post_init__(self) -> None:
         for name in ("side", "gain", "clutter", "clutter_side"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"{name}: expected 0 <= low <= high, got {(low, high)}")
-        largest = self.side[1] * (math.cos(self.rotation) + math.sin(abs(self.rotation)))
+        turned = math.cos(self.rotation) + math.sin(abs(self.rotation))  # how much wider rotation makes a digit
+        largest = self.side[1] * turned
         if self.side[0] <= 0 or largest > self.canvas:
             raise ValueError(f"side: expected digits that fit {self.canvas} px, got {self.side}, rotated {largest:.1f}")
         if self.noise < 0 or self.std <= 0:
             raise ValueError(f"noise, std: expected noise >= 0 and std > 0, got {self.noise} and {self.std}")
+        if self.copies < 1:
+            raise ValueError(f"copies: expected 1 or more, got {self.copies}")
+        low, high = self.side
+        row = (self.copies * low + (self.copies + 1) / 2 * (high - low)) * turned * BLEED  # all copies at their largest
+        if self.copies > 1 and row > self.canvas:
+            raise ValueError(f"side: expected {self.copies} copies that fit {self.canvas} px in a row, got {row:.1f}")
 
     def resized(self, canvas: int) -> DigitsConfig:
         """The same scenes on another canvas (pixels): all lengths scale with it."""
@@ -78,17 +92,22 @@ class DigitsConfig:
         return replace(self, canvas=canvas, side=side, clutter_side=clutter_side)
 
 
+DIGITS = DigitsConfig()
+TWINS = DigitsConfig(side=(13.0, 17.0), copies=2)
+TASKS = {"digits": DIGITS, "twins": TWINS}  # by the names that commands know
+
+
 @dataclass(frozen=True)
 class _Scenes:
-    """The parameters of S scenes with up to K fragments each."""
+    """The parameters of S scenes with C copies of a digit and up to K fragments each."""
 
     digit: Tensor  # [S] int64, row in the split's source digits
-    side: Tensor  # [S]
+    side: Tensor  # [S, C], the smallest copy first
     angle: Tensor  # [S]
     shear: Tensor  # [S]
     warp: Tensor  # [S, 2, 3, 3], displacement at a 3x3 lattice over the digit
-    centre: Tensor  # [S, 2], x and y
-    half_box: Tensor  # [S], half the side of the box that holds all ink
+    centre: Tensor  # [S, C, 2], x and y
+    half_box: Tensor  # [S, C], half the side of the box that holds all ink
     colour: Tensor  # [S, 3]
     fragment: Tensor  # [S, K] int64, row in the split's fragments
     fragment_side: Tensor  # [S, K]
@@ -143,14 +162,16 @@ class _Uniform:
 
 def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generator) -> _Scenes:
     """Draw the parameters of `size` scenes."""
-    most = config.clutter[1]
-    uniform = _Uniform(size, COLUMNS + FRAGMENT_COLUMNS * most, generator)
+    most, copies = config.clutter[1], config.copies
+    columns = COLUMNS + FRAGMENT_COLUMNS * most + COPY_COLUMNS * (copies - 1)
+    uniform = _Uniform(size, columns, generator)
     pieces, first = _fragments(split)
 
     digit = uniform(0, len(first) - 1, 1).long().flatten()
-    side = uniform(*config.side, 1).flatten()
+    part = (torch.arange(copies) + uniform(0, 1, copies)) / copies  # of the range of sides, [S, C]
+    side = config.side[0] + (config.side[1] - config.side[0]) * part
     angle = uniform(-config.rotation, config.rotation, 1).flatten()
-    half = side / 2 * (angle.cos() + angle.sin().abs())  # of the rotated digit
+    half = side / 2 * (angle.cos() + angle.sin().abs())[:, None]  # of the rotated digit
     # Fragments come from other digits: counting starts behind the rows of the scene's own digit and leaves these out.
     own = first[digit + 1] - first[digit]
     step = uniform(0, (len(pieces) - own)[:, None].float(), most).long()
@@ -163,7 +184,9 @@ def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generato
         angle=angle,
         shear=uniform(-config.shear, config.shear, 1).flatten(),
         warp=uniform(-config.warp, config.warp, 2, 3, 3),
-        centre=uniform(half[:, None], config.canvas - half[:, None], 2),
+        centre=_apart(
+            uniform(half[..., None], config.canvas - half[..., None], copies, 2), half, config.canvas, uniform
+        ),
         half_box=half * BLEED,
         colour=uniform(*config.gain, 1) * uniform(1 - config.tint, 1, 3),
         fragment=(first[digit + 1][:, None] + step) % len(pieces),
@@ -174,13 +197,26 @@ def _draw(split: str, size: int, config: DigitsConfig, generator: torch.Generato
     )
 
 
-def _digit_layer(digits: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
-    """Ink `[B, H, W]` of the scenes' own digits; exactly 0 outside their boxes."""
+def _apart(centre: Tensor, half: Tensor, canvas: int, uniform: _Uniform) -> Tensor:
+    """Centres `[S, C, 2]` of copies that do not overlap: along one axis, x or y, their boxes stand in a random row."""
+    copies = half.shape[1]
+    if copies == 1:
+        return centre
+    axis = uniform(0, 2, 1).long()  # [S, 1]
+    order = uniform(0, 1, copies).argsort(1)
+    box = (2 * BLEED * half).gather(1, order)
+    free = canvas - box.sum(1, keepdim=True)  # divided at random among the spaces before, between and after the boxes
+    along = free * uniform(0, 1, copies).sort(1).values + box.cumsum(1) - box / 2
+    return torch.where(axis[..., None] == torch.arange(2), along.gather(1, order.argsort(1))[..., None], centre)
+
+
+def _digit_layer(digits: Tensor, scenes: _Scenes, rows: Tensor, copy: int, canvas: int) -> Tensor:
+    """Ink `[B, H, W]` of one copy of the scenes' own digits; exactly 0 outside its box."""
     pixels = torch.arange(canvas) + 0.5
-    dx = pixels[None, None, :] - scenes.centre[rows, 0, None, None]
-    dy = pixels[None, :, None] - scenes.centre[rows, 1, None, None]
+    dx = pixels[None, None, :] - scenes.centre[rows, copy, 0, None, None]
+    dy = pixels[None, :, None] - scenes.centre[rows, copy, 1, None, None]
     cos, sin = scenes.angle[rows].cos()[:, None, None], scenes.angle[rows].sin()[:, None, None]
-    half = scenes.side[rows][:, None, None] / 2
+    half = scenes.side[rows, copy][:, None, None] / 2
     v = (cos * dy - sin * dx) / half
     u = (cos * dx + sin * dy) / half + scenes.shear[rows][:, None, None] * v
     grid = torch.stack((u, v), -1)
@@ -188,14 +224,16 @@ def _digit_layer(digits: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> 
     if warp.any():
         grid = grid + F.grid_sample(warp, grid, padding_mode="border", align_corners=True).movedim(1, -1)
     ink = F.grid_sample(digits[scenes.digit[rows]][:, None], grid, align_corners=False)[:, 0]
-    return ink * _inside(scenes, rows, canvas)
+    return ink * _inside(scenes, rows, canvas)[:, copy]
 
 
 def _inside(scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
-    """`[B, H, W]` bool, pixels whose centres are inside the boxes of the digits."""
+    """`[B, C, H, W]` bool, pixels whose centres are inside the boxes of the copies."""
     pixels = torch.arange(canvas) + 0.5
-    near = (pixels - scenes.centre[rows][..., None]).abs() <= scenes.half_box[rows][:, None, None]  # [B, 2, canvas]
-    return near[:, 1, :, None] & near[:, 0, None, :]
+    near = (pixels - scenes.centre[rows][..., None]).abs() <= scenes.half_box[rows][
+        ..., None, None
+    ]  # [B, C, 2, canvas]
+    return near[:, :, 1, :, None] & near[:, :, 0, None, :]
 
 
 def _clutter_layer(fragments: Tensor, scenes: _Scenes, rows: Tensor, canvas: int) -> Tensor:
@@ -271,27 +309,45 @@ class Digits(Dataset[tuple[Tensor, int]]):
         rows, scenes, canvas = self._rows(indices), self._scenes, self.config.canvas
         image = self.ink(rows)[:, None] * scenes.colour[rows][..., None, None]
         clutter = _clutter_layer(_fragments(self.split)[0], scenes, rows, canvas)
-        image += clutter * ~_inside(scenes, rows, canvas)[:, None]
+        image += clutter * ~_inside(scenes, rows, canvas).any(1, keepdim=True)
         image += self._noise[scenes.noise_start[rows]].view_as(image)
         return (image - self.config.mean) / self.config.std, _source()[1][self.source_ids(rows)]
 
-    def ink(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The digits alone, `[B, H, W]` in [0, 1], without gain, clutter and noise; for oracles and figures."""
-        return _digit_layer(self._digits, self._scenes, self._rows(indices), self.config.canvas)
+    def ink(self, indices: Sequence[int] | Tensor, copy: int | None = None) -> Tensor:
+        """The digits alone, `[B, H, W]` in [0, 1], without gain, clutter and noise; for oracles and figures.
 
-    def boxes(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Boxes `[B, 4]` (left, top, right, bottom; pixels) that hold all ink of the digit and no fragment."""
-        rows = self._rows(indices)
-        centre, half = self._scenes.centre[rows], self._scenes.half_box[rows][:, None]
+        Args:
+            indices: Scene numbers `[B]`.
+            copy: Which copy to draw, 0 for the smallest; None: all.
+
+        Raises:
+            IndexError: If an index or the copy is out of range.
+        """
+        rows, canvas = self._rows(indices), self.config.canvas
+        copies = range(self.config.copies) if copy is None else [self._copy(copy)]
+        layers = [_digit_layer(self._digits, self._scenes, rows, each, canvas) for each in copies]
+        return reduce(torch.add, layers)
+
+    def boxes(self, indices: Sequence[int] | Tensor, copy: int = 0) -> Tensor:
+        """Boxes `[B, 4]` (left, top, right, bottom; pixels) that hold all ink of a copy of the digit and no fragment.
+
+        Copies are numbered by size, from 0 for the smallest.
+        """
+        rows, copy = self._rows(indices), self._copy(copy)
+        centre, half = self._scenes.centre[rows, copy], self._scenes.half_box[rows, copy][:, None]
         return torch.cat((centre - half, centre + half), 1)
 
-    def sides(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Sides `[B]` of the digits, in pixels, before rotation."""
-        return self._scenes.side[self._rows(indices)]
+    def sides(self, indices: Sequence[int] | Tensor, copy: int = 0) -> Tensor:
+        """Sides `[B]` of a copy of the digits, in pixels, before rotation; copy 0 is the smallest."""
+        return self._scenes.side[self._rows(indices), self._copy(copy)]
 
     def source_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The underlying digit of each scene, `[B]` int64: its row in scikit-learn's `load_digits`."""
         return self._source_ids[self._scenes.digit[self._rows(indices)]]
+
+    def groups(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """What scenes have in common beyond their class, `[B]` int64: their underlying digits, for standard errors."""
+        return self.source_ids(indices)
 
     def to_rgb(self, images: Tensor) -> Tensor:
         """Undo the normalisation of `images [..., 3, H, W]`: intensities in [0, 1], for display."""
@@ -302,3 +358,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
         if ((rows < 0) | (rows >= self.size)).any():
             raise IndexError(f"index: expected 0 <= index < {self.size}, got {rows.tolist()}")
         return rows
+
+    def _copy(self, copy: int) -> int:
+        if not 0 <= copy < self.config.copies:
+            raise IndexError(f"copy: expected 0 <= copy < {self.config.copies}, got {copy}")
+        return copy

@@ -5,9 +5,10 @@ from vitprune_env.cli.flags.common import (
     TUNE_SEED,
     CommonFlags,
     ImageFlags,
+    TaskName,
     in_flags,
     lowered,
     read_flags,
 )
 
-__all__ = ["TEST_SEED", "TUNE_SEED", "CommonFlags", "ImageFlags", "in_flags", "lowered", "read_flags"]
+__all__ = ["TEST_SEED", "TUNE_SEED", "CommonFlags", "ImageFlags", "TaskName", "in_flags", "lowered", "read_flags"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vitprune_env.engine.backbone import Backbone
 
 T = TypeVar("T")
+TaskName = Literal["digits", "twins"]  # keys of `vitprune_env.data.TASKS`, which would import torch
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 ARGUMENTS = {"checkpoint": "weights", "root": "data_dir", "data": "data_dir"}  # of the library, and their flags
 _flags: set[str] = set()  # names of the flags of the command line that was read last
@@ -70,6 +71,8 @@ class CommonFlags:
 class ImageFlags:
     """Which network, and which images; without any of these the built-in task: handwritten digits, network included."""
 
+    task: TaskName = "digits"
+    """Built-in task: one digit in each scene, or twins, two copies of it of which one is enough."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Images to use instead of the built-in task: class folders, directly or under train and val."""
     dataset: str = ""
@@ -105,7 +108,8 @@ class ImageFlags:
         """The network of the flags, by default the one called `default`.
 
         Raises:
-            SettingsError: for a network that cannot classify the built-in task where no images are given.
+            SettingsError: for a network that cannot classify the built-in task where no images are given, or a
+                built-in task beside image files.
         """
         import torch
 
@@ -114,6 +118,9 @@ class ImageFlags:
 
         written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
         name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
+        if self.reads_files and self.task != "digits":
+            given = self.data_dir or self.dataset
+            raise SettingsError(f"task: expected no built-in task beside image files ({given}), got {self.task!r}")
         if not self.reads_files and name != "vit_digits":
             raise SettingsError(f"data_dir: expected images for {name}; only vit_digits reads the built-in task")
         options = {"img_size": self.img_size, "num_classes": self.num_classes}
@@ -149,11 +156,11 @@ class ImageFlags:
             SettingsError: for a count below 1.
             ValueError: for images that cannot be opened or do not fit the network.
         """
-        from vitprune_env.data import Digits, open_images
+        from vitprune_env.data import TASKS, Digits, open_images
 
         _check_count(split, count)
         if not self.reads_files:
-            return Digits(split, size=count or 2000, seed=seed)
+            return Digits(split, count or 2000, seed, TASKS[self.task])
         return open_images(
             backbone,
             self.data_dir,
