@@ -32,14 +32,8 @@ DETERMINISTIC = [method for method in METHODS if not method.is_random]
 
 def made(method: Method, backbone: Backbone, num_sites: int) -> Any:
     """A method that prunes about half of what it sees."""
-    values = {
-        "keep_rate": 0.6,
-        "threshold": 0.0,
-        "r": 2,
-        "merge_thresholds": 0.6,
-        "prune_thresholds": 0.4 / backbone.num_patches,
-    }
-    values |= {"embed_dim": backbone.embed_dim, "num_sites": num_sites}
+    values = {"keep_rate": 0.6, "r": 2, "merge_thresholds": 0.6, "prune_thresholds": 0.4 / backbone.num_patches}
+    values |= {"threshold": 0.0, "embed_dim": backbone.embed_dim, "num_sites": num_sites}
     needed = {name for name, value in method.parameters.items() if value.default is value.empty}
     given = {name: values[name] for name in needed | {method.knob.name, *method.start} if name in values}
     return method(**{**method.start, **given})
