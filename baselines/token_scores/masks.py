@@ -45,11 +45,10 @@ class MasksConfig(ScoreConfig):
     """The training loop."""
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
-    price: float = 1.0
+    price: float = 2.0
     """What the dense network's MACs cost at the start, in units of cross-entropy."""
-    price_rate: float = 0.5
+    price_rate: float = 1.0
     """How much the price rises per step and per share of the dense MACs by which a batch exceeds the budget."""
-    see_themselves: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +101,7 @@ class MasksTask(ScoreTask):
             keep.append(rescued(chosen, alive, tokens) if backbone.needs_patches else chosen)
             return arrival.state.with_weights(keep[-1])
 
-        last = Walk(Masked(backbone, see_themselves=self.config.see_themselves), sites).through(start, decide)
+        last = Walk(Masked(backbone), sites).through(start, decide)
         counts = torch.stack(keep).sum(dim=2).T.double()
         looked_at = backbone.num_patches + counts[:, :-1].sum(dim=1)
         macs = self.game.cost.forward(counts, sites) + looked_at * network.macs_per_token
