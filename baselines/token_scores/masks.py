@@ -45,9 +45,9 @@ class MasksConfig(ScoreConfig):
     """The training loop."""
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
-    price: float = 2.0
+    price: float = 1.0
     """What the dense network's MACs cost at the start, in units of cross-entropy."""
-    price_rate: float = 1.0
+    price_rate: float = 0.5
     """How much the price rises per step and per share of the dense MACs by which a batch exceeds the budget."""
 
     def __post_init__(self) -> None:
