@@ -3,6 +3,7 @@
 from ..deploy.policy_files import load_policy as load_fitted
 from ..deploy.policy_files import save_policy as save_fitted
 from .ats import ATS
+from .brightness import Brightness
 from .calibration import Knob
 from .clusters import (
     DPCKNN,
@@ -28,6 +29,7 @@ from .life_regression import (
 from .ltmp import LTMP, LTMPFitConfig, fit_ltmp
 from .random_drop import RandomDrop
 from .registry import Method, available, calibrate, describe, fit, make
+from .token_scores import DistillationConfig, MasksConfig, TokenScores, fit_distilled_attention, fit_masks
 from .tome import ToMe
 from .topk import TopK
 
@@ -35,7 +37,9 @@ __all__ = [
     "ATS",
     "DPCKNN",
     "LTMP",
+    "Brightness",
     "DPCMerge",
+    "DistillationConfig",
     "DynamicViT",
     "DynamicViTConfig",
     "EViT",
@@ -46,6 +50,7 @@ __all__ = [
     "LTMPFitConfig",
     "LifeConfig",
     "LifeRegression",
+    "MasksConfig",
     "MergerConfig",
     "Method",
     "PoolMerge",
@@ -53,6 +58,7 @@ __all__ = [
     "Recipe",
     "SubSampleMerge",
     "ToMe",
+    "TokenScores",
     "TopK",
     "TriLevel",
     "available",
@@ -61,9 +67,11 @@ __all__ = [
     "diversity_score",
     "finetune_life_regression",
     "fit",
+    "fit_distilled_attention",
     "fit_dynamicvit",
     "fit_life_regression",
     "fit_ltmp",
+    "fit_masks",
     "fit_merger",
     "load_fitted",
     "make",

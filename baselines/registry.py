@@ -16,6 +16,7 @@ from ..files import PathLike
 from ..policy import Policy, register_policy
 from ..types import every_block
 from .ats import ATS
+from .brightness import Brightness
 from .calibration import KEEP_RATE, Batches, Knob, P, Setting, calibrate_policy
 from .clusters.dpc_knn import DPCKNN
 from .clusters.dpc_merge import DPCMerge
@@ -32,6 +33,10 @@ from .life_regression.policy import LifeRegression
 from .ltmp.fitting import OFFSET, LTMPFitConfig, LTMPRecipe
 from .ltmp.policy import LTMP
 from .random_drop import RandomDrop
+from .token_scores.distillation import DISTILLATION_RECIPE, DistillationConfig
+from .token_scores.fitting import ScoreConfig, ScoreRecipe
+from .token_scores.masks import MASKS_RECIPE, MasksConfig
+from .token_scores.policy import THRESHOLD, TokenScores
 from .tome import ToMe
 from .topk import TopK
 
@@ -155,8 +160,23 @@ def _merger(name: str, kind: Literal["convolution", "mlp"]) -> Method:
     )
 
 
+def _scores(name: str, summary: str, source: str, recipe: ScoreRecipe, uncalibrated: ScoreConfig) -> Method:
+    """A small network that scores each token, trained in one of two ways; a threshold sets the cost."""
+    return Method(
+        name,
+        TokenScores,
+        summary,
+        source,
+        THRESHOLD,
+        recipe=recipe,
+        uncalibrated=uncalibrated,
+        fitted_knob=THRESHOLD,
+    )
+
+
 METHODS: tuple[Method, ...] = (
     Method("random", RandomDrop, "keeps a share of the tokens, drawn uniformly: the control", "-"),
+    Method("brightness", Brightness, "keeps a share of the tokens, by the mean of their pixels", "-"),
     Method("topk", TopK, "keeps a share of the original tokens, by class attention", "Haurum et al., 2023"),
     Method("evit", EViT, "keeps a share of the tokens, by class attention, and fuses the rest", "Liang et al., 2022"),
     Method("tri_level", TriLevel, "keeps a share of the tokens, by class attention", "Kong et al., 2022"),
@@ -205,10 +225,25 @@ METHODS: tuple[Method, ...] = (
         "Chen et al., Life Regression based Patch Slimming",
         recipe=LIFE_RECIPE,
     ),
+    _scores(
+        "distilled_attention",
+        "predicts the attention that each token will receive later; those above a threshold stay",
+        "-",
+        DISTILLATION_RECIPE,
+        DistillationConfig(calibration=0),
+    ),
+    _scores(
+        "masks",
+        "scores each token by a network trained through differentiable masks; those above a threshold stay",
+        "-",
+        MASKS_RECIPE,
+        MasksConfig(calibration=0),
+    ),
 )
 
 # The names of these classes in files; a name stays when a class is renamed or moved.
 register_policy("ats", ATS)
+register_policy("brightness", Brightness)
 register_policy("dpc", DPCMerge)
 register_policy("dpc_kmeans", KMeansMerge)
 register_policy("dpc_pool", PoolMerge)
@@ -220,6 +255,7 @@ register_policy("evo_vit", EvoViT)
 register_policy("life_regression", LifeRegression)
 register_policy("ltmp", LTMP)
 register_policy("random", RandomDrop)
+register_policy("token_scores", TokenScores)
 register_policy("tome", ToMe)
 register_policy("topk", TopK)
 register_policy("tri_level", TriLevel)

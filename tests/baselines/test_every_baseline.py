@@ -33,7 +33,7 @@ DETERMINISTIC = [method for method in METHODS if not method.is_random]
 def made(method: Method, backbone: Backbone, num_sites: int) -> Any:
     """A method that prunes about half of what it sees."""
     values = {"keep_rate": 0.6, "r": 2, "merge_thresholds": 0.6, "prune_thresholds": 0.4 / backbone.num_patches}
-    values |= {"embed_dim": backbone.embed_dim, "num_sites": num_sites}
+    values |= {"threshold": 0.0, "embed_dim": backbone.embed_dim, "num_sites": num_sites}
     needed = {name for name, value in method.parameters.items() if value.default is value.empty}
     given = {name: values[name] for name in needed | {method.knob.name, *method.start} if name in values}
     return method(**{**method.start, **given})
@@ -99,6 +99,8 @@ def test_a_saved_model_comes_back(method: Method, tmp_path: Path) -> None:
         "LifeRegression": ("keep_rate",),
         "DynamicViT": ("keep_rate",),
         "ATS": (),
+        "Brightness": ("keep_rate",),
+        "TokenScores": ("threshold", "seed", "embed_dim", "sites"),
         "EvoViT": ("keep_rate",),
         "TriLevel": ("keep_rate",),
         "DPCKNN": ("keep_rate",),
@@ -124,6 +126,9 @@ def test_constructors_that_users_were_promised(name: str, parameters: tuple[str,
         ("life_regression", "seed", ["x", 1.5]),
         ("life_regression", "embed_dim", ["x", 0, 2.5]),
         ("dpcknn", "neighbours", ["x", 0, 2.5]),
+        ("masks", "threshold", ["x", None, float("nan"), True]),
+        ("masks", "seed", ["x", 1.5]),
+        ("distilled_attention", "embed_dim", ["x", 0, 2.5]),
     ],
 )
 def test_senseless_values_are_refused_by_name(name: str, parameter: str, values: list[Any]) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from vitprune_env.engine.attention import Rows
+from vitprune_env.engine.evidence import from_attention, image_evidence
 from vitprune_env.engine.halves import PLAIN, Execution, run_halves
 from vitprune_env.engine.masked import classify_masked, run_masked, start_masked
 from vitprune_env.engine.network import Network
-from vitprune_env.engine.tokens import TokenState
+from vitprune_env.engine.tokens import TokenState, of_patches
 from vitprune_env.lazy_fields import on_demand
 from vitprune_env.types import Observation, Site
 
@@ -35,7 +36,7 @@ class Backbone(Network):
         Args:
             state: the tokens, which know how many half-blocks they have been through.
             stop: one past the last half-block to run.
-            needs: evidence to collect in the last attention half of the range.
+            needs: evidence to collect, from attention in the last attention half of the range.
             log_size: proportional attention, log(size) added to the logits of each key.
             execution: how to compute attention and the parts beside it.
 
@@ -45,8 +46,11 @@ class Backbone(Network):
         rows = Rows(state.groups, lambda: state.row_offsets, lambda: state.row_patches)
         key_bias = _log_size(state) if log_size and stop > state.half else None
         halves = range(state.half, stop)
-        x, by_row = run_halves(self.model, self.family, state.x, rows, halves, needs, key_bias, execution)
+        wanted = from_attention(needs)
+        x, by_row = run_halves(self.model, self.family, state.x, rows, halves, wanted, key_bias, execution)
         evidence = {name: value[state.patch_rows] for name, value in by_row.items()}
+        for name, values in image_evidence(needs, state.images, self.grid_size).items():
+            evidence[name] = of_patches(values, state)
         return state.with_rows(x, stop), evidence
 
     def observe(

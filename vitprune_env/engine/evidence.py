@@ -1,17 +1,19 @@
-"""Evidence: what a policy can see beside the tokens, computed by the attention half before its site.
+"""Evidence: what a policy can see beside the tokens, from the attention half before its site or from the pixels.
 
-A piece of evidence is one `Evidence` record: how it is computed on packed rows, how on masked ones, what it costs and
-what it requires of the network. `register_evidence` adds one; a policy then names it in `needs`.
+A piece of evidence is one record. `Evidence` says how it is computed on packed rows, how on masked ones, what it costs
+and what it requires of the network. `ImageEvidence` says how it is computed for each patch of an image.
+`register_evidence` adds one; a policy then names it in `needs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from vitprune_env.engine.attention import Rows, bias_views
 from vitprune_env.errors import EvidenceError
@@ -67,11 +69,25 @@ class Evidence:
     refusal: Callable[[Readable], str | None] = no_requirement  # why a network cannot give it; None: it can
 
 
+@dataclass(frozen=True)
+class ImageEvidence:
+    """One number for each patch, computed from its pixels; a merged token has the mean over its patches.
+
+    No matrix product, and so no MACs. Masked execution does not know what was merged: every patch has its own number.
+    """
+
+    name: str
+    patches: Callable[[Tensor, tuple[int, int]], Tensor]  # normalised images [B, C, H, W], rows and columns -> [B, N]
+
+
 EVIDENCE: dict[str, Evidence] = {}
-"""All registered evidence by name."""
+"""All registered evidence from attention by name."""
+IMAGE_EVIDENCE: dict[str, ImageEvidence] = {}
+"""All registered evidence from pixels by name."""
+E = TypeVar("E", Evidence, ImageEvidence)
 
 
-def register_evidence(evidence: Evidence) -> Evidence:
+def register_evidence(evidence: E) -> E:
     """Make a piece of evidence known by its name.
 
     Args:
@@ -83,10 +99,43 @@ def register_evidence(evidence: Evidence) -> Evidence:
     Raises:
         EvidenceError: for a name that stands for other evidence already.
     """
-    if EVIDENCE.get(evidence.name, evidence) != evidence:
+    if {**EVIDENCE, **IMAGE_EVIDENCE}.get(evidence.name, evidence) != evidence:
         raise EvidenceError(f"name: expected one that is not taken, got {evidence.name!r}")
-    EVIDENCE[evidence.name] = evidence
+    if isinstance(evidence, ImageEvidence):
+        IMAGE_EVIDENCE[evidence.name] = evidence
+    else:
+        EVIDENCE[evidence.name] = evidence
     return evidence
+
+
+def from_attention(needs: Collection[str]) -> frozenset[str]:
+    """Those of the names that stand for evidence from attention."""
+    return frozenset(name for name in needs if name in EVIDENCE)
+
+
+def from_pixels(needs: Collection[str]) -> frozenset[str]:
+    """Those of the names that stand for evidence from pixels."""
+    return frozenset(name for name in needs if name in IMAGE_EVIDENCE)
+
+
+def image_evidence(needs: Collection[str], images: Tensor | None, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The evidence from pixels among `needs`, `[B, N]` each.
+
+    Args:
+        needs: names of evidence of both kinds.
+        images: normalised, `[B, C, H, W]`; None where the tokens do not know theirs.
+        grid: rows and columns of patches.
+
+    Raises:
+        EvidenceError: for tokens without images.
+    """
+    names = from_pixels(needs)
+    if names and images is None:
+        raise EvidenceError(
+            f"needs: {min(names)!r} is computed from pixels, and these tokens were made without their images; "
+            "start from images, or from what `TokenGame.prepare` or `Backbone.embed` returns"
+        )
+    return {name: IMAGE_EVIDENCE[name].patches(cast(Tensor, images), grid) for name in sorted(names)}
 
 
 def check_needs(needs: Collection[str], network: Readable) -> None:
@@ -96,8 +145,10 @@ def check_needs(needs: Collection[str], network: Readable) -> None:
         EvidenceError: naming the evidence.
     """
     for name in sorted(needs):
+        if name in IMAGE_EVIDENCE:
+            continue
         if name not in EVIDENCE:
-            raise EvidenceError(f"needs: unknown evidence {name!r}; known: {', '.join(EVIDENCE)}")
+            raise EvidenceError(f"needs: unknown evidence {name!r}; known: {', '.join((*EVIDENCE, *IMAGE_EVIDENCE))}")
         if (why := EVIDENCE[name].refusal(network)) is not None:
             raise EvidenceError(f"needs: {name!r} {why}")
 
@@ -105,7 +156,7 @@ def check_needs(needs: Collection[str], network: Readable) -> None:
 def evidence_macs(needs: Collection[str], rows: Tensor, width: int) -> Tensor:
     """MACs `[B]` float64 of computing evidence where attention ran on `rows` `[B]` rows, prefix included."""
     total = torch.zeros_like(rows)
-    for name in sorted(needs):
+    for name in sorted(from_attention(needs)):
         total = total + EVIDENCE[name].macs(rows, width)
     return total
 
@@ -152,6 +203,11 @@ def _masked_mean_attention(attention: MaskedAttention) -> Tensor:
     return torch.einsum("bq,bqk->bk", seen, attention.weights.mean(dim=1)) / seen.sum(dim=1, keepdim=True)
 
 
+def _brightness(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean of the normalised pixels of each patch over its area and all channels, `[B, N]`."""
+    return adaptive_avg_pool2d(images.float().mean(dim=1), grid).flatten(1)
+
+
 def _needs_class_token(network: Readable) -> str | None:
     return None if network.has_class_token else f"asks for a class token, and {network.name} has none"
 
@@ -187,3 +243,4 @@ register_evidence(
         masked=lambda attention: attention.v.transpose(1, 2).flatten(2).norm(dim=2),
     )
 )
+register_evidence(ImageEvidence("brightness", _brightness))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.engine.attention import Rows
-from vitprune_env.engine.evidence import EVIDENCE, MaskedAttention, check_needs
+from vitprune_env.engine.evidence import EVIDENCE, MaskedAttention, check_needs, from_attention, image_evidence
 from vitprune_env.engine.families.adapter import Projections
 from vitprune_env.engine.halves import AttendPacked, Execution, Found, run_halves
 from vitprune_env.engine.network import Network
@@ -37,6 +37,7 @@ class MaskedState:
     weights: Tensor | None = None  # [B, N] in 0..1, how much each patch token is seen as a key; None: 1
     size: Tensor | None = None  # [B, N], patches that each token stands for; None: 1
     order: Tensor | None = None  # [B, N] int64, rank in the current sequence, -1 for removed tokens; None: token order
+    images: Tensor | None = None  # [B, C, H, W], for evidence from pixels; None: unknown
 
     @property
     def prefix(self) -> Tensor:
@@ -64,7 +65,8 @@ def start_masked(network: Network, images: Tensor) -> MaskedState:
         ValueError: for images that do not fit the model.
     """
     network.check_images(images)
-    return MaskedState(network.embed(images).x.view(len(images), -1, network.embed_dim), network.num_prefix)
+    x = network.embed(images).x.view(len(images), -1, network.embed_dim)
+    return MaskedState(x, network.num_prefix, images=images)
 
 
 def run_masked(
@@ -86,8 +88,8 @@ def run_masked(
         stop: one past the last half-block to run.
         key_weights: `[B, N]` in 0..1, factor on the softmax numerators of each patch token as a key; None: 1.
         key_bias: `[B, N]` added to all attention logits of each patch token as a key, such as the log of its size.
-        needs: evidence to collect in the last attention half of the range. In `"mean_attention"` queries are weighted
-            as they are as keys, so that removed tokens do not count.
+        needs: evidence to collect, from attention in the last attention half of the range. In `"mean_attention"`
+            queries are weighted as they are as keys, so that removed tokens do not count.
         see_themselves: whether every token sees itself in full, whatever its weight (DynamicViT trains like this).
 
     Returns:
@@ -109,11 +111,12 @@ def run_masked(
         state.x.flatten(0, 1),
         rows,
         range(state.half, stop),
-        needs,
+        from_attention(needs),
         None if bias is None else bias.flatten(),
         Execution(AttendMasked(factor, see_themselves)),
     )
     evidence = {name: values.unflatten(0, (batch, length))[:, state.num_prefix :] for name, values in found.items()}
+    evidence |= image_evidence(needs, state.images, network.grid_size)
     return replace(state, x=x.view_as(state.x), half=stop), evidence
 
 

@@ -126,7 +126,7 @@ class Network(nn.Module):
 
     def embed(self, images: Tensor) -> TokenState:
         """Images `[B, C, H, W]` to the token state before the first block."""
-        return start_state(self.family.embed(self.model, images), self.num_prefix)
+        return start_state(self.family.embed(self.model, images), self.num_prefix, images=images)
 
     def cls(self, state: TokenState) -> Tensor:
         """What stands for the image: its class token, or the mean of its alive tokens, `[B, D]`."""

@@ -195,6 +195,7 @@ def _drop_or_merge(state: TokenState, decision: Decision, keep_one: bool) -> Tok
                 half=state.half,
                 rank=rank,
                 layout=layout,
+                images=state.images,
             ),
         )
     new = replace(state, alive=kept, groups=groups, layout=layout, rank=rank)

@@ -35,6 +35,7 @@ class TokenState:
     rank: Tensor | None = None  # [B, N] sort key of the current sequence; None: token order
     layout: tuple[int, ...] | None = None  # images in the order in which they lie in `x`; None: 0, 1, 2, ...
     parked: TokenState | None = None  # the tokens that wait, in rows of their own and without prefix; None: none wait
+    images: Tensor | None = None  # [B, C, H, W] that the tokens were made from, for evidence from pixels; None: unknown
 
     @property
     def batch_size(self) -> int:
@@ -183,13 +184,14 @@ class TokenState:
         return new
 
 
-def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
+def start_state(x: Tensor, num_prefix: int, half: int = 0, images: Tensor | None = None) -> TokenState:
     """The state before the first decision: every patch token alive, alone and its own source.
 
     Args:
         x: embedded tokens `[B, P + N, D]`.
         num_prefix: P.
         half: half-blocks that have run.
+        images: `[B, C, H, W]`, what the tokens were made from; None: unknown.
     """
     batch, rows, _ = x.shape
     num_tokens = rows - num_prefix
@@ -201,6 +203,7 @@ def start_state(x: Tensor, num_prefix: int, half: int = 0) -> TokenState:
         groups=((batch, rows),),
         num_prefix=num_prefix,
         half=half,
+        images=images,
     )
 
 
@@ -248,6 +251,14 @@ def follow(values: Tensor, before: TokenState, after: TokenState) -> Tensor:
     table = values.new_zeros(*before.alive.shape, *values.shape[1:])
     table[before.image, before.token] = values
     return table[after.image, after.token]
+
+
+def of_patches(values: Tensor, state: TokenState) -> Tensor:
+    """Values of the original patches `[B, N]` as values of the alive tokens, means over their patches, `[sum n_i]`."""
+    token, joined = state.source.clamp(min=0), (state.source >= 0).to(values)
+    total = torch.zeros_like(values).scatter_add(1, token, values * joined)
+    count = torch.zeros_like(values).scatter_add(1, token, joined)
+    return (total / count.clamp(min=1))[state.image, state.token]
 
 
 def segment_mean(values: Tensor, image: Tensor, batch_size: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.evidence import from_attention, from_pixels
 from vitprune_env.engine.halves import PLAIN, Execution, Found
 from vitprune_env.engine.masked import MaskedState, run_masked
 from vitprune_env.engine.reduction import reduce_tokens
@@ -46,7 +47,7 @@ class Arrival(Generic[S]):
     site: Site
     step: int  # from 0
     evidence: Mapping[str, Tensor]  # what was asked for, of the patch tokens that are there
-    is_fresh: bool  # whether the evidence was computed on the way here; False: at an earlier site of the same block
+    is_fresh: bool  # whether attention was asked on the way here; False: never, or at an earlier site of the same block
 
 
 class Medium(Protocol[S]):
@@ -158,8 +159,8 @@ class Walk(Generic[S]):
     def arrive(self, state: S, previous: Arrival[S] | None = None) -> Arrival[S]:
         """Run to the next site.
 
-        Two sites in one block share its attention: at the second one the evidence of the first still holds, for the
-        tokens that are still there.
+        Two sites in one block share its attention: at the second one the evidence from the attention of the first
+        still holds, for the tokens that are still there.
 
         Args:
             state: the tokens after the decision at the previous site.
@@ -170,16 +171,18 @@ class Walk(Generic[S]):
         """
         step = 0 if previous is None else previous.step + 1
         site = self.sites[step]
-        is_fresh = bool(self.needs) and state.half <= 2 * (site.block - 1)
-        if self.needs and not is_fresh and previous is None:
+        attention = from_attention(self.needs)
+        is_fresh = bool(attention) and state.half <= 2 * (site.block - 1)
+        if attention and not is_fresh and previous is None:
             raise ValueError(
                 f"state: expected at most {2 * (site.block - 1)} half-blocks run, so that the evidence at {site} can "
                 f"be computed, got {state.half}"
             )
-        after, evidence = self.medium.run(state, site.half, self.needs if is_fresh else ())
+        after, evidence = self.medium.run(state, site.half, self.needs if is_fresh else from_pixels(self.needs))
         if previous is not None and not is_fresh:
             follow = self.medium.follow
-            evidence = {name: follow(values, previous.state, after) for name, values in previous.evidence.items()}
+            shared = {name: follow(previous.evidence[name], previous.state, after) for name in attention}
+            evidence = {**shared, **evidence}
         return Arrival(after, site, step, evidence, is_fresh)
 
     def finish(self, state: S) -> S:

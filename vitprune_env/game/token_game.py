@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.engine.evidence import check_needs
+from vitprune_env.engine.evidence import check_needs, from_attention
 from vitprune_env.engine.reduction import check_decision, recall
 from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
@@ -231,7 +231,7 @@ class TokenGame:
     def prepared_halves(self) -> int:
         """Half-blocks that `prepare` runs: all before the attention that gives the first site its evidence."""
         first = self.sites[0]
-        return 2 * (first.block - 1) if self.needs else first.half
+        return 2 * (first.block - 1) if from_attention(self.needs) else first.half
 
     def _advance(self, state: TokenState, previous: Arrival[TokenState] | None = None) -> None:
         """Run to the next site, and book the evidence computed on the way."""
