@@ -10,7 +10,10 @@ from .learners.buffer import Trajectory
 from .learners.exploration import ExploringPolicy
 from .learners.learner import Learner, LearnerConfig, Parts
 from .learners.mappo import MAPPO, MAPPOConfig
+from .learners.pgpe import PGPE, ParameterExplorer, PGPEConfig
 from .learners.ppo_single import ImageCritic, PPOSingle, PPOSingleConfig
+from .merging.distillation import Distillation, distilled_policy
+from .merging.policy import MergePolicy, PairActor
 from .networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic, mlp
 from .policies import TokenPolicy
 from .presets import PRESETS, Preset
@@ -21,6 +24,7 @@ from .shared.signals import TrainingStopped
 
 __all__ = [
     "MAPPO",
+    "PGPE",
     "PRESETS",
     "AdaptivePolicy",
     "BackboneConfig",
@@ -28,6 +32,7 @@ __all__ = [
     "BudgetController",
     "BudgetRange",
     "CosineKeepRate",
+    "Distillation",
     "Equilibrium",
     "ExploringPolicy",
     "FinetuneConfig",
@@ -40,9 +45,13 @@ __all__ = [
     "LearnerConfig",
     "LightNetworks",
     "MAPPOConfig",
+    "MergePolicy",
+    "PGPEConfig",
     "PPOSingle",
     "PPOSingleConfig",
+    "PairActor",
     "PaperNetworks",
+    "ParameterExplorer",
     "Parts",
     "Preset",
     "Processes",
@@ -57,6 +66,7 @@ __all__ = [
     "TrainingStopped",
     "Trajectory",
     "calibrate_threshold",
+    "distilled_policy",
     "finetune",
     "finetune_backbone",
     "launched",

@@ -93,6 +93,10 @@ class TokenPolicy(BasePolicy, nn.Module):
         """The same policy, sharing its weights, with another threshold."""
         return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, self.seed)
 
+    def with_actor(self, actor: TokenActor, info: Mapping[str, Any] | None = None) -> TokenPolicy:
+        """The same policy with another actor; the threshold is 0."""
+        return TokenPolicy(actor, 0.0, self.sites, self.info if info is None else info, self.actions, self.seed)
+
     def sampling(self, seed: int = 0) -> TokenPolicy:
         """The policy, sharing its weights, that draws every action with the probability that it has in training."""
         return TokenPolicy(self.actor, 0.0, self.sites, self.info, self.actions, seed)

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
+from ..game.bipartite_matching import match_bipartite, merge_senders
 from ..policy import BasePolicy
 from ..types import Decision, Observation, Site, every_block
 from .argument_checks import check_flag, check_range, per_site, whole_numbers
-from .bipartite_matching import match_bipartite, merge_senders
 
 
 @dataclass

@@ -34,6 +34,7 @@ class Trajectory:
     alive: Tensor  # [T, B, N] bool, agents that acted; those that wait do not
     terminated: Tensor  # [T, B, N] bool, agents whose game ended with that action
     mask: Tensor | None = None  # [M, A] bool, actions that made sense; None: all of them
+    noise: Tensor | None = None  # [B, ...], what the parameters were disturbed by in each game; None: they were not
 
     @classmethod
     def of(

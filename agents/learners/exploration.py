@@ -29,6 +29,7 @@ class ExploringPolicy(BasePolicy):
         actions: one `[sum n_i]` int64 per step of the current games.
         log_probs: one `[sum n_i]` float per step, log-probability of the actions.
         masks: one `[sum n_i, A]` bool per step, actions that made sense; empty if all do.
+        noise: `[B, ...]`, what is added to the actor's parameters in each of the current games; None: nothing.
         next_game: number of the first game of the coming batch; the noise of a game follows from it.
 
     Args:
@@ -54,6 +55,7 @@ class ExploringPolicy(BasePolicy):
         self.actions: list[Tensor] = []
         self.log_probs: list[Tensor] = []
         self.masks: list[Tensor] = []
+        self.noise: Tensor | None = None
 
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Start a new batch of games."""

@@ -28,6 +28,7 @@ writes checkpoints, resumes them to the bit, and deploys the policy. `examples/c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -45,9 +46,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...envs.actions import ActionKind
-from ...errors import NumericalError
+from ...errors import NumericalError, SettingsError
 from ...game.rewards import START_PRICE, RewardFn, SharedOutcome
 from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
+from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers, check_type
 from .buffer import GameBuffer, Trajectory
@@ -91,6 +93,8 @@ class LearnerConfig:
     """Settings that a resumed run may change: the remedies for a run that exploded."""
     joint: ClassVar[bool] = False
     """Whether one agent decides for all tokens of an image; otherwise every token is an agent."""
+    games_per_image: ClassVar[int] = 1
+    """How often every image of an update is played."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -113,6 +117,18 @@ class LearnerConfig:
             ValueError: naming it.
         """
 
+    def check_start(self, start: Any) -> None:
+        """Refuse a policy that this learner cannot start from.
+
+        Args:
+            start: a policy, or None for none.
+
+        Raises:
+            SettingsError: naming it.
+        """
+        if start is not None and type(start) is not TokenPolicy:
+            raise SettingsError(f"start: expected a TokenPolicy or None, got {start!r}")
+
     def actor(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> TokenActor:
         """The network that decides, for tokens of width `embed_dim`."""
         return self.networks.actor(embed_dim, num_actions, generator)
@@ -132,7 +148,13 @@ class LearnerConfig:
         raise TypeError(f"learner: {type(self).__name__} does not override algorithm(parts)")
 
     def build(
-        self, embed_dim: int, num_agents: int, updates: int, actions: ActionKind, generator: torch.Generator
+        self,
+        embed_dim: int,
+        num_agents: int,
+        updates: int,
+        actions: ActionKind,
+        generator: torch.Generator,
+        start: Any = None,
     ) -> Any:
         """Networks, optimiser and update.
 
@@ -142,9 +164,10 @@ class LearnerConfig:
             updates: of the run; the learning rate falls over them.
             actions: what agents may do.
             generator: a CPU generator; of the initial weights, and of all that the update draws.
+            start: a policy whose actor is copied; None: the actor is a new one.
         """
         count = actions.count(num_agents)
-        actor = self.actor(embed_dim, count, generator)
+        actor = self.actor(embed_dim, count, generator) if start is None else deepcopy(start.actor)
         critic = self.critic(embed_dim, count, generator)
         adam = AdamOptimizerFactory(lr=self.lr, eps=self.adam_eps)
         optim = adam.with_lr_scheduler_factory(LinearDecay(updates, self.lr_final))

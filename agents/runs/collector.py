@@ -124,7 +124,8 @@ class GameCollector(BaseCollector[GameStats]):
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.amp):
             episode = play(self.game, self.explorer, images, labels, record=True)
         seen = replace(episode, observations=tuple(map(self.explorer.view, episode.observations)))
-        self.games.store(Trajectory.of(seen, self.explorer.actions, self.explorer.log_probs, self.explorer.masks))
+        played = Trajectory.of(seen, self.explorer.actions, self.explorer.log_probs, self.explorer.masks)
+        self.games.store(replace(played, noise=self.explorer.noise))
         self.collect_step += n_episode * self.game.num_steps
         self.collect_episode += n_episode
         return self._stats(episode)

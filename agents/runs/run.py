@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ from ..finetuning.loop import finetune as finetune_network
 from ..finetuning.settings import FinetuneConfig
 from ..learners.learner import LearnerConfig, learner_state, restore_learner
 from ..learners.mappo import MAPPOConfig
+from ..merging.policy import MergePolicy
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
-from ..shared.settings import as_json, check_type
+from ..shared.settings import as_json, check_type, digest
 from ..shared.signals import StopSignals
 from ..shared.training_images import BatchedDataset, TrainingImages
 from ..shared.writers import Writer
@@ -47,7 +49,7 @@ from .settings import RunConfig
 class TrainResult:
     """The result of training."""
 
-    policy: TokenPolicy  # greedy, its threshold calibrated to the budget
+    policy: TokenPolicy | MergePolicy  # greedy, its threshold calibrated to the budget
     critic: nn.Module
     history: tuple[dict[str, float], ...]  # one row of metrics per update
     target_macs: float  # the budget, or where the weights of the reward should lead, MACs per image
@@ -67,6 +69,7 @@ class Settings:
     finetune: FinetuneConfig | None
     sites: Sequence[int | str | Site] | None
     actions: ActionKind
+    start: TokenPolicy | MergePolicy | None = None
 
     def check(self, processes: Processes) -> None:
         """Refuse settings that do not fit together, before time is spent.
@@ -81,6 +84,13 @@ class Settings:
         if self.finetune is not None:
             check_type("finetune", self.finetune, FinetuneConfig, "a FinetuneConfig or None")
         self.learner.check_reward(self.reward)
+        self.learner.check_start(self.start)
+        times = self.learner.games_per_image
+        if self.run.images % (times * processes.size):
+            raise SettingsError(
+                f"images: expected a multiple of {times * processes.size}, because every image is played {times} times "
+                f"by one process, got {self.run.images}"
+            )
         self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
         if self.finetune is not None and self.finetune.trainable == "all" and self.run.cache_images:
             raise SettingsError(
@@ -103,7 +113,8 @@ class Settings:
             sites: of the game, which are the backbone's own if the settings have none.
         """
         parts = {name: as_json(getattr(self, name)) for name in ("budget", "learner", "reward", "run", "finetune")}
-        return {**parts, "sites": as_json(sites), "actions": self.actions.name}
+        started = {} if self.start is None else {"start": digest(self.start.state_dict())}
+        return {**parts, "sites": as_json(sites), "actions": self.actions.name, **started}
 
     @property
     def may_change(self) -> frozenset[str]:
@@ -124,6 +135,7 @@ def train(
     sites: Sequence[int | str | Site] | None = None,
     actions: ActionKind | str = KeepActions(),  # noqa: B008, frozen
     calibration: BatchedDataset | Dataset[Any] | None = None,
+    start: TokenPolicy | MergePolicy | None = None,
     output: PathLike | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -146,6 +158,8 @@ def train(
             to be registered (`register_actions`), so that the policy can be saved.
         calibration: images on which the threshold is set in the end, such as `RandomViews` of the training images, if
             the network knows those by heart; None: the training images.
+        start: a policy to go on from, such as one that was trained before or that `distilled_policy` made; it brings
+            its actor, and its sites where none are given. The target is not annealed. None: a new actor.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -171,7 +185,10 @@ def train(
     check_type("learner", learner, LearnerConfig, "settings of a learner, such as MAPPOConfig()")
     reward = learner.default_reward() if reward is None else reward
     budget = Equilibrium() if budget is None else budget
-    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"))
+    if start is not None:
+        sites = start.default_sites(backbone.depth) if sites is None else sites
+        budget = replace(budget, anneal_part=0.0)
+    settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
     if output is not None:
@@ -205,9 +222,11 @@ class Run:
         self.folder = folder
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.game = TokenGame(backbone, settings.sites)
+        start = settings.start
+        sees = {} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
+        self.game = TokenGame(backbone, settings.sites, **sees)
         width = backbone.embed_dim + budget.extra_features
-        algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator)
+        algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)
         self.actor = algorithm.actor
         self.controller = budget.controller(
             self.game, config.updates, settings.reward, self.actor.macs_per_token,
@@ -219,7 +238,12 @@ class Run:
         processes.same(self.algorithm)
         explorer = learner.explorer(self.actor, settings.actions, self.generator, self.controller.schedule.view)
         self.collector = GameCollector(
-            self.algorithm, explorer, self.game, self.images.draw, processes=processes, amp=config.amp
+            self.algorithm,
+            explorer,
+            self.game,
+            partial(self.images.draw, times=learner.games_per_image),
+            processes=processes,
+            amp=config.amp,
         )
         self.alternation: Alternation | None = None
         if settings.finetune is not None and settings.finetune.when == "alternate":
@@ -274,8 +298,13 @@ class Run:
 
     def picture(self) -> np.ndarray:
         """What the greedy policy prunes of a few training images."""
-        policy = self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions)
-        return tokens_picture(self.game, policy, self.images.raw(PICTURES))
+        return tokens_picture(self.game, self.greedy(), self.images.raw(PICTURES))
+
+    def greedy(self, info: Mapping[str, Any] | None = None) -> Any:
+        """The policy to deploy, not calibrated yet."""
+        if self.settings.start is not None:
+            return self.settings.start.with_actor(cast(Any, self.actor), info)
+        return self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions, info)
 
     def before_update(self, epoch: int, env_step: int) -> None:
         """Set the reward of the coming games."""
@@ -355,8 +384,7 @@ class Run:
         self.game.reward = SharedOutcome()  # the last reward may have a price for each image of a batch
         batches = self._calibration_images()
         images = [batch for batch, _ in batches]
-        greedy = self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions, self._info()).eval()
-        policy = self.controller.calibrate(greedy, images)
+        policy = self.controller.calibrate(self.greedy(self._info()).eval(), images)
         if self._finetunes_after:
             self._finetune(policy, progress, resume)
             batches = self._calibration_images()

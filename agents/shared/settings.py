@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
+from hashlib import sha256
 from numbers import Integral, Real
 from typing import Any
 
@@ -105,3 +106,11 @@ def differences(here: Any, there: Any, may_change: frozenset[str] = frozenset(),
 def _short(value: Any) -> str:
     """An object by its name alone."""
     return str(value[NAME]) if isinstance(value, dict) and NAME in value else repr(value)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short name for the values of tensors: of other values it is another."""
+    content = sha256()
+    for name, tensor in sorted(tensors.items()):
+        content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -78,13 +78,17 @@ class TrainingImages:
         self.states, self.labels = self._prepared() if cached else (None, None)
         self._queue = torch.empty(0, dtype=torch.int64)
 
-    def draw(self, count: int) -> tuple[Tensor | TokenState, Tensor]:
-        """This process's share of the next `count` images, each once before any twice."""
-        while len(self._queue) < count:
+    def draw(self, count: int, times: int = 1) -> tuple[Tensor | TokenState, Tensor]:
+        """This process's share of `count` images: `count / times` new ones, each `times` in a row.
+
+        Every image comes once before any comes again.
+        """
+        images = count // times
+        while len(self._queue) < images:
             order = torch.randperm(len(self.chosen), generator=self.generator)
             self._queue = torch.cat([self._queue, order])
-        rows, self._queue = self._queue[:count], self._queue[count:]
-        return self._take(rows[self._share(count)])
+        rows, self._queue = self._queue[:images], self._queue[images:]
+        return self._take(rows.repeat_interleave(times)[self._share(count)])
 
     def first(self, count: int) -> list[tuple[Tensor | TokenState, Tensor]]:
         """Up to `count` images in batches, always the same ones."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from ...deploy.policy_files import load_policy, save_policy
 from ...errors import CheckpointError
 from ...files import PathLike
+from ...game.bipartite_matching import match_bipartite, merge_senders
 from ...policy import BasePolicy
 from ...types import Decision, Observation, Site, every_block
 from ..argument_checks import check_number, per_site
-from ..bipartite_matching import match_bipartite, merge_senders
 
 Thresholds = float | Sequence[float] | Tensor | None
 

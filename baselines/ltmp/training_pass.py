@@ -18,8 +18,8 @@ from ...engine.backbone import Backbone
 from ...engine.cost import CostModel
 from ...engine.masked import MaskedState, classify_masked
 from ...engine.walk import Arrival, Masked, Walk
+from ...game.bipartite_matching import match_bipartite, merge_senders
 from ...types import Site
-from ..bipartite_matching import match_bipartite, merge_senders
 
 EVIDENCE = {"merge": "keys", "prune": "mean_attention"}  # what the thresholds of each kind are compared with
 

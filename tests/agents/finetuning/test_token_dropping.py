@@ -120,7 +120,9 @@ def test_the_head_comes_first_and_then_the_last_blocks(files: ImageFiles) -> Non
     result = run(files, after_step=lambda step, now: seen.append((step, changed(before, now))) or {"mark": float(step)})
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert seen[0][1] == {"head.weight", "head.bias"}
-    learnt = {name for name in weights(before) if name.startswith(("blocks.1.", "blocks.2.", "blocks.3.", "norm.", "head."))}
+    learnt = {
+        name for name in weights(before) if name.startswith(("blocks.1.", "blocks.2.", "blocks.3.", "norm.", "head."))
+    }
     assert seen[-1][1] == changed(before, result.backbone) == learnt
     assert [row["mark"] for row in result.history] == [1, 2, 3, 4, 5]
     assert len({row["gmacs"] for row in result.history}) > 1, "batches cost differently"

@@ -1,9 +1,9 @@
-"""Bipartite soft matching (Bolya et al., 2023, section 3.2), used by ToMe and LTMP.
+"""Bipartite soft matching (Bolya et al., 2023, section 3.2), used by ToMe, LTMP and learnt merging.
 
 Every second token of the current sequence is a sender, the others are receivers. `match_bipartite` finds the most
 similar receiver of each sender, independently: several senders may have the same one. The policy selects the senders
 that merge, and `merge_senders` merges them. Where no token may be in two pairs, as in decouple and merge, see
-`clusters.pair_matching`.
+`baselines.clusters.pair_matching`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..policy import mean_weights
-from ..types import Observation, as_index
+from vitprune_env.policy import mean_weights
+from vitprune_env.types import Observation, as_index
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from matching import naive_match, observe, random_observation
-from vitprune_env.baselines import bipartite_matching
 from vitprune_env.baselines.argument_checks import per_site
-from vitprune_env.baselines.bipartite_matching import is_sender, match_bipartite, merge_senders
+from vitprune_env.game import bipartite_matching
+from vitprune_env.game.bipartite_matching import is_sender, match_bipartite, merge_senders
 
 seeds = st.integers(0, 2**31)
 
