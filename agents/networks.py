@@ -69,7 +69,7 @@ class TokenActor(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.layers = mlp((embed_dim, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
         with torch.no_grad():
-            self._last.bias.copy_(torch.tensor([0.0] + [keep_bias] * (num_actions - 1)))
+            self.last.bias.copy_(torch.tensor([0.0] + [keep_bias] * (num_actions - 1)))
 
     @property
     def macs_per_token(self) -> int:
@@ -99,7 +99,8 @@ class TokenActor(nn.Module):
         return logits[:, 1] - logits[:, 0]
 
     @property
-    def _last(self) -> nn.Linear:
+    def last(self) -> nn.Linear:
+        """The layer that gives the logits."""
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         return last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +97,13 @@ class TokenPolicy(BasePolicy, nn.Module):
     def with_actor(self, actor: TokenActor, info: Mapping[str, Any] | None = None) -> TokenPolicy:
         """The same policy with another actor; the threshold is 0."""
         return TokenPolicy(actor, 0.0, self.sites, self.info if info is None else info, self.actions, self.seed)
+
+    def starting_actor(self) -> TokenActor:
+        """A copy of the actor with the threshold in its biases: what training goes on from."""
+        actor = deepcopy(self.actor)
+        with torch.no_grad():
+            actor.last.bias[0] += self.threshold
+        return actor
 
     def sampling(self, seed: int = 0) -> TokenPolicy:
         """The policy, sharing its weights, that draws every action with the probability that it has in training."""

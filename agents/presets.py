@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..game.rewards import PaperReward, RewardFn
+from ..game.rewards import START_PRICE, PaperReward, RewardFn, TeamOutcome, log_probability
 from ..types import Site
 from .budgets.controller import Budget, Equilibrium, GMACs, Share
 from .finetuning.settings import FinetuneConfig
 from .learners.learner import LearnerConfig
 from .learners.mappo import MAPPOConfig
+from .learners.pgpe import PGPEConfig
 from .networks import PaperNetworks
 from .runs.settings import RunConfig
 
@@ -30,6 +31,7 @@ class Preset:
     model: str | None = None  # name in timm; None: the built-in backbone
     pretrained: bool = False
     sites: tuple[int | str | Site, ...] | None = None
+    init_from: str = "new"  # what training starts from: a new actor, "distilled", or the file of a policy
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -88,8 +90,12 @@ def _for_deit(model: str, gmacs: float) -> Preset:
     return Preset(budget, learner, RL4EVIT.reward, run, model=model, pretrained=True, sites=(3, 6, 9))
 
 
+# Merging in every block, learnt: where tokens leave, which, and how many of an image. For photographs.
+MERGE = Preset(learner=PGPEConfig(), reward=TeamOutcome(START_PRICE, log_probability), init_from="distilled")
+
 PRESETS: dict[str, Preset] = {
     "default": Preset(),
+    "merge": MERGE,
     "rl4evit": RL4EVIT,
     "rl4evit-printed": RL4EVIT_PRINTED,
     "rl4evit-deit-s": _for_deit("deit_small_patch16_224", gmacs=3.0),

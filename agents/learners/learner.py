@@ -28,7 +28,6 @@ writes checkpoints, resumes them to the bit, and deploys the policy. `examples/c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -167,7 +166,7 @@ class LearnerConfig:
             start: a policy whose actor is copied; None: the actor is a new one.
         """
         count = actions.count(num_agents)
-        actor = self.actor(embed_dim, count, generator) if start is None else deepcopy(start.actor)
+        actor = self.actor(embed_dim, count, generator) if start is None else start.starting_actor()
         critic = self.critic(embed_dim, count, generator)
         adam = AdamOptimizerFactory(lr=self.lr, eps=self.adam_eps)
         optim = adam.with_lr_scheduler_factory(LinearDecay(updates, self.lr_final))

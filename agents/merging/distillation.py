@@ -165,7 +165,7 @@ def _fitted_look(backbone: Backbone, batches: Iterator[Tensor], sites: Sequence[
             products[index] += rows.T @ rows
             targets[index] += rows.T @ target
     penalty = RIDGE * products[:, -1, -1, None, None] * torch.eye(width, dtype=torch.float64)
-    return torch.linalg.solve(products + penalty, targets).float()
+    return torch.cholesky_solve(targets[..., None], torch.linalg.cholesky(products + penalty)).squeeze(2).float()
 
 
 def _best_schedule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,10 @@ class PairActor(nn.Module):
         look = self.look[obs.step]
         return Pairs.of(obs, look[:-1], look[-1])
 
+    def extra_repr(self) -> str:
+        """Its sizes."""
+        return f"num_sites={self.num_sites}, embed_dim={self.embed_dim}, num_features={self.num_features}"
+
     def forward(self, features: Tensor, step: int, noise: Tensor | None = None) -> Tensor:
         """Log-odds of staying, `[P]`.
 
@@ -135,6 +140,13 @@ class MergePolicy(BasePolicy, nn.Module):
     def with_actor(self, actor: PairActor, info: Mapping[str, Any] | None = None) -> MergePolicy:
         """The same policy with another actor, from which it takes its scores; the threshold is 0."""
         return MergePolicy(actor, 0.0, self.sites, self.info if info is None else info)
+
+    def starting_actor(self) -> PairActor:
+        """A copy of the actor with the threshold in its biases: what training goes on from."""
+        actor = deepcopy(self.actor)
+        with torch.no_grad():
+            actor.bias -= self.threshold
+        return actor
 
     @property
     def width(self) -> int:

@@ -49,7 +49,7 @@ from .settings import RunConfig
 class TrainResult:
     """The result of training."""
 
-    policy: TokenPolicy | MergePolicy  # greedy, its threshold calibrated to the budget
+    policy: Any  # a TokenPolicy, AdaptivePolicy or MergePolicy: greedy, its threshold calibrated to the budget
     critic: nn.Module
     history: tuple[dict[str, float], ...]  # one row of metrics per update
     target_macs: float  # the budget, or where the weights of the reward should lead, MACs per image

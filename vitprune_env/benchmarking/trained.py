@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vitprune_env.agents import AdaptivePolicy, TrainResult
-from vitprune_env.baselines import EViT, RandomDrop, calibrate
+from vitprune_env.agents import AdaptivePolicy, MergePolicy, TrainResult, calibrate_threshold
+from vitprune_env.baselines import EViT, RandomDrop, ToMe, calibrate
+from vitprune_env.baselines.registry import knob_of
 from vitprune_env.benchmarking.contestants import Task, untrained_policies
 from vitprune_env.benchmarking.images import Batches, shown_images
 from vitprune_env.benchmarking.measurement import SHOWN, Row, Timing, game_of, measure
@@ -21,6 +22,7 @@ from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import PathLike, replace_file
 from vitprune_env.game.rollout import play
+from vitprune_env.game.token_game import TokenGame
 from vitprune_env.plots.figures import learning_curve_figure, tokens_figure
 from vitprune_env.plots.render import class_name, label_text
 from vitprune_env.policy import KeepAll, Policy
@@ -34,7 +36,7 @@ FEW = 32  # images of a batch that suffice to calibrate methods which keep the s
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Rows of a comparison: dense, random, untrained actor, EViT, the trained policy, then further ones."""
+    """Rows of a comparison: dense, random, the rivals, the trained policy, then further ones."""
 
     rows: tuple[Row, ...]
     result: TrainResult
@@ -46,13 +48,15 @@ class TrainingReport:
 
     def summary(self) -> dict[str, Any]:
         """What other programs read."""
-        dense, random, untrained, evit, learned, *_ = self.rows
+        dense, random = self.rows[:2]
+        learned = next(row for row in self.rows if row.group == "learned")
+        named = {"untrained_accuracy": "untrained", "evit_accuracy": "EViT", "tome_accuracy": "ToMe"}
+        found = {key: row.accuracy for key, name in named.items() for row in self.rows if row.name.startswith(name)}
         return {
             "dense_accuracy": dense.accuracy,
             "accuracy": learned.accuracy,
             "random_accuracy": random.accuracy,
-            "untrained_accuracy": untrained.accuracy,
-            "evit_accuracy": evit.accuracy,
+            **found,
             "dense_gmacs": dense.gmacs,
             "gmacs": learned.gmacs,
             "policy_gmacs": learned.policy_gmacs,
@@ -94,11 +98,13 @@ def compare_trained(
     seed: int = 0,
     untrained_actors: int = 5,
     timing: Timing | None = None,
+    start: MergePolicy | None = None,
 ) -> TrainingReport:
-    """A trained policy beside the dense network, dropping at random, untrained actors and EViT, at its own GMACs.
+    """A trained policy beside the dense network, dropping at random, and rivals, at its own GMACs.
 
-    All act at the sites of the trained policy. Beside a policy that costs more than the dense network, the others have
-    the dense network's GMACs.
+    A policy that drops is compared with untrained actors and EViT, one that merges with ToMe and with what it started
+    from. All act at the sites of the trained policy. Beside a policy that costs more than the dense network, the others
+    have the dense network's GMACs.
 
     Args:
         result: what `train` returned.
@@ -109,6 +115,7 @@ def compare_trained(
         seed: of dropping at random and of the untrained actors.
         untrained_actors: how many of them to average.
         timing: how speed is measured; None: not at all.
+        start: what a merging policy started from; None: no such row.
     """
     policy = result.policy
     sites = backbone.default_sites if policy.sites is None else policy.sites
@@ -118,18 +125,31 @@ def compare_trained(
     task = Task(backbone, *images, sites=sites, seed=seed, seeds=untrained_actors)
     dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
     budget = min(learned.gmacs, dense.gmacs)  # a policy that keeps nearly all costs more than dense, its own included
-    controls = untrained_policies(task, budget, hidden=policy.actor.hidden)
     random = calibrate(lambda rate: RandomDrop(rate, seed), budget, backbone, few, sites=sites)
-    evit = calibrate(EViT, budget, backbone, few, sites=sites)
-    untrained = f"untrained actor (mean of {untrained_actors})"
     rows = [
         dense if timing is None else replace(dense, speedup=1.0),
         measure("random", backbone, random, test, sites=sites, timing=timing, group="control"),
-        measure(untrained, backbone, controls, test, group="control"),
-        measure("EViT", backbone, evit, test, sites=sites, timing=timing),
-        learned,
     ]
+    if isinstance(policy, MergePolicy):
+        tome = calibrate(ToMe, budget, backbone, few, sites=sites, knob=knob_of(ToMe))
+        rows.append(measure("ToMe", backbone, tome, test, sites=sites, timing=timing))
+        if start is not None:
+            rows.append(_before(start, task, budget, test))
+    else:
+        controls = untrained_policies(task, budget, hidden=policy.actor.hidden)
+        evit = calibrate(EViT, budget, backbone, few, sites=sites)
+        untrained = f"untrained actor (mean of {untrained_actors})"
+        rows.append(measure(untrained, backbone, controls, test, group="control"))
+        rows.append(measure("EViT", backbone, evit, test, sites=sites, timing=timing))
+    rows.append(learned)
     return TrainingReport((*rows, *_further_rows(result, test)), result, test)
+
+
+def _before(start: MergePolicy, task: Task, budget: float, test: Batches) -> Row:
+    """What a merging policy started from, at the same budget."""
+    game = TokenGame.for_policy(task.backbone, start)
+    policy = calibrate_threshold(game, start, [images for images, _ in task.tune], 1e9 * budget)
+    return measure("before playing (distilled attention)", task.backbone, policy, test, group="control")
 
 
 def _further_rows(result: TrainResult, test: Batches) -> list[Row]:

@@ -4,6 +4,7 @@
     vitprune train --target-share 0.25        # a tighter budget
     vitprune train --algorithm ppo_single     # one agent decides for all tokens of an image
     vitprune train --adaptive 0.2 0.6         # one policy for all budgets in between
+    vitprune train --preset merge             # merging in every block, for photographs
     vitprune train --finetune after           # the network learns, too, from what the policy leaves
     vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT, corrected where it has to be
     vitprune train --preset rl4evit-printed   # RL4EViT to the letter: prunes nearly everything
@@ -26,7 +27,20 @@ from typing import Literal, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from vitprune_env.agents import PRESETS, Preset, TrainResult, launched, train
+from vitprune_env.agents import (
+    PRESETS,
+    Distillation,
+    MergePolicy,
+    PGPEConfig,
+    Preset,
+    TokenPolicy,
+    TrainResult,
+    distilled_policy,
+    launched,
+    load_policy,
+    train,
+)
+from vitprune_env.agents.budgets.targets import PolicyCost
 from vitprune_env.benchmarking.images import Batches, as_batches
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
@@ -37,9 +51,11 @@ from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import autocast, multiplies_bf16
 from vitprune_env.errors import SettingsError
+from vitprune_env.game.rewards import SharedOutcome
+from vitprune_env.game.token_game import TokenGame
 
 TUNE_IMAGES = 256
-LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO"}
+LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO", "pgpe": "PGPE, merging"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ class ViewFlags:
 class Args:
     """Train a token policy for a budget."""
 
-    preset: Literal["default", "rl4evit", "rl4evit-printed", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
+    preset: Literal["default", "merge", "rl4evit", "rl4evit-printed", "rl4evit-deit-s", "rl4evit-deit-b"] = "default"
     """Where the other settings start from; flags given beside it win."""
     split: str | None = None
     """Held-out images to report on; None: test of the built-in task, validation of image files."""
@@ -123,7 +139,8 @@ def parse(
     words = list(sys.argv[1:] if argv is None else argv)
     names = [word.split("=", 1)[-1] for word in words if word.startswith("--preset=")]
     names += [after for word, after in zip(words, words[1:], strict=False) if word == "--preset"]
-    preset = PRESETS.get(names[-1] if names else "default", PRESETS["default"])
+    usual = "merge" if "pgpe" in words or "--algorithm=pgpe" in words else "default"
+    preset = PRESETS.get(names[-1] if names else usual, PRESETS[usual])
     network = ImageFlags(model=preset.model, pretrained=preset.pretrained)
     default = replace(start, training=TrainingFlags.of(preset), images=network)
     args = read_flags(type(start), words, description, prog, default)
@@ -172,7 +189,33 @@ def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) ->
     return [(batch.to(device), labels.to(device))]
 
 
-def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> TrainingReport:
+def start_policy(args: Args, backbone: Backbone, task: Task) -> TokenPolicy | MergePolicy | None:
+    """The policy that training starts from; None: a new one.
+
+    Raises:
+        SettingsError: for a file with a policy that cannot be trained.
+    """
+    settings = args.settings
+    if settings.init_from == "new":
+        return None
+    if settings.init_from != "distilled":
+        policy = load_policy(settings.init_from, args.common.device)
+        if not isinstance(policy, TokenPolicy | MergePolicy):
+            raise SettingsError(f"init_from: expected a learnt policy, got {type(policy).__name__}")
+        return policy
+    game = TokenGame(backbone, settings.sites)
+    assert settings.budget is not None
+    target = settings.budget.target(PolicyCost(game.cost, game.sites, 0), settings.reward or SharedOutcome())
+    if isinstance(settings.learner, PGPEConfig):
+        share, seed = target / game.cost.dense(), args.common.seed
+        small = Distillation(images=64, schedule_images=32) if args.common.quick else Distillation()
+        return distilled_policy(backbone, task.training, share, sites=settings.sites, settings=small, seed=seed)
+    raise SettingsError("init_from: expected new or the file of a policy for this algorithm, got 'distilled'")
+
+
+def compare(
+    args: Args, backbone: Backbone, result: TrainResult, task: Task, start: TokenPolicy | MergePolicy | None = None
+) -> TrainingReport:
     """The trained policy beside what it has to beat, at its measured GMACs and in the precision of training."""
     with autocast(args.common.device, "bf16" if args.training.run.amp else "off"):
         return compare_trained(
@@ -183,6 +226,7 @@ def compare(args: Args, backbone: Backbone, result: TrainResult, task: Task) -> 
             name=LEARNERS[args.training.algorithm],
             seed=args.common.seed,
             untrained_actors=args.untrained_actors,
+            start=start if isinstance(start, MergePolicy) else None,
             timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
         )
 
@@ -199,21 +243,23 @@ def report(args: Args, comparison: TrainingReport, seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, over all processes that a launcher started; the first of them compares and reports."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     args = parse(argv, prog="vitprune train")
     with launched(args.common.device) as (processes, device):
         args = args.on(device)
         backbone = args.images.network(args.common.seed, device)
         task = open_task(args, backbone)
+        start = start_policy(args, backbone, task)
         result = train(
             backbone,
             task.training,
             **args.settings.arguments,
             calibration=task.calibration,
+            start=start,
             output=args.common.output,
             device=device,
             resume=args.common.resume,
             processes=processes,
         )
     if processes.is_main:
-        report(args, compare(args, backbone, result, task), time.perf_counter() - start)
+        report(args, compare(args, backbone, result, task, start), time.perf_counter() - began)

@@ -119,8 +119,8 @@ class ImageFlags:
         written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
         name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
         if self.reads_files and self.task != "digits":
-            given = self.data_dir or self.dataset
-            raise SettingsError(f"task: expected no built-in task beside image files ({given}), got {self.task!r}")
+            files = self.data_dir or self.dataset
+            raise SettingsError(f"task: expected no built-in task beside image files ({files}), got {self.task!r}")
         if not self.reads_files and name != "vit_digits":
             raise SettingsError(f"data_dir: expected images for {name}; only vit_digits reads the built-in task")
         options = {"img_size": self.img_size, "num_classes": self.num_classes}

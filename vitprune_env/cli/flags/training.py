@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import tyro
 
@@ -14,9 +14,11 @@ from vitprune_env.agents import (
     FinetuneConfig,
     GMACs,
     KeepRate,
+    LearnerConfig,
     LightNetworks,
     MAPPOConfig,
     PaperNetworks,
+    PGPEConfig,
     PPOSingleConfig,
     Preset,
     RunConfig,
@@ -38,7 +40,7 @@ from vitprune_env.game.rewards import (
 )
 from vitprune_env.types import Site
 
-LEARNERS = {"mappo": MAPPOConfig, "ppo_single": PPOSingleConfig}
+LEARNERS = {"mappo": MAPPOConfig, "ppo_single": PPOSingleConfig, "pgpe": PGPEConfig}
 OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability": probability, "margin": margin}
 
 
@@ -156,16 +158,18 @@ class NetworkFlags:
 
 @dataclass(frozen=True)
 class LearnerFlags(MAPPOConfig):
-    """The algorithm and its updates: a flag for every setting of `MAPPOConfig`."""
+    """The algorithm and its updates: a flag for every setting of `MAPPOConfig`, and the noise of PGPE."""
 
+    noise: float = PGPEConfig.noise
+    """PGPE: standard deviation of the disturbances of the parameters, in logits."""
     networks: tyro.conf.Suppress[LightNetworks | PaperNetworks] = MAPPOConfig.networks  # has a group of its own
 
     def __post_init__(self) -> None:
         """Values are checked in `made`, whose errors are one line; the parser would print its own page."""
 
-    def made(self, kind: type[MAPPOConfig], networks: LightNetworks) -> MAPPOConfig:
-        """The learner, of a kind that has these settings."""
-        return kind(**{**values_of(self, MAPPOConfig), "networks": networks})
+    def made(self, kind: type[LearnerConfig], networks: LightNetworks) -> LearnerConfig:
+        """The learner, of a kind that has some of these settings."""
+        return kind(**{**values_of(self, kind), "networks": networks})
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,12 @@ class FinetuneFlags:
 class TrainingFlags:
     """All settings of training but the seed."""
 
-    algorithm: Literal["mappo", "ppo_single"] = "mappo"
-    """Which agents learn: every token for itself (MAPPO), or one that decides for all tokens of an image."""
+    algorithm: Literal["mappo", "ppo_single", "pgpe"] = "mappo"
+    """Which agents learn: every token for itself (MAPPO); one that decides for all tokens of an image; or all together,
+    by disturbing the parameters that they share (PGPE), from a policy that merges."""
+    init_from: str = "new"
+    """What training starts from: new (an actor with fresh weights), distilled (the network's own late attention, with
+    PGPE), or the file of a policy."""
     budget: BudgetFlags = field(default_factory=BudgetFlags)
     reward: RewardFlags = field(default_factory=RewardFlags)
     run: RunFlags = field(default_factory=RunFlags)
@@ -236,7 +244,10 @@ class TrainingFlags:
     def of(cls, preset: Preset) -> TrainingFlags:
         """The flags whose defaults are a preset's settings; its budget stands where no flag names one."""
         sizes = preset.learner.networks
+        names = {kind: name for name, kind in LEARNERS.items()}
         return cls(
+            algorithm=cast(Any, names[type(preset.learner)]),
+            init_from=preset.init_from,
             budget=_flags(BudgetFlags, preset.budget),
             reward=_reward_flags(preset),
             run=_flags(RunFlags, preset.run),
@@ -264,12 +275,16 @@ class TrainingFlags:
             run=run,
             finetune=self.finetune.made(run),
             sites=self.reward.sites or None,
+            init_from=self.init_from,
         )
 
 
 def _reward_flags(preset: Preset) -> RewardFlags:
     """The flags of a preset's reward; a cost of keeping is among them where no budget decides it."""
     flags = RewardFlags(sites=tuple(Site.parse(site).label for site in preset.sites or ()))
+    if isinstance(preset.reward, SharedOutcome):
+        names: dict[Any, Any] = {outcome: name for name, outcome in OUTCOMES.items()}
+        return replace(flags, outcome=names[preset.reward.outcome])
     if not isinstance(preset.reward, PaperReward):
         return flags
     cost = preset.reward.keep_cost if isinstance(preset.budget, Equilibrium) else None
