@@ -30,6 +30,8 @@ from vitprune_env.agents import (
     AdaptivePolicy,
     BudgetRange,
     FinetuneConfig,
+    MAPPOConfig,
+    PaperNetworks,
     PPOSingleConfig,
     Preset,
     Share,
@@ -58,6 +60,7 @@ ADAPTIVE = BudgetRange(0.2, 0.6)
 VARIANTS: dict[str, Preset | None] = {
     "mappo": Preset(),
     "ppo_single": Preset(learner=PPOSingleConfig()),
+    "plain_critic": Preset(learner=MAPPOConfig(networks=PaperNetworks((24,), (64, 64)))),  # it sees no context
     "random": None,  # not trained: RandomDrop at the same budget
     "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
     "attribution": Preset(reward=Attribution(START_PRICE)),
