@@ -1,8 +1,8 @@
 """Actor and critic: small networks shared by all tokens, and the settings objects that choose their sizes.
 
-The actor sees its own token, the critic the token and the class token of its image (RL4EViT, section III-A), and in
-training also what `Trajectory.context` says about the image. Both normalise their inputs, because the residual stream
-of a ViT grows from block to block.
+The actor sees its own token, the critic the token and the class token of its image (RL4EViT, section III-A), and if
+asked for what `Trajectory.context` says about the image. Both normalise their inputs, because the residual stream of a
+ViT grows from block to block.
 
 An update uses the same tokens again and again. `standardize` normalises them once, for both networks. The scale and
 shift that a norm learns are folded into the layer behind it. Gradients then need not reach the tokens, which saves the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -199,8 +199,8 @@ class LightNetworks:
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
 
-    critic_context: ClassVar[bool] = True
-    """Whether the critic is told of the image what `Trajectory.context` holds."""
+    critic_context: bool = False
+    """Whether MAPPO's critic is told of the image what `Trajectory.context` holds."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -228,9 +228,6 @@ class PaperNetworks(LightNetworks):
     """Hidden widths of the actor; empty: (4 D, 256, 64)."""
     critic_hidden: tuple[int, ...] = ()
     """Hidden widths of the critic, which is not deployed; empty: (4 D, 256, 64)."""
-
-    critic_context: ClassVar[bool] = False
-    """As printed, the critic sees token and class token alone."""
 
     def actor_widths(self, embed_dim: int) -> tuple[int, ...]:
         """Hidden widths of the actor for tokens of width `embed_dim`."""

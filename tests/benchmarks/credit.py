@@ -107,7 +107,7 @@ def measure(actor: TokenActor, args: Args) -> dict[str, Tensor]:
                 without_mean(score), torch.stack([average[0], *later]), surprise
             ),
             "one exact flip at the first site": by_flip(score, other, flipped, surprise, everyone),
-            "attribution": by_attribution(credit, surprise),
+            "attribution": by_attribution((game.num_agents * credit).clamp(-1.0, 1.0), surprise),
         }
         dense = torch.stack([obs.dense() for obs in episode.observations])
         for name, advantage in advantages.items():

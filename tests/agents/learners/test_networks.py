@@ -13,6 +13,7 @@ from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.mappo import MAPPOConfig
 from vitprune_env.agents.learners.ppo_single import PPOSingleConfig
 from vitprune_env.agents.networks import (
+    LightNetworks,
     PaperNetworks,
     TokenActor,
     TokenCritic,
@@ -91,8 +92,9 @@ def test_a_learner_starts_with_a_critic_that_values_everything_at_0() -> None:
     for config in (MAPPOConfig(), PPOSingleConfig(), MAPPOConfig(networks=PaperNetworks())):
         critic = config.critic(DIM, 2, generator)
         assert all(not layer.any() for layer in (critic.mean if config.joint else critic).layers[-1].parameters())
-    assert MAPPOConfig().critic(DIM, 2, generator).context.in_features == context_width(DIM)
-    assert MAPPOConfig(networks=PaperNetworks()).critic(DIM, 2, generator).context is None
+    assert MAPPOConfig().critic(DIM, 2, generator).context is None
+    told = MAPPOConfig(networks=LightNetworks(critic_context=True)).critic(DIM, 2, generator)
+    assert told.context.in_features == context_width(DIM)
 
 
 def test_critic_depends_on_the_class_token() -> None:
