@@ -11,7 +11,7 @@ from helpers import random_images, toy
 from vitprune_env.agents.learners.buffer import context_width
 from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.mappo import MAPPOConfig
-from vitprune_env.agents.learners.ppo_single import PPOSingleConfig
+from vitprune_env.agents.learners.ppo_single import ImageCritic, PPOSingleConfig
 from vitprune_env.agents.networks import (
     LightNetworks,
     PaperNetworks,
@@ -91,9 +91,13 @@ def test_a_learner_starts_with_a_critic_that_values_everything_at_0() -> None:
     generator = torch.Generator().manual_seed(0)
     for config in (MAPPOConfig(), PPOSingleConfig(), MAPPOConfig(networks=PaperNetworks())):
         critic = config.critic(DIM, 2, generator)
-        assert all(not layer.any() for layer in (critic.mean if config.joint else critic).layers[-1].parameters())
-    assert MAPPOConfig().critic(DIM, 2, generator).context is None
+        inner = critic.mean if isinstance(critic, ImageCritic) else critic
+        assert isinstance(inner, TokenCritic)
+        assert inner.context is None
+        assert not any(parameter.any() for parameter in inner.layers[-1].parameters())
     told = MAPPOConfig(networks=LightNetworks(critic_context=True)).critic(DIM, 2, generator)
+    assert isinstance(told, TokenCritic)
+    assert told.context is not None
     assert told.context.in_features == context_width(DIM)
 
 
