@@ -1,7 +1,8 @@
 """Actor and critic: small networks shared by all tokens, and the settings objects that choose their sizes.
 
-The actor sees its own token, the critic the token and the class token of its image (RL4EViT, section III-A). Both
-normalise their inputs, because the residual stream of a ViT grows from block to block.
+The actor sees its own token, the critic the token and the class token of its image (RL4EViT, section III-A), and if
+asked for what `Trajectory.context` says about the image. Both normalise their inputs, because the residual stream of a
+ViT grows from block to block.
 
 An update uses the same tokens again and again. `standardize` normalises them once, for both networks. The scale and
 shift that a norm learns are folded into the layer behind it. Gradients then need not reach the tokens, which saves the
@@ -107,19 +108,27 @@ class TokenActor(nn.Module):
 
 
 class TokenCritic(nn.Module):
-    """Token and class token to a value.
+    """Token, class token and whatever else is known of the image to a value.
 
-    The first layer on their concatenation is written as the sum of a token part and a class-token part; the second is
+    The first layer on their concatenation is written as the sum of a token part and an image part; the second is
     computed once per image and gathered, not once per token.
 
     Args:
         embed_dim: D.
         hidden: widths of the hidden layers, at least one; None: `LIGHT_CRITIC`.
         generator: of the initial weights; None: always the same ones.
+        context: E, how many numbers about the image follow the class token. Their weights start at 0.
+        last_gain: of the last layer's weights. With 0 all values are 0 before anything is learnt; with random ones the
+            first dozens of updates only unlearn them.
     """
 
     def __init__(
-        self, embed_dim: int, hidden: Sequence[int] | None = None, generator: torch.Generator | None = None
+        self,
+        embed_dim: int,
+        hidden: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        context: int = 0,
+        last_gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -136,30 +145,38 @@ class TokenCritic(nn.Module):
             self.token.weight.copy_(first.weight[:, :embed_dim])
             self.token.bias.copy_(first.bias)
             self.image.weight.copy_(first.weight[:, embed_dim:])
-        self.layers = mlp((*self.hidden, 1), 1.0, generator)
+        self.context = _unset(context, self.hidden[0], bias=False) if context else None
+        if self.context is not None:
+            nn.init.zeros_(self.context.weight)
+        self.layers = mlp((*self.hidden, 1), last_gain, generator)
 
-    def forward(self, tokens: Tensor, cls: Tensor, image: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, images: Tensor, image: Tensor) -> Tensor:
         """Values of tokens.
 
         Args:
             tokens: `[rows, D]`.
-            cls: `[G, D]`, class tokens.
-            image: `[rows]` int64, the class token that belongs to each row.
+            images: `[G, D + E]`, class token and context of each image.
+            image: `[rows]` int64, the image that each row belongs to.
 
         Returns:
             `[rows]`.
         """
-        per_image = self.image(self.norm_image(cls)).index_select(0, image)
+        per_image = self._of_images(images).index_select(0, image)
         return self.layers(F.relu(self.token(self.norm_token(tokens)) + per_image)).squeeze(1)
 
-    def folded(self, cls: Tensor) -> tuple[Tensor, Tensor]:
+    def folded(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """First layer as it acts on standardised tokens: weight `[H, D]`, and what each image adds, `[G, H]`."""
         weight, bias = fold(self.norm_token, self.token)
-        return weight, self.image(self.norm_image(cls)) + bias
+        return weight, self._of_images(images) + bias
 
     def value_folded(self, tokens: Tensor, image: Tensor, weight: Tensor, per_image: Tensor) -> Tensor:
         """`forward` for tokens `[rows, D]` that are standardised, given the result of `folded`."""
         return self.layers(F.relu(torch.addmm(per_image.index_select(0, image), tokens, weight.T))).squeeze(1)
+
+    def _of_images(self, images: Tensor) -> Tensor:
+        """What each image adds to the first layer, `[G, H]`."""
+        added = self.image(self.norm_image(images[:, : self.embed_dim]))
+        return added if self.context is None else added + self.context(images[:, self.embed_dim :])
 
 
 def standardize(tokens: Tensor) -> Tensor:
@@ -182,6 +199,9 @@ class LightNetworks:
     """Hidden widths of the critic, which is not deployed; empty: (64, 64)."""
     keep_bias: float = 1.0
     """Log-odds of keeping a token at the start."""
+
+    critic_context: bool = False
+    """Whether MAPPO's critic is told of the image what `Trajectory.context` holds."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -30,6 +30,8 @@ from vitprune_env.agents import (
     AdaptivePolicy,
     BudgetRange,
     FinetuneConfig,
+    LightNetworks,
+    MAPPOConfig,
     PPOSingleConfig,
     Preset,
     Share,
@@ -58,6 +60,7 @@ ADAPTIVE = BudgetRange(0.2, 0.6)
 VARIANTS: dict[str, Preset | None] = {
     "mappo": Preset(),
     "ppo_single": Preset(learner=PPOSingleConfig()),
+    "critic_context": Preset(learner=MAPPOConfig(networks=LightNetworks(critic_context=True))),
     "random": None,  # not trained: RandomDrop at the same budget
     "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
     "attribution": Preset(reward=Attribution(START_PRICE)),

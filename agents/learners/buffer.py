@@ -12,9 +12,16 @@ from tianshou.data import Batch, ReplayBuffer
 from tianshou.data.types import RolloutBatchProtocol
 from torch import Tensor
 
+from ...engine.tokens import segment_mean
 from ...errors import NumericalError
 from ...types import Episode
+from ..networks import standardize
 from .advantage import generalized_advantage
+
+
+def context_width(embed_dim: int) -> int:
+    """Columns of `Trajectory.context` for tokens of width `embed_dim`."""
+    return embed_dim + 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,18 @@ class Trajectory:
     terminated: Tensor  # [T, B, N] bool, agents whose game ended with that action
     mask: Tensor | None = None  # [M, A] bool, actions that made sense; None: all of them
     noise: Tensor | None = None  # [B, ...], what the parameters were disturbed by in each game; None: they were not
+
+    def context(self) -> Tensor:
+        """What a critic is told of each image at each step beside its class token, `[T * B, context_width(D)]`.
+
+        The mean of the alive tokens, standardised; their share of all tokens; and how far the game has come, from 0 at
+        the first site to 1 at the last. A further input is one more column here, and one more in `context_width`.
+        """
+        steps, images, _ = self.alive.shape
+        mean = standardize(segment_mean(self.tokens, self.image, steps * images))
+        share = self.alive.to(mean).mean(dim=2).flatten()
+        progress = torch.linspace(0, 1, steps).to(mean).repeat_interleave(images)
+        return torch.cat([mean, share[:, None], progress[:, None]], dim=1)
 
     @classmethod
     def of(

@@ -51,7 +51,7 @@ from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers, check_type
-from .buffer import GameBuffer, Trajectory
+from .buffer import GameBuffer, Trajectory, context_width
 from .exploration import ExploringPolicy, View
 from .gradient import GradientStep
 
@@ -134,7 +134,9 @@ class LearnerConfig:
 
     def critic(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> nn.Module:
         """The network that values, used in training only."""
-        return TokenCritic(embed_dim, self.networks.critic_widths(embed_dim), generator)
+        widths = self.networks.critic_widths(embed_dim)
+        context = context_width(embed_dim) if self.networks.critic_context else 0
+        return TokenCritic(embed_dim, widths, generator, context, last_gain=0.0)
 
     def explorer(
         self, actor: TokenActor, actions: ActionKind, generator: torch.Generator, view: View

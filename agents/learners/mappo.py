@@ -218,6 +218,8 @@ class MAPPO(PPO):
         self._buffer, self._indices = buffer, indices
         seen = standardize(buffer.trajectory.tokens)
         self._seen = seen.bfloat16() if self.precision == "bf16" else seen
+        games, told = buffer.trajectory, self.token_critic.context is not None
+        self._images = torch.cat([games.cls, games.context()], dim=1) if told else games.cls
         return cast(LogpOldProtocol, self._add_returns_and_advantages(batch, buffer, indices))
 
     @torch.no_grad()
@@ -248,7 +250,7 @@ class MAPPO(PPO):
         """The critic on all live agent-steps, `[M]`."""
         with self._autocast():
             critic, size = self.token_critic, self._chunk_size(self.max_batchsize)
-            shared = critic.folded(games.cls)
+            shared = critic.folded(self._images)
             chunks = zip(self._seen.split(size), games.image.split(size), strict=True)
             return torch.cat([critic.value_folded(seen, image, *shared) for seen, image in chunks]).float()
 
@@ -277,7 +279,7 @@ class MAPPO(PPO):
                 own = (rows >= first) & (rows < first + len(lanes.advantage))
                 some = normalized(advantage[rows], self._eps) if self.advantage_normalization else advantage[rows]
                 part = rows[own] - first, some[own], len(rows)
-                log, norm = step(partial(self._gradient, lanes, games.cls, *part), self.processes)
+                log, norm = step(partial(self._gradient, lanes, self._images, *part), self.processes)
                 logs.append(torch.cat([log, norm[None]]))
         table = finite_table(logs, 6, self.processes)
         loss, actor_loss, vf_loss, ent_loss = (SequenceSummaryStats.from_sequence(c.tolist()) for c in table.T[:4])
@@ -303,7 +305,7 @@ class MAPPO(PPO):
         columns = games.action, games.log_prob, fields.adv, fields.v_s, fields.returns, games.mask
         return Lanes(self._seen, games.image, *columns)
 
-    def _gradient(self, lanes: Lanes, cls: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
+    def _gradient(self, lanes: Lanes, images: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
         """Add the gradient of the loss to the parameters; see `_loss` for what is returned.
 
         The loss is a mean over `everyones` rows of a minibatch, of which `rows`, with `advantage`, are this process's.
@@ -311,7 +313,7 @@ class MAPPO(PPO):
         log = advantage.new_zeros(6)
         if not len(rows):
             return log
-        actor, critic = Shared(*self.actor.folded()), Shared(*self.token_critic.folded(cls))
+        actor, critic = Shared(*self.actor.folded()), Shared(*self.token_critic.folded(images))
         size = self._chunk_size(len(rows))
         for chunk, of_chunk in zip(rows.split(size), advantage.split(size), strict=True):
             some = replace(lanes.take(chunk), advantage=of_chunk)

@@ -35,13 +35,18 @@ class ImageCritic(nn.Module):
         embed_dim: D.
         hidden: widths of the hidden layers; None: those of MAPPO's critic.
         generator: of the initial weights; None: always the same ones.
+        last_gain: of the last layer's weights, see `TokenCritic`.
     """
 
     def __init__(
-        self, embed_dim: int, hidden: tuple[int, ...] | None = None, generator: torch.Generator | None = None
+        self,
+        embed_dim: int,
+        hidden: tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+        last_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.mean = TokenCritic(embed_dim, hidden, generator)
+        self.mean = TokenCritic(embed_dim, hidden, generator, last_gain=last_gain)
         self.left = nn.Parameter(torch.zeros(()))
 
     def forward(self, mean: Tensor, cls: Tensor, left: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ class PPOSingleConfig(MAPPOConfig):
 
     def critic(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> nn.Module:
         """The network that values images."""
-        return ImageCritic(embed_dim, self.networks.critic_widths(embed_dim), generator)
+        return ImageCritic(embed_dim, self.networks.critic_widths(embed_dim), generator, last_gain=0.0)
 
     def algorithm(self, parts: Parts) -> PPOSingle:
         """Single-agent PPO with these settings."""
@@ -184,7 +189,7 @@ class PPOSingle(MAPPO):
         for group in torch.randperm(length, generator=self.generator).tensor_split(count):
             yield group.sort().values
 
-    def _gradient(self, lanes: Any, cls: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
+    def _gradient(self, lanes: Any, images: Tensor, rows: Tensor, advantage: Tensor, everyones: int) -> Tensor:
         """As MAPPO's, but rows are joint decisions, and a chunk has all agent-steps of each of its rows."""
         log = advantage.new_zeros(6)
         games = cast(GameBuffer, self._buffer).trajectory

@@ -17,7 +17,7 @@ from tianshou.utils.torch_utils import policy_within_training_step
 from torch import Tensor, nn
 
 from games import OwnLabels, Teacher, explored, toy_game
-from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory
+from vitprune_env.agents.learners.buffer import GameBuffer, Trajectory, context_width
 from vitprune_env.agents.learners.exploration import ExploringPolicy
 from vitprune_env.agents.learners.learner import LinearDecay
 from vitprune_env.agents.learners.mappo import MAPPO, MAPPOStats
@@ -26,13 +26,16 @@ from vitprune_env.agents.networks import TokenActor, TokenCritic
 from vitprune_env.agents.policies import TokenPolicy
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.rollout import play
-from vitprune_env.types import Episode
+from vitprune_env.types import Episode, Observation
 
 DIM = 48
 
 
-def networks() -> tuple[TokenActor, TokenCritic]:
-    return TokenActor(DIM, (16,)), TokenCritic(DIM, (32, 16))
+def networks(context: int = 0) -> tuple[TokenActor, TokenCritic]:
+    critic = TokenCritic(DIM, (32, 16), context=context)
+    if critic.context is not None:
+        nn.init.normal_(critic.context.weight, std=0.2, generator=torch.Generator().manual_seed(4))
+    return TokenActor(DIM, (16,)), critic
 
 
 def update(algorithm: Any, buffer: ReplayBuffer, batch_size: int | None = 64, repeat: int = 2) -> Any:
@@ -68,11 +71,25 @@ class StockCritic(nn.Module):
         return self.critic(obs[:, :DIM], obs[:, DIM:], torch.arange(len(obs)))[:, None]
 
 
-def stock_buffer(episode: Episode) -> ReplayBuffer:
+def context_of(obs: Observation) -> Tensor:
+    """What a critic is told of an image beside the class token, worked out image by image, `[B, DIM + 2]`."""
+    lines = []
+    for alive, tokens in zip(obs.alive, obs.dense(), strict=True):
+        mean = tokens[alive].mean(dim=0) if alive.any() else torch.zeros(DIM)
+        mean = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-5).sqrt()
+        lines.append(torch.cat([mean, alive.float().mean()[None], torch.tensor([obs.step / (obs.num_steps - 1)])]))
+    return torch.stack(lines)
+
+
+def stock_buffer(episode: Episode, told: bool = False) -> ReplayBuffer:
     """The episode's lanes, one `add` per agent-step, in tianshou's own buffer."""
     assert episode.reward is not None
     steps, batch, agents = episode.alive.shape
-    seen = [torch.cat([o.dense(), o.cls[:, None].expand(-1, agents, -1)], dim=2).numpy() for o in episode.observations]
+    of_image = [torch.cat([o.cls, context_of(o)], dim=1) if told else o.cls for o in episode.observations]
+    seen = [
+        torch.cat([o.dense(), image[:, None].expand(-1, agents, -1)], dim=2).numpy()
+        for o, image in zip(episode.observations, of_image, strict=True)
+    ]
     buffer = ReplayBuffer(size=int(episode.alive.sum()))
     for image in range(batch):
         for agent in range(agents):
@@ -105,10 +122,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, stock
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_update_equals_stock_ppo(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variant", "told"), [*((variant, False) for variant in VARIANTS), ("default", True)])
+def test_update_equals_stock_ppo(variant: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = VARIANTS[variant]
-    actor, critic = networks()
+    actor, critic = networks(context_width(DIM) if told else 0)
     initial = copy.deepcopy(actor), copy.deepcopy(critic)
     optim = {"lr": 3e-3, "eps": 1e-5}
     mappo = MAPPO(
@@ -130,7 +147,7 @@ def test_update_equals_stock_ppo(variant: str, monkeypatch: pytest.MonkeyPatch) 
     for seed in range(3):
         episode, rows = explored(toy_game(), actor, seed)
         mine = update(mappo, buffer_of(rows))
-        other = update(stock, stock_buffer(episode))
+        other = update(stock, stock_buffer(episode, told))
         assert mine.gradient_steps == other.gradient_steps > 4
         assert mine.loss.mean == pytest.approx(other.loss.mean, abs=1e-6)
         for net, twin, start in ((actor, twin_actor, initial[0]), (critic, twin_critic, initial[1])):

@@ -8,8 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from games import keep_entropy, keep_log_prob
 from helpers import random_images, toy
+from vitprune_env.agents.learners.buffer import context_width
 from vitprune_env.agents.learners.exploration import ExploringPolicy
+from vitprune_env.agents.learners.mappo import MAPPOConfig
+from vitprune_env.agents.learners.ppo_single import ImageCritic, PPOSingleConfig
 from vitprune_env.agents.networks import (
+    LightNetworks,
+    PaperNetworks,
     TokenActor,
     TokenCritic,
     light_sizes,
@@ -68,6 +73,32 @@ def test_critic_is_the_network_on_the_concatenation() -> None:
     expected = critic.layers(torch.relu(joined @ weight.T + critic.token.bias)).squeeze(1)
     assert torch.allclose(critic(tokens, cls, image), expected, atol=1e-5)
     assert torch.allclose(weight.T @ weight, 2 * torch.eye(2 * DIM), atol=1e-4)
+
+
+def test_critic_with_context_starts_as_the_one_without() -> None:
+    plain, told = TokenCritic(DIM, (32,)), TokenCritic(DIM, (32,), context=3)
+    tokens, cls, context, image = rows(6), rows(2, seed=1), torch.randn(2, 3), torch.arange(6) % 2
+    images = torch.cat([cls, context], dim=1)
+    assert torch.equal(told(tokens, images, image), plain(tokens, cls, image))
+    assert told.context is not None
+    with torch.no_grad():
+        told.context.weight[:, 2] = 1.0
+    first = plain.token(plain.norm_token(tokens)) + plain.image(plain.norm_image(cls))[image] + context[image, 2:]
+    assert torch.allclose(told(tokens, images, image), plain.layers(torch.relu(first)).squeeze(1), atol=1e-6)
+
+
+def test_a_learner_starts_with_a_critic_that_values_everything_at_0() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for config in (MAPPOConfig(), PPOSingleConfig(), MAPPOConfig(networks=PaperNetworks())):
+        critic = config.critic(DIM, 2, generator)
+        inner = critic.mean if isinstance(critic, ImageCritic) else critic
+        assert isinstance(inner, TokenCritic)
+        assert inner.context is None
+        assert not any(parameter.any() for parameter in inner.layers[-1].parameters())
+    told = MAPPOConfig(networks=LightNetworks(critic_context=True)).critic(DIM, 2, generator)
+    assert isinstance(told, TokenCritic)
+    assert told.context is not None
+    assert told.context.in_features == context_width(DIM)
 
 
 def test_critic_depends_on_the_class_token() -> None:

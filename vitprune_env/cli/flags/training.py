@@ -148,11 +148,13 @@ class NetworkFlags:
     """Hidden widths of the critic, which is not deployed; empty: (64, 64), or the paper's with --paper-sizes."""
     keep_bias: float = LightNetworks.keep_bias
     """Log-odds of keeping a token at the start."""
+    critic_context: bool = LightNetworks.critic_context
+    """Whether MAPPO's critic is told the mean of the alive tokens, their share, and how far the game has come."""
 
     def made(self) -> LightNetworks:
         """The sizes of the networks."""
         return (PaperNetworks if self.paper_sizes else LightNetworks)(
-            self.actor_hidden, self.critic_hidden, self.keep_bias
+            self.actor_hidden, self.critic_hidden, self.keep_bias, self.critic_context
         )
 
 
