@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, log
 from typing import Any, cast
 
 import torch
@@ -32,9 +32,8 @@ BATCH = 32  # images whose tokens at all sites are held at once
 RIDGE = 1e-4  # penalty of the look, per row
 LEAST = 1e-3  # added to attention, relative to its mean, before the logarithm is taken
 SHAPES = (0.7, 1.0, 1.5)  # of the schedules that are tried: below 1, most tokens go early
-LONGEST = 50.0  # time constant of a schedule, in depths of the network, which keeps nearly everything
-HALVINGS = 12
-TOLERANCE = 2e-3  # of the budget
+SHORTEST, LONGEST = 0.02, 20.0  # time constants of a schedule, in depths of the network, that drop and keep nearly all
+HALVINGS = 9  # of that range, in logarithms
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def _best_schedule(
     answers = play(TokenGame(game.backbone), KeepAll(), images).outcome.logits.argmax(dim=1)
     depth = [site.half / (2 * game.backbone.depth) for site in game.sites]
 
-    def played(shape: float, constant: float) -> Outcome:
-        counts = [game.num_agents * exp(-((each / constant) ** shape)) for each in depth]
+    def played(shape: float, constant: float) -> Outcome:  # the logarithm of the time constant
+        counts = [game.num_agents * exp(-((each / exp(constant)) ** shape)) for each in depth]
         return play(game, Scheduled(policy, counts, settings), images).outcome
 
     best: tuple[float, dict[str, Tensor]] | None = None
@@ -185,7 +184,7 @@ def _best_schedule(
         def macs(constant: float, shape: float = shape) -> float:
             return float(played(shape, constant).macs.mean())
 
-        low, _ = bisect(macs, target, 0.01, LONGEST, HALVINGS, lambda a, b: b - a < TOLERANCE * b)
+        low, _ = bisect(macs, target, log(SHORTEST), log(LONGEST), HALVINGS)
         sure = float(log_probability(played(shape, low).logits, answers).mean())
         if best is None or sure > best[0]:
             best = sure, {name: value.clone() for name, value in policy.actor.state_dict().items()}
