@@ -187,7 +187,7 @@ def train(
     budget = Equilibrium() if budget is None else budget
     if start is not None:
         sites = start.default_sites(backbone.depth) if sites is None else sites
-        budget = replace(budget, anneal_part=0.0)
+        budget = replace(budget, anneal_from=0.0)  # the target is there from the beginning
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
