@@ -58,6 +58,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
         self.actions: ActionKind = KeepActions() if actions is None else actions
+        self.needs, self.attention_bias = self.actions.needs, self.actions.attention_bias
         self.seed = seed
         self._first_game = self._next_game = 0
 
@@ -166,7 +167,9 @@ def joint_decision(kind: ActionKind, actions: Tensor, obs: Observation, actor: T
     """The decision that the actions `[sum n_i]` of the alive tokens amount to, with the MACs of the actor."""
     table = kind.unseen_actions(obs)
     table[obs.image, obs.token] = actions
-    return replace(kind.decision(table, obs), macs=decision_macs(actor, obs))
+    decision = kind.decision(table, obs)
+    macs = decision_macs(actor, obs)
+    return replace(decision, macs=macs if decision.macs is None else macs + decision.macs)
 
 
 def action_rows(actions: ActionKind, obs: Observation) -> Tensor | None:

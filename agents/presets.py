@@ -31,12 +31,13 @@ class Preset:
     model: str | None = None  # name in timm; None: the built-in backbone
     pretrained: bool = False
     sites: tuple[int | str | Site, ...] | None = None
+    actions: str = "keep"  # name of the kind of actions
     init_from: str = "new"  # what training starts from: a new actor, "distilled", or the file of a policy
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The settings as arguments: `train(backbone, data, **preset.arguments)`."""
-        names = ("budget", "learner", "reward", "run", "finetune", "sites")
+        names = ("budget", "learner", "reward", "run", "finetune", "sites", "actions")
         return {name: getattr(self, name) for name in names}
 
 

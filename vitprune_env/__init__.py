@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vitprune_env.engine.evidence import Evidence, register_evidence
     from vitprune_env.engine.families import register_family
     from vitprune_env.envs.actions import ActionKind, KeepActions, MergeActions, register_actions
+    from vitprune_env.envs.exits import DropMergeKeep, KeepOrFuse, KeepOrMerge
     from vitprune_env.envs.gym import SingleAgentEnv
     from vitprune_env.envs.parallel import parallel_env
     from vitprune_env.envs.vector import TokenVectorEnv
@@ -40,10 +41,13 @@ __all__ = [
     "BasePolicy",
     "BenchmarkResult",
     "Decision",
+    "DropMergeKeep",
     "Episode",
     "Evidence",
     "KeepActions",
     "KeepAll",
+    "KeepOrFuse",
+    "KeepOrMerge",
     "MergeActions",
     "Observation",
     "Outcome",
@@ -82,6 +86,7 @@ _HOMES = {
     "engine.evidence": ("Evidence", "register_evidence"),
     "engine.families": ("register_family",),
     "envs.actions": ("ActionKind", "KeepActions", "MergeActions", "register_actions"),
+    "envs.exits": ("DropMergeKeep", "KeepOrFuse", "KeepOrMerge"),
     "envs.gym": ("SingleAgentEnv",),
     "envs.parallel": ("parallel_env",),
     "envs.vector": ("TokenVectorEnv",),

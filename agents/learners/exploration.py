@@ -49,6 +49,7 @@ class ExploringPolicy(BasePolicy):
         self.actor = actor
         self.seed = generator.initial_seed()
         self.kind: ActionKind = KeepActions() if kind is None else kind
+        self.needs, self.attention_bias = self.kind.needs, self.kind.attention_bias
         self.view = view
         self.next_game = 0
         self._first_game = 0

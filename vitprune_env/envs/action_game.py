@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitprune_env.engine.reduction import check_decision
-from vitprune_env.envs.actions import ActionKind, action_kind
+from vitprune_env.envs.actions import ActionKind, action_kind, check_actions
 from vitprune_env.game.rollout import check_fit
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
@@ -29,6 +29,7 @@ class ActionGame:
     def __init__(self, game: TokenGame, action_space: ActionKind | str) -> None:
         self.game = game
         self.kind = action_kind(action_space)
+        check_actions(self.kind, game)
         self.present = torch.zeros(1, game.num_agents, dtype=torch.bool)
         self._parked: Tensor | None = None  # [B, N] bool, of those present, tokens that wait; None: none
         self._order: Tensor | None = None  # [B, N], the `order` of the decision that `actions_from` encoded last

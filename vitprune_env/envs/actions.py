@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from importlib import import_module
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from vitprune_env.engine.reduction import survivors
 from vitprune_env.envs.distributions import ActionDistribution, Bernoulli, Categorical
+from vitprune_env.errors import EvidenceError
+from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import mean_weights
 from vitprune_env.types import Decision, Observation
 
+EXITS = "vitprune_env.envs.exits"  # further kinds that are built in
 WEIGHT_TOLERANCE = 1e-4  # relative; a policy may compute its means in another order of operations
 # Fields of a decision that drops and means can express, that environments pass on, or that only speed up execution.
 EXPRESSIBLE = {"keep", "merge_into", "weight", "order", "macs", "count", "park_count"}
@@ -34,6 +38,8 @@ class ActionKind(Protocol):
     """
 
     name: str  # public name, such as "keep"
+    needs: frozenset[str] = frozenset()  # evidence that `decision` looks at
+    attention_bias: Literal["log_size"] | None = None  # what a game with these actions adds to the attention logits
 
     @abstractmethod
     def meaning(self, num_agents: int) -> str:
@@ -171,6 +177,19 @@ class MergeActions(ActionKind):
 ACTION_KINDS: dict[str, ActionKind] = {kind.name: kind for kind in (KeepActions(), MergeActions())}
 
 
+def check_actions(kind: ActionKind, game: TokenGame) -> None:
+    """Refuse a game that lacks the evidence which actions look at.
+
+    Raises:
+        EvidenceError: naming it.
+    """
+    if missing := sorted(kind.needs - game.needs):
+        raise EvidenceError(
+            f"action_space: {kind.name!r} looks at {', '.join(missing)}, which this game does not compute; make it "
+            f"with needs={set(kind.needs)}"
+        )
+
+
 def action_kind(kind: ActionKind | str, argument: str = "action_space") -> ActionKind:
     """The registered kind of a name; a kind itself is returned as it is.
 
@@ -183,6 +202,7 @@ def action_kind(kind: ActionKind | str, argument: str = "action_space") -> Actio
         TypeError: for anything else.
     """
     if isinstance(kind, str):
+        import_module(EXITS)  # registers its kinds
         if kind not in ACTION_KINDS:
             raise ValueError(
                 f"{argument}: expected one of {tuple(ACTION_KINDS)}, got {kind!r}; "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.action_game import ActionGame
-from vitprune_env.envs.actions import ActionKind
+from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.load import load_backbone
@@ -307,13 +307,16 @@ def parallel_env(
         render_mode: None, `"ansi"`, `"rgb_array"` or `"human"`.
         needs: evidence to compute at each site, for policies played through `actions_from`.
         device: device to move the backbone to; None: it stays on its own.
-        action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
+        action_space: an `ActionKind`, or the name of a built-in one: `"keep"`, `"keep_or_merge"`, `"keep_or_fuse"`,
+            `"drop_merge_keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
-    game = TokenGame(network if device is None else network.to(device), sites, reward, needs, attention_bias)
+    network = network if device is None else network.to(device)
+    kind = action_kind(action_space)
+    game = TokenGame(network, sites, reward, needs | kind.needs, attention_bias or kind.attention_bias)
     images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
-    return TokenPruningEnv(game, images, on_prune, render_mode, action_space)
+    return TokenPruningEnv(game, images, on_prune, render_mode, kind)
 
 
 raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); takes the arguments of parallel_env

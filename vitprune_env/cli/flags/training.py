@@ -100,6 +100,9 @@ class RewardFlags:
 
     sites: tuple[str, ...] = ()
     """Where tokens are pruned, such as 3 6 9 or 4.attn; empty: the backbone's own sites."""
+    actions: Literal["keep", "keep_or_merge", "keep_or_fuse", "drop_merge_keep"] = "keep"
+    """What a token may do beside staying: be dropped, merge into the kept token most like it, be fused with all others
+    that leave, or choose between the first two."""
     reward: Literal["shared_outcome", "paper", "paper_code", "attribution"] = "shared_outcome"
     """The image's outcome, shared; RL4EViT's Eq. 2; what its authors' code pays instead; or what a token contributed to
     the log-probability of the true class, to first order."""
@@ -277,6 +280,7 @@ class TrainingFlags:
             run=run,
             finetune=self.finetune.made(run),
             sites=self.reward.sites or None,
+            actions=self.reward.actions,
             init_from=self.init_from,
         )
 
