@@ -30,7 +30,7 @@ from .ltmp import LTMP, LTMPFitConfig, fit_ltmp
 from .random_drop import RandomDrop
 from .registry import Method, available, calibrate, describe, fit, make
 from .token_scores import DistillationConfig, MasksConfig, TokenScores, fit_distilled_attention, fit_masks
-from .tome import ToMe
+from .tome import ToMe, ToMeShare
 from .topk import TopK
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "Recipe",
     "SubSampleMerge",
     "ToMe",
+    "ToMeShare",
     "TokenScores",
     "TopK",
     "TriLevel",

@@ -37,7 +37,7 @@ from .token_scores.distillation import DISTILLATION_RECIPE, DistillationConfig
 from .token_scores.fitting import ScoreConfig, ScoreRecipe
 from .token_scores.masks import MASKS_RECIPE, MasksConfig
 from .token_scores.policy import THRESHOLD, TokenScores
-from .tome import ToMe
+from .tome import ToMe, ToMeShare
 from .topk import TopK
 
 MOST_SAMPLES = 20_000.0  # with so many heights ATS keeps nearly every token; more would cost memory
@@ -199,6 +199,13 @@ METHODS: tuple[Method, ...] = (
         Knob("r", 0, None, rising=False, kind="schedule"),
         all_blocks,
     ),
+    Method(
+        "tome_share",
+        ToMeShare,
+        "merges the most similar pairs, the same share of the tokens in every block",
+        "schedule of ours; Bolya et al., 2023",
+        sites=all_blocks,
+    ),
     _ltmp("ltmp", "merge+prune", "merges above a similarity, prunes below an importance, in every block"),
     _ltmp("ltmp_merge", "merge", "merges above a similarity, in every block"),
     _ltmp("ltmp_prune", "prune", "prunes below an importance, in every block"),
@@ -257,6 +264,7 @@ register_policy("ltmp", LTMP)
 register_policy("random", RandomDrop)
 register_policy("token_scores", TokenScores)
 register_policy("tome", ToMe)
+register_policy("tome_share", ToMeShare)
 register_policy("topk", TopK)
 register_policy("tri_level", TriLevel)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..game.bipartite_matching import match_bipartite, merge_senders
-from ..policy import BasePolicy
+from ..policy import BasePolicy, check_keep_rate
 from ..types import Decision, Observation, Site, every_block
 from .argument_checks import check_flag, check_range, per_site, whole_numbers
 
@@ -59,14 +60,7 @@ class ToMe(BasePolicy):
         wanted = self._wanted(obs)
         if not wanted:
             return Decision(keep=obs.alive, count=obs.count)
-        matching = match_bipartite(obs)
-        ranks = matching.score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        merges = (ranks < (obs.num_alive // 2).clamp(max=wanted)[:, None]) & matching.sends
-        merge_into, weight, order = merge_senders(obs, matching, merges)
-        if not obs.num_prefix:
-            order = torch.where(matching.sends, ranks, order)
-        count = None if obs.count is None else obs.count - min(wanted, obs.count // 2)
-        return Decision(obs.alive & ~merges, merge_into, weight, order, matching.macs, count)
+        return merge_best_pairs(obs, torch.full_like(obs.num_alive, wanted), wanted)
 
     def _wanted(self, obs: Observation) -> int:
         """Pairs to merge here."""
@@ -75,3 +69,56 @@ class ToMe(BasePolicy):
             slope = 2 * (self.r - first) / max(1, obs.num_steps - 1)
             return int(first + slope * obs.step)
         return int(per_site("r", self.r, obs))
+
+
+@dataclass
+class ToMeShare(BasePolicy):
+    """ToMe whose schedule follows the tokens: the same share of those that are left stays in every block.
+
+    With a number r that is the same everywhere, most of the budget is saved late, and a tight budget leaves next to no
+    tokens at the end. A share saves early and leaves more for the end. It is the schedule that a learnt one has to
+    beat.
+
+    Args:
+        keep_rate: share of the current tokens that stays at every site, above 0 and at most 1, to the nearest number;
+            at least half of them stay.
+        proportional_attention: see `ToMe`.
+    """
+
+    keep_rate: float
+    proportional_attention: bool = True
+    needs = frozenset({"keys"})
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        check_flag("proportional_attention", self.proportional_attention)
+        self.attention_bias: Literal["log_size"] | None = "log_size" if self.proportional_attention else None
+
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Inside every block, between attention and MLP."""
+        return every_block(depth)
+
+    def decide(self, obs: Observation) -> Decision:
+        """Merge the best pairs."""
+        wanted = obs.num_alive - (obs.num_alive * self.keep_rate).round().long()
+        return merge_best_pairs(
+            obs, wanted, None if obs.count is None else obs.count - round(obs.count * self.keep_rate)
+        )
+
+
+def merge_best_pairs(obs: Observation, wanted: Tensor, same: int | None) -> Decision:
+    """Merge the most similar pairs of every image, at most half of its tokens.
+
+    Args:
+        obs: what was seen.
+        wanted: `[B]` int64, pairs to merge.
+        same: their number where it is the same in all images; None: it need not be.
+    """
+    matching = match_bipartite(obs)
+    ranks = matching.score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    merges = (ranks < torch.minimum(obs.num_alive // 2, wanted)[:, None]) & matching.sends
+    merge_into, weight, order = merge_senders(obs, matching, merges)
+    if not obs.num_prefix:
+        order = torch.where(matching.sends, ranks, order)
+    count = None if obs.count is None or same is None else obs.count - min(same, obs.count // 2)
+    return Decision(obs.alive & ~merges, merge_into, weight, order, matching.macs, count)

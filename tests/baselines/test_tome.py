@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import TIMM_MODELS, random_images, toy
 from matching import check_against_the_original, groups_after_each_step, naive_match, observe, random_observation
-from vitprune_env.baselines.tome import ToMe
+from vitprune_env.baselines.tome import ToMe, ToMeShare
 from vitprune_env.deploy.export import export_program
 from vitprune_env.deploy.pruned_vit import PrunedViT
 from vitprune_env.engine.backbone import Backbone
@@ -49,6 +49,19 @@ def test_schedules(r: Any, inflect: float, schedule: list[int], golden_backbone:
     expected = 64 - torch.tensor(schedule).cumsum(0)
     assert torch.equal(outcome.n_kept, expected.expand(2, 12))
     assert (outcome.size.sum(dim=1) == 64).all(), "nothing is lost"
+
+
+def test_a_share_of_the_tokens_that_are_left(golden_backbone: Backbone) -> None:
+    policy = ToMeShare(0.8)
+    outcome = play(TokenGame.for_policy(golden_backbone, policy), policy, random_images(golden_backbone, 2)).outcome
+    expected = [51, 41, 33, 26, 21, 17, 14, 11, 9, 7, 6, 5]  # the nearest whole numbers to four fifths
+    assert outcome.n_kept.tolist() == [expected] * 2
+    assert (outcome.size.sum(dim=1) == 64).all(), "nothing is lost"
+    least = ToMeShare(0.1)
+    outcome = play(TokenGame.for_policy(golden_backbone, least), least, random_images(golden_backbone, 2)).outcome
+    assert outcome.n_kept[0, :7].tolist() == [32, 16, 8, 4, 2, 1, 1], "half of the tokens at most"
+    with pytest.raises(ValueError, match="keep_rate"):
+        ToMeShare(0.0)
 
 
 def test_counts_of_deit_small() -> None:

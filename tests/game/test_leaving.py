@@ -42,7 +42,9 @@ def flags(*tokens: int) -> Tensor:
 
 def test_leavers_merge_into_the_most_similar_kept_token_by_size() -> None:
     decision = merge_leavers(seen([True] * 5, [1, 3, 1, 1, 1]), flags(0, 2))
-    assert decision.merge_into is not None and decision.weight is not None and decision.macs is not None
+    assert decision.merge_into is not None
+    assert decision.weight is not None
+    assert decision.macs is not None
     # 1 is most like 0, 3 most like 2; the last has a similarity of -1 to 0 and 0 to 2
     assert decision.merge_into.tolist() == [[0, 0, 2, 2, 2]]
     assert torch.allclose(decision.weight, torch.tensor([[1 / 4, 3 / 4, 1 / 3, 1 / 3, 1 / 3]]))
@@ -52,7 +54,8 @@ def test_leavers_merge_into_the_most_similar_kept_token_by_size() -> None:
 
 def test_some_leavers_are_dropped_and_the_dead_stay_dead() -> None:
     decision = merge_leavers(seen([True, True, True, True, False], [1] * 5), flags(0, 2, 4), merges=flags(1, 4))
-    assert decision.merge_into is not None and decision.macs is not None
+    assert decision.merge_into is not None
+    assert decision.macs is not None
     assert decision.merge_into.tolist() == [[0, 0, 2, -1, -1]]
     assert decision.keep.tolist() == flags(0, 2).tolist()
     assert decision.macs.tolist() == [1 * 2 * 2]
@@ -67,7 +70,8 @@ def test_where_none_is_kept_all_are_dropped() -> None:
 
 def test_leavers_are_fused_in_the_place_of_the_first() -> None:
     decision = fuse_leavers(seen([True, True, True, True, False], [1, 2, 1, 6, 1]), flags(0, 2))
-    assert decision.merge_into is not None and decision.weight is not None
+    assert decision.merge_into is not None
+    assert decision.weight is not None
     assert decision.merge_into.tolist() == [[0, 1, 2, 1, -1]]
     assert decision.keep.tolist() == flags(0, 1, 2).tolist(), "the fused token stays in the game"
     assert torch.allclose(decision.weight[0, :4], torch.tensor([1, 2 / 8, 1, 6 / 8]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vitprune_env.agents import AdaptivePolicy, MergePolicy, TrainResult, calibrate_threshold
-from vitprune_env.baselines import EViT, RandomDrop, ToMe, calibrate
+from vitprune_env.baselines import EViT, RandomDrop, ToMe, ToMeShare, calibrate
 from vitprune_env.baselines.registry import knob_of
 from vitprune_env.benchmarking.contestants import Task, untrained_policies
 from vitprune_env.benchmarking.images import Batches, shown_images
@@ -132,7 +132,9 @@ def compare_trained(
     ]
     if isinstance(policy, MergePolicy):
         tome = calibrate(ToMe, budget, backbone, few, sites=sites, knob=knob_of(ToMe))
+        share = calibrate(ToMeShare, budget, backbone, few, sites=sites)
         rows.append(measure("ToMe", backbone, tome, test, sites=sites, timing=timing))
+        rows.append(measure("ToMe, the same share everywhere", backbone, share, test, sites=sites))
         if start is not None:
             rows.append(_before(start, task, budget, test))
     else:
