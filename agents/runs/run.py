@@ -125,7 +125,7 @@ def train(
         if start.width != backbone.embed_dim:
             raise SettingsError(f"start: expected a policy of width {backbone.embed_dim}, got {start.width}")
         sites = start.default_sites(backbone.depth) if sites is None else sites
-        budget = replace(budget, anneal_part=0.0)
+        budget = replace(budget, anneal_from=0.0)  # the target is the budget from the first update on
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
