@@ -8,7 +8,7 @@ from vitprune_env.agents import Distillation, MergePolicy, PairActor
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.types import every_block
 
-FEW = Distillation(images=24, schedule_images=16)
+FEW = Distillation(images=16, schedule_images=12)
 
 
 def random_merging(backbone: Backbone, sites: tuple[int | str, ...] | None = None, seed: int = 0) -> MergePolicy:
