@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             processes=processes,
         )
     if processes.is_main:
-        comparison = compare(
-            args, backbone, result, task, start
-        )  # with dense, random, untrained and EViT, at equal GMACs
+        comparison = compare(args, backbone, result, task, start)  # with what it has to beat, at equal GMACs
         report(args, comparison, time.perf_counter() - began)  # table, figures, summary.json
 
 
