@@ -41,7 +41,7 @@ def test_a_resumed_run_starts_from_the_same_policy(trained: Path, monkeypatch: p
     vitprune("train", *SMALL, "--output", trained, "--resume")
 
 
-def test_it_is_evaluated_at_another_budget(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_evaluated_at_another_budget(trained: Path, tmp_path: Path) -> None:
     vitprune(
         "evaluate", "--quick", "--images", 10, "--checkpoint", trained, "--target-share", 0.9, "--output", tmp_path
     )
