@@ -95,10 +95,6 @@ class TokenPolicy(BasePolicy, nn.Module):
         """The same policy, sharing its weights, with another threshold."""
         return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, self.seed)
 
-    def with_actor(self, actor: TokenActor, info: Mapping[str, Any] | None = None) -> TokenPolicy:
-        """The same policy with another actor; the threshold is 0."""
-        return TokenPolicy(actor, 0.0, self.sites, self.info if info is None else info, self.actions, self.seed)
-
     def starting_actor(self) -> TokenActor:
         """A copy of the actor with the threshold in its biases: what training goes on from."""
         actor = deepcopy(self.actor)

@@ -23,31 +23,33 @@ from collections.abc import Sequence
 
 from vitprune_env.agents import launched, train
 from vitprune_env.cli import explained
-from vitprune_env.cli.train import compare, open_task, parse, report
+from vitprune_env.cli.train import compare, open_task, parse, report, start_policy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, over all processes that a launcher started; the first of them compares and reports."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     args = parse(argv, description=__doc__)
 
     with launched(args.common.device) as (processes, device):
         args = args.on(device)
         backbone = args.images.network(args.common.seed, device)  # any plain ViT of timm
         task = open_task(args, backbone)  # images to train on, to calibrate on, and to report on
+        start = start_policy(args, backbone, task, processes.is_main)  # None: a new actor
         result = train(
             backbone,
             task.training,
             **args.settings.arguments,  # budget, learner, reward, run, finetune, sites
             calibration=task.calibration,
+            start=start,
             output=args.common.output,
             device=device,
             resume=args.common.resume,
             processes=processes,
         )
     if processes.is_main:
-        comparison = compare(args, backbone, result, task)  # with dense, random, untrained and EViT, at equal GMACs
-        report(args, comparison, time.perf_counter() - start)  # table, figures, summary.json
+        comparison = compare(args, backbone, result, task, start)  # with what it has to beat, at equal GMACs
+        report(args, comparison, time.perf_counter() - began)  # table, figures, summary.json
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ with a disturbance and its opposite, so that what makes an image hard cancels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from math import sqrt
 from typing import Any, ClassVar, cast
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ...envs.actions import ActionKind
 from ...errors import SettingsError
-from ...game.rewards import START_PRICE, RewardFn, TeamOutcome, log_probability
+from ...game.rewards import START_PRICE, RewardFn, TeamOutcome, has_price, log_probability
 from ...types import Decision, Observation
 from ..merging.policy import MergePolicy, PairActor, merged
 from ..policies import full_precision
@@ -53,6 +52,18 @@ class PGPEConfig(LearnerConfig):
     def default_reward(self) -> RewardFn:
         """The reward of `train` if none is given: a soft outcome, which tells close calls apart."""
         return TeamOutcome(price=START_PRICE, outcome=log_probability)
+
+    def check_reward(self, reward: RewardFn) -> None:
+        """Refuse a reward that is meant for single tokens, or that cannot follow a budget.
+
+        Raises:
+            SettingsError: unless the reward has a price, and an attribute `for_team` that is true.
+        """
+        if not (getattr(reward, "for_team", False) and has_price(reward)):
+            raise SettingsError(
+                f"reward: expected one for a team, with a price, such as TeamOutcome, for PGPE, got "
+                f"{type(reward).__name__}"
+            )
 
     def check_start(self, start: Any) -> None:
         """Refuse anything but a `MergePolicy`.
@@ -130,7 +141,7 @@ class PGPE(Learner):
     """One step along the estimated gradient of the mean return by the actor's parameters."""
 
     def _update_with_batch(self, batch: RolloutBatchProtocol, batch_size: int | None, repeat: int) -> LearnerStats:
-        log, norm = cast(GradientStep, self.optim).step_along(partial(self._estimated), self.processes)
+        log, norm = cast(GradientStep, self.optim).step_along(self._estimated, self.processes)
         table = finite_table([torch.cat([log, norm[None]])], 1, self.processes)
         return LearnerStats(
             loss=SequenceSummaryStats.from_sequence(table[:, 0].tolist()),
@@ -142,12 +153,13 @@ class PGPE(Learner):
         """Set the gradient of minus the mean return, estimated from this process's games; its part of that mean, `[1]`.
 
         With a disturbance e and its opposite, the estimate is the mean of `return * e / deviation ** 2` (Sehnke et al.,
-        2010, section 2.2, symmetric sampling), which is exact for a return that is linear in the parameters.
+        2010, section 2.2, symmetric sampling). Its expectation is the slope of a return that is linear in e; what is
+        quadratic in e cancels.
         """
         actor, noise = cast(PairActor, self.actor), self._games.noise
         assert noise is not None
         returns = self._games.reward.sum(dim=(0, 2))  # [B]
-        share = 1 / (len(returns) * self.processes.size)
+        share = 1 / self.processes.span(len(returns))[1]
         deviation = cast(PGPEConfig, self.config).noise
         gradient = -share * (returns[:, None, None] * noise).sum(dim=0) / deviation**2  # [T, F + 1]
         actor.weight.grad, actor.bias.grad = gradient[:, :-1].contiguous(), gradient[:, -1].contiguous()

@@ -6,7 +6,7 @@ schedule is good if the network answers as it does with all its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from math import exp, log
 from typing import Any, cast
@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ...data import fetch
 from ...engine.backbone import Backbone
-from ...engine.cost import bisect, check_budget
+from ...engine.cost import bisect
+from ...errors import BudgetError
 from ...game.rewards import log_probability
 from ...game.rollout import play
 from ...game.token_game import TokenGame
@@ -31,9 +33,10 @@ from .policy import MergePolicy, PairActor, merged
 BATCH = 32  # images whose tokens at all sites are held at once
 RIDGE = 1e-4  # penalty of the look, per row
 LEAST = 1e-3  # added to attention, relative to its mean, before the logarithm is taken
+CONSTANT = 1e-3  # a feature that deviates less from its mean does not vary, and is not made to by dividing
 SHAPES = (0.7, 1.0, 1.5)  # of the schedules that are tried: below 1, most tokens go early
-SHORTEST, LONGEST = 0.02, 20.0  # time constants of a schedule, in depths of the network, that drop and keep nearly all
-HALVINGS = 9  # of that range, in logarithms
+SHORTEST, LONGEST = 0.01, 50.0  # time constants of a schedule, in depths of the network: from all merging to none
+HALVINGS = 9  # of the logarithm of that range, which leave 1.7 % of a time constant
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,17 @@ class Scheduled(BasePolicy):
         if not len(pairs.token):
             return Decision(keep=obs.alive)
         deviation, mean = torch.std_mean(pairs.features, dim=0, correction=0)
-        actor.mean[step], actor.deviation[step] = mean, deviation.clamp(min=LEAST)
+        actor.mean[step], actor.deviation[step] = mean, deviation.masked_fill(deviation < CONSTANT, 1.0)
         weights = torch.zeros_like(mean)
         weights[FEATURES.index("importance")] = settings.importance / settings.temperature
         weights[FEATURES.index("dissimilarity")] = 1 / settings.temperature
         actor.weight[step], actor.bias[step] = weights * actor.deviation[step], 0.0
-        scores = actor(pairs.features, step)
+        scores = actor(pairs.features, step).sort().values
         leaving = int(obs.num_alive.sum()) - round(self.counts[step] * obs.batch_size)
-        threshold = scores.sort().values[min(max(leaving, 0), len(scores) - 1)]
-        actor.bias[step] = -threshold
-        stays = scores >= threshold if leaving > 0 else torch.ones_like(scores, dtype=torch.bool)
-        return merged(obs, pairs, stays, actor)
+        leaving = min(max(leaving, 0), len(scores))
+        ends = torch.cat([scores[:1] - 1, scores, scores[-1:] + 1])
+        actor.bias[step] = -ends[leaving : leaving + 2].mean()  # between the last one to leave and the first to stay
+        return merged(obs, pairs, actor(pairs.features, step) > 0, actor)
 
 
 def distilled_policy(
@@ -92,6 +95,7 @@ def distilled_policy(
     sites: Sequence[int | str | Site] | None = None,
     settings: Distillation = Distillation(),
     seed: int = 0,
+    progress: bool = False,
 ) -> MergePolicy:
     """Fit a merging policy to a network without any reward.
 
@@ -107,32 +111,52 @@ def distilled_policy(
         sites: where to merge; None: inside every block.
         settings: see `Distillation`.
         seed: of the choice of images.
+        progress: whether to show progress bars.
 
     Returns:
         The policy; a start for `train`, or one to deploy as it is.
 
     Raises:
-        BudgetError: for a budget that no policy can meet.
+        BudgetError: for a share above 1, or below what is left when every pair merges; at every site this is half of
+            the tokens.
+        TypeError: for a dataset without a length.
         ValueError: for sites outside the network, or an empty dataset.
     """
+    if not isinstance(data, Sized):
+        raise TypeError(f"data: expected images with a length, got {data!r}")
+    if not len(data):
+        raise ValueError("data: expected at least one image, got an empty dataset")
     placed = parse_sites(every_block(backbone.depth) if sites is None else sites, backbone.depth)
     features = len(FEATURES) if backbone.has_class_token else len(FEATURES) - 1
     policy = MergePolicy(PairActor(len(placed), backbone.embed_dim, features), sites=placed)
     device = next(backbone.parameters()).device
     policy = policy.to(device)
     game = TokenGame.for_policy(backbone, policy)
-    check_budget(share * game.cost.dense(), game.cost.floor(placed), game.cost.dense())
-    order = torch.randperm(len(cast(Any, data)), generator=torch.Generator().manual_seed(seed))
-    policy.actor.look.copy_(_fitted_look(backbone, _batches(data, order[: settings.images], device), placed))
+    target = share * game.cost.dense()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     images = fetch(cast(Any, data), order[-settings.schedule_images :])[0].to(device)
-    policy = _best_schedule(game, policy, images, share * game.cost.dense(), settings)
-    policy.info = {"backbone": backbone.name, "share": share, "fitted": "distilled"}
+    _check_reach(game, policy, images[:1], target, settings)
+    batches = _batches(data, order[: settings.images], device, progress)
+    policy.actor.look.copy_(_fitted_look(backbone, batches, placed))
+    _set_to_best_schedule(game, policy, images, target, settings, progress)
+    policy.info = {"backbone": backbone.name, "target_macs": target, "seed": seed, "algorithm": "distillation"}
     return policy
 
 
-def _batches(data: Any, rows: Tensor, device: torch.device) -> Iterator[Tensor]:
+def _check_reach(game: TokenGame, policy: MergePolicy, image: Tensor, target: float, settings: Distillation) -> None:
+    """Refuse a budget that merging cannot meet; how much all pairs save does not depend on the image."""
+    least = float(play(game, Scheduled(policy, [0.0] * game.num_steps, settings), image).outcome.macs)
+    dense = game.cost.dense()
+    if not least <= target <= dense:
+        raise BudgetError(
+            f"share: expected {least / dense:.3g} (every pair merges at {len(game.sites)} sites; more sites make less "
+            f"possible) to 1, got {target / dense:.3g}"
+        )
+
+
+def _batches(data: Any, rows: Tensor, device: torch.device, progress: bool) -> Iterator[Tensor]:
     """Images, some at a time."""
-    for some in rows.split(BATCH):
+    for some in tqdm(rows.split(BATCH), desc="distil", unit="batch", disable=not progress):
         yield fetch(data, some)[0].to(device)
 
 
@@ -167,27 +191,28 @@ def _fitted_look(backbone: Backbone, batches: Iterator[Tensor], sites: Sequence[
     return torch.cholesky_solve(targets[..., None], torch.linalg.cholesky(products + penalty)).squeeze(2).float()
 
 
-def _best_schedule(
-    game: TokenGame, policy: MergePolicy, images: Tensor, target: float, settings: Distillation
-) -> MergePolicy:
-    """The policy set to the schedule with which the network most surely answers as it does with all tokens."""
+def _set_to_best_schedule(
+    game: TokenGame, policy: MergePolicy, images: Tensor, target: float, settings: Distillation, progress: bool
+) -> None:
+    """Set the policy to the schedule with which the network most surely answers as it does with all tokens."""
     answers = play(TokenGame(game.backbone), KeepAll(), images).outcome.logits.argmax(dim=1)
     depth = [site.half / (2 * game.backbone.depth) for site in game.sites]
 
-    def played(shape: float, constant: float) -> Outcome:  # the logarithm of the time constant
-        counts = [game.num_agents * exp(-((each / exp(constant)) ** shape)) for each in depth]
+    bar = tqdm(total=len(SHAPES) * (HALVINGS + 1), desc="schedule", unit="pass", disable=not progress)
+
+    def played(shape: float, constant: float) -> Outcome:
+        bar.update()
+        counts = [game.num_agents * exp(-((each / constant) ** shape)) for each in depth]
         return play(game, Scheduled(policy, counts, settings), images).outcome
 
-    best: tuple[float, dict[str, Tensor]] | None = None
-    for shape in SHAPES:
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    with bar:
+        for shape in SHAPES:
 
-        def macs(constant: float, shape: float = shape) -> float:
-            return float(played(shape, constant).macs.mean())
+            def macs(logarithm: float, shape: float = shape) -> float:
+                return float(played(shape, exp(logarithm)).macs.mean())
 
-        low, _ = bisect(macs, target, log(SHORTEST), log(LONGEST), HALVINGS)
-        sure = float(log_probability(played(shape, low).logits, answers).mean())
-        if best is None or sure > best[0]:
-            best = sure, {name: value.clone() for name, value in policy.actor.state_dict().items()}
-    assert best is not None
-    policy.actor.load_state_dict(best[1])
-    return policy
+            low, _ = bisect(macs, target, log(SHORTEST), log(LONGEST), HALVINGS)
+            sure = float(log_probability(played(shape, exp(low)).logits, answers).mean())
+            found.append((sure, {name: value.clone() for name, value in policy.actor.state_dict().items()}))
+    policy.actor.load_state_dict(max(found, key=lambda each: each[0])[1])

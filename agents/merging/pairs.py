@@ -13,7 +13,7 @@ from ...types import Observation, as_index
 
 FEATURES = ("importance", "dissimilarity", "size", "partner size", "alive", "class attention")
 """What is seen of a pair, in this order; the last only in networks with a class token."""
-LEAST = 1e-4  # below, a dissimilarity is rounding error
+LEAST = 1e-4  # below, a dissimilarity is rounding error; an attention of 0 has a logarithm as well
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Pairs:
     matching: Matching
 
     @classmethod
-    def of(cls, obs: Observation, weight: Tensor, bias: Tensor) -> Pairs:
+    def of(cls, obs: Observation, look: Tensor, class_attention: bool = True) -> Pairs:
         """Match the alive tokens, and look at the pairs.
 
         Importance is what a linear look at the standardised token says. Dissimilarity is the logarithm of 1 minus the
-        cosine similarity of the keys. Sizes, the number of alive tokens, and the token's attention from the class
-        token relative to the mean are logarithms, too.
+        cosine similarity of the keys. Sizes, the share of tokens that are alive, and the token's attention from the
+        class token, times the number of alive tokens, are logarithms, too.
 
         Args:
             obs: what the policy sees, with the evidence `keys` and, for the last feature, `cls_attention`.
-            weight: `[D]`, of the look.
-            bias: `[]`, of the look.
+            look: `[D + 1]`, weights and bias.
+            class_attention: whether to see the last feature.
         """
         matching = match_bipartite(obs)
         rows = as_index(obs.gather(matching.sends))
@@ -44,12 +44,12 @@ class Pairs:
         tokens = obs.tokens[rows].float()
         number = obs.num_alive[image].float()
         columns = [
-            F.layer_norm(tokens, tokens.shape[1:]) @ weight + bias,
+            F.layer_norm(tokens, tokens.shape[1:]) @ look[:-1] + look[-1],
             (1 - matching.score[image, token].float()).clamp(min=LEAST).log(),
             obs.size[image, token].log(),
             obs.size[image, matching.partner[image, token]].log(),
             (number / obs.num_agents).log(),
         ]
-        if "cls_attention" in obs.evidence:
+        if class_attention:
             columns.append((obs.evidence["cls_attention"][rows].float() * number + LEAST).log())
         return cls(image, token, torch.stack(columns, dim=1), matching)

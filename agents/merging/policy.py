@@ -24,7 +24,10 @@ class PairActor(nn.Module):
     Args:
         num_sites: T.
         embed_dim: D.
-        num_features: F, see `pairs.FEATURES`.
+        num_features: F, all of `pairs.FEATURES`, or all but the last.
+
+    Raises:
+        ValueError: for another number of features.
 
     Attributes:
         look: `[T, D + 1]`, weights and bias with which importance is read off a token; fitted, not learnt by playing.
@@ -41,6 +44,8 @@ class PairActor(nn.Module):
 
     def __init__(self, num_sites: int, embed_dim: int, num_features: int = len(FEATURES)) -> None:
         super().__init__()
+        if num_features not in (len(FEATURES) - 1, len(FEATURES)):
+            raise ValueError(f"num_features: expected {len(FEATURES) - 1} or {len(FEATURES)}, got {num_features!r}")
         self.embed_dim = embed_dim
         self.register_buffer("look", torch.zeros(num_sites, embed_dim + 1))
         self.register_buffer("mean", torch.zeros(num_sites, num_features))
@@ -59,6 +64,11 @@ class PairActor(nn.Module):
         return self.weight.shape[1]
 
     @property
+    def sees_class_attention(self) -> bool:
+        """Whether the last feature is among those that it sees."""
+        return self.num_features == len(FEATURES)
+
+    @property
     def macs_per_token(self) -> int:
         """What the score of one token costs, in MACs; the similarities come on top."""
         return self.embed_dim + self.num_features
@@ -71,8 +81,7 @@ class PairActor(nn.Module):
         """
         if obs.num_steps != self.num_sites:
             raise ValueError(f"sites: expected {self.num_sites}, those of the policy, got {obs.num_steps}")
-        look = self.look[obs.step]
-        return Pairs.of(obs, look[:-1], look[-1])
+        return Pairs.of(obs, self.look[obs.step], self.sees_class_attention)
 
     def extra_repr(self) -> str:
         """Its sizes."""
@@ -118,7 +127,7 @@ class MergePolicy(BasePolicy, nn.Module):
         self.threshold = float(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
-        self.needs = frozenset({"keys", "cls_attention"} if actor.num_features == len(FEATURES) else {"keys"})
+        self.needs = frozenset({"keys", "cls_attention"} if actor.sees_class_attention else {"keys"})
         self.attention_bias: Literal["log_size"] | None = "log_size"
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
@@ -136,10 +145,6 @@ class MergePolicy(BasePolicy, nn.Module):
     def with_threshold(self, threshold: float) -> MergePolicy:
         """The same policy, sharing its weights, with another threshold."""
         return MergePolicy(self.actor, threshold, self.sites, self.info)
-
-    def with_actor(self, actor: PairActor, info: Mapping[str, Any] | None = None) -> MergePolicy:
-        """The same policy with another actor, from which it takes its scores; the threshold is 0."""
-        return MergePolicy(actor, 0.0, self.sites, self.info if info is None else info)
 
     def starting_actor(self) -> PairActor:
         """A copy of the actor with the threshold in its biases: what training goes on from."""

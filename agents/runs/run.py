@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ...engine.tokens import TokenState
 from ...envs.actions import ActionKind, KeepActions, action_kind, registered_actions
 from ...errors import SettingsError
 from ...files import PathLike
-from ...game.rewards import RewardFn, SharedOutcome, check_reward
+from ...game.rewards import RewardFn, SharedOutcome
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
 from ...types import Site
@@ -30,10 +30,10 @@ from ..finetuning.loop import finetune as finetune_network
 from ..finetuning.settings import FinetuneConfig
 from ..learners.learner import LearnerConfig, learner_state, restore_learner
 from ..learners.mappo import MAPPOConfig
-from ..merging.policy import MergePolicy
+from ..merging.policy import MergePolicy, PairActor
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
-from ..shared.settings import as_json, check_type, digest
+from ..shared.settings import check_type
 from ..shared.signals import StopSignals
 from ..shared.training_images import BatchedDataset, TrainingImages
 from ..shared.writers import Writer
@@ -42,7 +42,7 @@ from .divergence import check_health
 from .folder import RunFolder
 from .log import RunLog
 from .pictures import PICTURES, tokens_picture
-from .settings import RunConfig
+from .settings import RunConfig, Settings
 
 
 @dataclass(frozen=True)
@@ -56,71 +56,6 @@ class TrainResult:
     train_macs: float  # what the policy costs on the calibration images
     train_accuracy: float  # its accuracy there
     backbone: Backbone  # the one given, or its fine-tuned copy
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that the result of a run depends on, beside network and images."""
-
-    budget: Budget
-    learner: LearnerConfig
-    reward: RewardFn
-    run: RunConfig
-    finetune: FinetuneConfig | None
-    sites: Sequence[int | str | Site] | None
-    actions: ActionKind
-    start: TokenPolicy | MergePolicy | None = None
-
-    def check(self, processes: Processes) -> None:
-        """Refuse settings that do not fit together, before time is spent.
-
-        Raises:
-            TypeError: for an object of another type than expected, naming the setting.
-            ValueError: for a value that does not fit, likewise.
-        """
-        check_reward(self.reward)
-        check_type("budget", self.budget, Budget, "a budget, such as Share(0.35), or None")
-        check_type("run", self.run, RunConfig, "a RunConfig")
-        if self.finetune is not None:
-            check_type("finetune", self.finetune, FinetuneConfig, "a FinetuneConfig or None")
-        self.learner.check_reward(self.reward)
-        self.learner.check_start(self.start)
-        times = self.learner.games_per_image
-        if self.run.images % (times * processes.size):
-            raise SettingsError(
-                f"images: expected a multiple of {times * processes.size}, because every image is played {times} times "
-                f"by one process, got {self.run.images}"
-            )
-        self.budget.check_fit(self.reward, self.learner.joint, self.finetune is not None)
-        if self.finetune is not None and self.finetune.trainable == "all" and self.run.cache_images:
-            raise SettingsError(
-                "cache_images: expected 0 with trainable='all', because tokens before the first site that are kept do "
-                f"not follow the blocks that make them, got {self.run.cache_images}"
-            )
-        counts = {"images": self.run.images}
-        if self.finetune is not None:
-            counts["batch_size"] = self.finetune.batch_size
-        for name, count in counts.items():
-            if count < processes.size:
-                raise SettingsError(
-                    f"{name}: expected at least one for each of {processes.size} processes, got {count}"
-                )
-
-    def as_json(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """As a checkpoint stores them: public names and JSON values.
-
-        Args:
-            sites: of the game, which are the backbone's own if the settings have none.
-        """
-        parts = {name: as_json(getattr(self, name)) for name in ("budget", "learner", "reward", "run", "finetune")}
-        started = {} if self.start is None else {"start": digest(self.start.state_dict())}
-        return {**parts, "sites": as_json(sites), "actions": self.actions.name, **started}
-
-    @property
-    def may_change(self) -> frozenset[str]:
-        """Dotted names of the settings that a resumed run may change."""
-        parts = {"learner": self.learner, "run": self.run, "finetune": self.finetune}
-        return frozenset(f"{part}.{name}" for part, value in parts.items() if value for name in value.may_change)
 
 
 def train(
@@ -185,9 +120,12 @@ def train(
     check_type("learner", learner, LearnerConfig, "settings of a learner, such as MAPPOConfig()")
     reward = learner.default_reward() if reward is None else reward
     budget = Equilibrium() if budget is None else budget
+    learner.check_start(start)
     if start is not None:
+        if start.width != backbone.embed_dim:
+            raise SettingsError(f"start: expected a policy of width {backbone.embed_dim}, got {start.width}")
         sites = start.default_sites(backbone.depth) if sites is None else sites
-        budget = replace(budget, anneal_from=0.0)  # the target is there from the beginning
+        budget = replace(budget, anneal_from=0.0)  # the target is the budget from the first update on
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
@@ -223,8 +161,8 @@ class Run:
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
-        sees = settings.actions if start is None else start
-        self.game = TokenGame(backbone, settings.sites, needs=sees.needs, attention_bias=sees.attention_bias)
+        sees = {} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
+        self.game = TokenGame(backbone, settings.sites, **sees)
         width = backbone.embed_dim + budget.extra_features
         algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)
         self.actor = algorithm.actor
@@ -302,8 +240,8 @@ class Run:
 
     def greedy(self, info: Mapping[str, Any] | None = None) -> Any:
         """The policy to deploy, not calibrated yet."""
-        if self.settings.start is not None:
-            return self.settings.start.with_actor(cast(Any, self.actor), info)
+        if isinstance(self.actor, PairActor):
+            return MergePolicy(self.actor, sites=self.game.sites, info=info)
         return self.settings.budget.greedy(self.actor, self.game.sites, self.settings.actions, info)
 
     def before_update(self, epoch: int, env_step: int) -> None:

@@ -30,6 +30,7 @@ from vitprune_env.policy import KeepAll, Policy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BEFORE = "before playing"  # the row of what training started from
 SIDE_BY_SIDE = 4  # panels of more sites than this leave room for one image per row
 FEW = 32  # images of a batch that suffice to calibrate methods which keep the same number of tokens in every image
 
@@ -50,7 +51,8 @@ class TrainingReport:
         """What other programs read."""
         dense, random = self.rows[:2]
         learned = next(row for row in self.rows if row.group == "learned")
-        named = {"untrained_accuracy": "untrained", "evit_accuracy": "EViT", "tome_accuracy": "ToMe"}
+        named = {"untrained_accuracy": "untrained", "evit_accuracy": "EViT"}
+        named |= {"tome_accuracy": "ToMe", "start_accuracy": BEFORE}
         found = {key: row.accuracy for key, name in named.items() for row in self.rows if row.name.startswith(name)}
         return {
             "dense_accuracy": dense.accuracy,
@@ -136,7 +138,7 @@ def compare_trained(
         rows.append(measure("ToMe", backbone, tome, test, sites=sites, timing=timing))
         rows.append(measure("ToMe, the same share everywhere", backbone, share, test, sites=sites))
         if start is not None:
-            rows.append(_before(start, task, budget, test))
+            rows.append(_before(start, task, budget, test, timing))
     else:
         controls = untrained_policies(task, budget, hidden=policy.actor.hidden)
         evit = calibrate(EViT, budget, backbone, few, sites=sites)
@@ -147,11 +149,11 @@ def compare_trained(
     return TrainingReport((*rows, *_further_rows(result, test)), result, test)
 
 
-def _before(start: MergePolicy, task: Task, budget: float, test: Batches) -> Row:
+def _before(start: MergePolicy, task: Task, budget: float, test: Batches, timing: Timing | None) -> Row:
     """What a merging policy started from, at the same budget."""
     game = TokenGame.for_policy(task.backbone, start)
     policy = calibrate_threshold(game, start, [images for images, _ in task.tune], 1e9 * budget)
-    return measure("before playing (distilled attention)", task.backbone, policy, test, group="control")
+    return measure(BEFORE, task.backbone, policy, test, timing=timing, group="control")
 
 
 def _further_rows(result: TrainResult, test: Batches) -> list[Row]:

@@ -221,13 +221,13 @@ def at_budget(args: Args, policy: Policy, backbone: Backbone, budget: float) -> 
     Raises:
         SettingsError: for a policy that has nothing to turn.
     """
-    from vitprune_env.agents import AdaptivePolicy, TokenPolicy, calibrate_threshold
+    from vitprune_env.agents import AdaptivePolicy, MergePolicy, TokenPolicy, calibrate_threshold
     from vitprune_env.baselines import calibrate
     from vitprune_env.baselines.registry import knob_of
     from vitprune_env.errors import SettingsError
     from vitprune_env.game.token_game import TokenGame
 
-    if isinstance(policy, TokenPolicy):
+    if isinstance(policy, TokenPolicy | MergePolicy):
         game = TokenGame.for_policy(backbone, policy)
         if isinstance(policy, AdaptivePolicy):
             return policy.at(1e9 * budget / game.cost.dense())

@@ -38,6 +38,7 @@ from vitprune_env.agents import (
     distilled_policy,
     launched,
     load_policy,
+    save_policy,
     train,
 )
 from vitprune_env.agents.budgets.targets import PolicyCost
@@ -55,7 +56,8 @@ from vitprune_env.game.rewards import SharedOutcome
 from vitprune_env.game.token_game import TokenGame
 
 TUNE_IMAGES = 256
-LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO", "pgpe": "PGPE, merging"}
+START_FILE = "start.safetensors"  # the policy that training started from, for a run that is resumed
+LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO", "pgpe": "learnt merging (PGPE)"}
 
 
 @dataclass(frozen=True)
@@ -189,28 +191,43 @@ def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) ->
     return [(batch.to(device), labels.to(device))]
 
 
-def start_policy(args: Args, backbone: Backbone, task: Task) -> TokenPolicy | MergePolicy | None:
-    """The policy that training starts from; None: a new one.
+def start_policy(args: Args, backbone: Backbone, task: Task, is_main: bool) -> TokenPolicy | MergePolicy | None:
+    """The policy that training starts from; None: a new one. One that was distilled is kept in the output folder.
 
     Raises:
         SettingsError: for a file with a policy that cannot be trained.
     """
     settings = args.settings
-    if settings.init_from == "new":
+    merges = isinstance(settings.learner, PGPEConfig)
+    if settings.init_from == "new" and not merges:
         return None
     if settings.init_from != "distilled":
-        policy = load_policy(settings.init_from, args.common.device)
-        if not isinstance(policy, TokenPolicy | MergePolicy):
-            raise SettingsError(f"init_from: expected a learnt policy, got {type(policy).__name__}")
+        policy = None if settings.init_from == "new" else load_policy(settings.init_from, args.common.device)
+        kind = MergePolicy if merges else TokenPolicy
+        if not isinstance(policy, kind):
+            got = "new" if policy is None else f"a {type(policy).__name__}"
+            raise SettingsError(f"init_from: expected a {kind.__name__} with {args.training.algorithm}, got {got}")
         return policy
+    if not merges:
+        raise SettingsError(f"init_from: expected new or a file with {args.training.algorithm}, got distilled")
+    kept = args.common.output / START_FILE
+    if args.common.resume and kept.exists():
+        return cast(MergePolicy, load_policy(kept, args.common.device))
     game = TokenGame(backbone, settings.sites)
     assert settings.budget is not None
     target = settings.budget.target(PolicyCost(game.cost, game.sites, 0), settings.reward or SharedOutcome())
-    if isinstance(settings.learner, PGPEConfig):
-        share, seed = target / game.cost.dense(), args.common.seed
-        small = Distillation(images=64, schedule_images=32) if args.common.quick else Distillation()
-        return distilled_policy(backbone, task.training, share, sites=settings.sites, settings=small, seed=seed)
-    raise SettingsError("init_from: expected new or the file of a policy for this algorithm, got 'distilled'")
+    start = distilled_policy(
+        backbone,
+        task.training,
+        target / game.cost.dense(),
+        sites=settings.sites,
+        settings=Distillation(images=64, schedule_images=32) if args.common.quick else Distillation(),
+        seed=args.common.seed,
+        progress=is_main,
+    )
+    if is_main:
+        save_policy(start, kept)
+    return start
 
 
 def compare(
@@ -249,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = args.on(device)
         backbone = args.images.network(args.common.seed, device)
         task = open_task(args, backbone)
-        start = start_policy(args, backbone, task)
+        start = start_policy(args, backbone, task, processes.is_main)
         result = train(
             backbone,
             task.training,

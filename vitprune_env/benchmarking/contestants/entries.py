@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from vitprune_env.agents import TokenPolicy
 from vitprune_env.baselines import available
 from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.contestants.methods import is_method, of_method
 from vitprune_env.benchmarking.contestants.policies import as_it_is, of_factory, of_policy
 from vitprune_env.benchmarking.contestants.task import Contestant
-from vitprune_env.benchmarking.contestants.trained import POLICY_FILE, UNTRAINED, load, of_trained
+from vitprune_env.benchmarking.contestants.trained import POLICY_FILE, UNTRAINED, Trained, load, of_trained
 from vitprune_env.benchmarking.images import digest
 from vitprune_env.errors import CheckpointError, UnknownNameError
 from vitprune_env.policy import KeepAll, Policy
@@ -89,7 +88,7 @@ def _entered(label: str, entry: Any) -> Iterable[Contestant]:
     if isinstance(entry, Sequence):
         if all(isinstance(each, str | Path) for each in entry):
             return [_of_files(label, list(map(Path, entry)))]
-        if entry and all(isinstance(each, TokenPolicy) for each in entry):
+        if entry and all(isinstance(each, Trained) for each in entry):
             return [of_trained(label, entry)]
     elif callable(entry):
         return [of_factory(label, cast(Any, entry))]
@@ -107,7 +106,7 @@ def _of_files(label: str, paths: Sequence[Path]) -> Contestant:
     if len(policies) == 1:
         return of_policy(label, policies[0], origin)
     for file, policy in zip(files, policies, strict=True):
-        if not isinstance(policy, TokenPolicy):
+        if not isinstance(policy, Trained):
             raise CheckpointError(
                 f"{file}: expected a trained policy, as {label!r} has several; got {type(policy).__name__}"
             )

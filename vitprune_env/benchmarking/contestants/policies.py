@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from vitprune_env.agents import TokenPolicy
 from vitprune_env.baselines.calibration import KEEP_RATE
 from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.contestants.search import at_budget
 from vitprune_env.benchmarking.contestants.task import Contestant, Task, own_sites
-from vitprune_env.benchmarking.contestants.trained import of_trained
+from vitprune_env.benchmarking.contestants.trained import Trained, of_trained
 from vitprune_env.benchmarking.images import digest
 from vitprune_env.benchmarking.measurement import Group, Sites
 from vitprune_env.policy import Policy
@@ -56,7 +55,7 @@ def _code(make: Callable[..., Policy]) -> str:
 
 def of_policy(label: str, policy: Policy, origin: str = "") -> Contestant:
     """A policy object: a trained one by its threshold, another by its knob, and one without any as it is."""
-    if isinstance(policy, TokenPolicy):
+    if isinstance(policy, Trained):
         return of_trained(label, [policy], origin)
     method = next((method for method in METHODS if method.make is type(policy)), None)
     trained = hasattr(policy, "at")  # methods of this package that are trained: their weights go with their sites

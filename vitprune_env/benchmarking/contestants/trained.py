@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy
+from vitprune_env.agents import AdaptivePolicy, MergePolicy, TokenActor, TokenPolicy
 from vitprune_env.baselines import Knob
 from vitprune_env.benchmarking.contestants.search import at_budget
 from vitprune_env.benchmarking.contestants.task import Contestant, Task
@@ -16,6 +16,9 @@ from vitprune_env.benchmarking.measurement import Sites
 from vitprune_env.deploy.policy_files import load_policy
 from vitprune_env.errors import CheckpointError
 from vitprune_env.policy import Policy
+
+Trained = TokenPolicy | MergePolicy
+"""Policies with a threshold, which go with the sites of their training."""
 
 POLICY_FILE = "policy.safetensors"
 THRESHOLD = Knob("threshold", -40.0, 40.0, rising=False)  # in logits; beyond it everything is kept or pruned
@@ -29,7 +32,7 @@ def load(file: Path) -> Policy:
             that is compared.
     """
     policy = load_policy(file)
-    if isinstance(policy, TokenPolicy) and policy.info.get("finetune", "off") != "off":
+    if isinstance(policy, Trained) and policy.info.get("finetune", "off") != "off":
         raise CheckpointError(
             f"{file}: expected a policy of the network as it is, got one with a fine-tuned network of its own; "
             "`vitprune evaluate` reports such runs"
@@ -37,7 +40,7 @@ def load(file: Path) -> Policy:
     return policy
 
 
-def of_trained(label: str, policies: Sequence[TokenPolicy], origin: str = "") -> Contestant:
+def of_trained(label: str, policies: Sequence[Trained], origin: str = "") -> Contestant:
     """Trained policies: at each budget those whose own budget is the nearest, at the sites of their training."""
 
     def at(task: Task, budget: float) -> list[Policy]:
@@ -54,14 +57,14 @@ def _where_they_want(_: Task) -> Sites | None:
     """The sites of their training."""
 
 
-def _asked(policy: TokenPolicy, share: float) -> TokenPolicy:
+def _asked(policy: Trained, share: float) -> Trained:
     """A policy for a range of budgets at the asked one, or at the end of its range that is nearest."""
     if not isinstance(policy, AdaptivePolicy):
         return policy
     return policy.at(min(max(share, policy.shares[0]), policy.shares[-1]))
 
 
-def _own_budget(policy: TokenPolicy, task: Task) -> float:
+def _own_budget(policy: Trained, task: Task) -> float:
     """GMACs that a policy was trained for, or told to spend."""
     if isinstance(policy, AdaptivePolicy):
         return policy.share * task.dense_gmacs
@@ -86,6 +89,6 @@ def untrained_policies(task: Task, budget: float, **actor: Any) -> list[Policy]:
 UNTRAINED = Contestant("untrained actor", "control", untrained_policies, _where_they_want, THRESHOLD.name)
 
 
-def _with_threshold(policy: TokenPolicy, task: Task, budget: float) -> Policy:
+def _with_threshold(policy: Trained, task: Task, budget: float) -> Policy:
     policy = policy.to(task.backbone.position.device)
     return at_budget(lambda value: policy.with_threshold(cast(float, value)), THRESHOLD, budget, task, None)
