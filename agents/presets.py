@@ -91,8 +91,8 @@ def _for_deit(model: str, gmacs: float) -> Preset:
     return Preset(budget, learner, RL4EVIT.reward, run, model=model, pretrained=True, sites=(3, 6, 9))
 
 
-# Merging in every block, learnt: where tokens leave, which, and how many of an image. For photographs. Play starts at the
-# budget and a run is short, so that the price has to answer quickly.
+# Merging in every block, learnt: where tokens leave, which, and how many of an image. For photographs. Play starts at
+# the budget and a run is short, so that the price has to answer quickly.
 MERGE = Preset(
     budget=Share(0.35, price_rate=1.0, price_gain=8.0),
     learner=PGPEConfig(),

@@ -161,8 +161,8 @@ class Run:
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
-        sees = {} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
-        self.game = TokenGame(backbone, settings.sites, **sees)
+        sees = settings.actions if start is None else start
+        self.game = TokenGame(backbone, settings.sites, needs=sees.needs, attention_bias=sees.attention_bias)
         width = backbone.embed_dim + budget.extra_features
         algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)
         self.actor = algorithm.actor
