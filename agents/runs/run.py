@@ -32,6 +32,7 @@ from ..learners.learner import LearnerConfig, learner_state, restore_learner
 from ..learners.mappo import MAPPOConfig
 from ..merging.policy import MergePolicy
 from ..policies import TokenPolicy
+from ..senses import needed
 from ..shared.processes import Processes
 from ..shared.settings import as_json, check_type, digest
 from ..shared.signals import StopSignals
@@ -159,7 +160,8 @@ def train(
         calibration: images on which the threshold is set in the end, such as `RandomViews` of the training images, if
             the network knows those by heart; None: the training images.
         start: a policy to go on from, such as one that was trained before or that `distilled_policy` made; it brings
-            its actor, and its sites where none are given. The target is not annealed. None: a new actor.
+            its actor with its senses, and its sites where none are given. The target is not annealed. None: a new
+            actor.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -187,7 +189,7 @@ def train(
     budget = Equilibrium() if budget is None else budget
     if start is not None:
         sites = start.default_sites(backbone.depth) if sites is None else sites
-        budget = replace(budget, anneal_part=0.0)
+        budget, learner = replace(budget, anneal_part=0.0), learner.continuing(start)
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
@@ -223,7 +225,8 @@ class Run:
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
-        sees = {} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
+        needs = needed(learner.networks.senses)
+        sees = {"needs": needs} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
         self.game = TokenGame(backbone, settings.sites, **sees)
         width = backbone.embed_dim + budget.extra_features
         algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)
