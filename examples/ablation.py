@@ -59,7 +59,7 @@ from vitprune_env.game.rewards import (
 )
 
 ADAPTIVE = BudgetRange(0.2, 0.6)
-EARLY = ("1.attn", "3", "5")  # the first look comes before the first block's MLP, most of what tight budgets pay for
+EARLY = ("1.attn", "2", "3", "5")  # the first look comes before the MLP of block 1, 6 % of the dense network's MACs
 
 
 def sensing(*senses: str) -> MAPPOConfig:
