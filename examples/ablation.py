@@ -73,7 +73,7 @@ VARIANTS: dict[str, Preset | None] = {
     "critic_context": Preset(learner=MAPPOConfig(networks=LightNetworks(critic_context=True))),
     **{sense: Preset(learner=sensing(sense)) for sense in SENSES},
     "early": Preset(sites=EARLY),
-    **{f"early_{sense}": Preset(learner=sensing(sense), sites=EARLY) for sense in SENSES},
+    "early_scalars": Preset(learner=sensing("crowd", "class_attention", "alive", "site", "position"), sites=EARLY),
     "random": None,  # not trained: RandomDrop at the same budget
     "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
     "attribution": Preset(reward=Attribution(START_PRICE)),
