@@ -225,8 +225,9 @@ class Run:
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
-        needs = needed(learner.networks.senses)
-        sees = {"needs": needs} if start is None else {"needs": start.needs, "attention_bias": start.attention_bias}
+        sees: dict[str, Any] = {"needs": needed(learner.networks.senses)}
+        if start is not None:
+            sees = {"needs": start.needs, "attention_bias": start.attention_bias}
         self.game = TokenGame(backbone, settings.sites, **sees)
         width = backbone.embed_dim + budget.extra_features
         algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)

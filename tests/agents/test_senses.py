@@ -30,6 +30,7 @@ from vitprune_env.agents import (
     train,
 )
 from vitprune_env.agents.senses import SENSES, Sense, needed, neighbour_table, register_sense, see, seen_width
+from vitprune_env.cli.flags.training import NetworkFlags
 from vitprune_env.engine.cost import mlp_macs
 from vitprune_env.errors import SettingsError
 from vitprune_env.game.rollout import play
@@ -233,3 +234,7 @@ def test_unknown_senses_are_refused(names: tuple[str, ...]) -> None:
         SettingsError, match=r"senses: expected different ones of neighbours, .*, got (smell|alive, al)"
     ):
         LightNetworks(senses=names)
+
+
+def test_the_flag_names_them() -> None:
+    assert NetworkFlags(senses=SOME).made().senses == SOME
