@@ -19,6 +19,7 @@ from .policies import TokenPolicy
 from .presets import PRESETS, Preset
 from .runs.run import TrainResult, train
 from .runs.settings import RunConfig
+from .senses import SENSES, Sense, register_sense
 from .shared.processes import Processes, launched
 from .shared.signals import TrainingStopped
 
@@ -26,6 +27,7 @@ __all__ = [
     "MAPPO",
     "PGPE",
     "PRESETS",
+    "SENSES",
     "AdaptivePolicy",
     "BackboneConfig",
     "Budget",
@@ -57,6 +59,7 @@ __all__ = [
     "Processes",
     "RandomSites",
     "RunConfig",
+    "Sense",
     "Share",
     "TokenActor",
     "TokenCritic",
@@ -72,6 +75,7 @@ __all__ = [
     "launched",
     "load_policy",
     "mlp",
+    "register_sense",
     "save_policy",
     "train",
 ]

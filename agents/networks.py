@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.cost import mlp_macs
+from .senses import check_senses, seen_width, sensing_macs
 from .shared.settings import check, check_numbers
 
 LIGHT_CRITIC = (64, 64)  # learns as well as the widths of RL4EViT, at a fraction of the update's cost
@@ -53,6 +54,7 @@ class TokenActor(nn.Module):
             token; 1 means keeping 73 % of the tokens if there are two actions.
         generator: of the initial weights; None: always the same ones.
         num_actions: A, actions of every agent.
+        senses: names of what it sees beside a token, see `senses`; its rows then have W = `seen_width` columns.
     """
 
     def __init__(
@@ -62,40 +64,44 @@ class TokenActor(nn.Module):
         keep_bias: float = 1.0,
         generator: torch.Generator | None = None,
         num_actions: int = 2,
+        senses: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        check_senses(senses)
         self.embed_dim = embed_dim
         self.num_actions = num_actions
+        self.senses = tuple(senses)
+        self.width = seen_width(self.senses, embed_dim)
         self.hidden = light_sizes(embed_dim) if hidden is None else tuple(hidden)
-        self.norm = nn.LayerNorm(embed_dim)
-        self.layers = mlp((embed_dim, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
+        self.norm = nn.LayerNorm(self.width)
+        self.layers = mlp((self.width, *self.hidden, num_actions), ACTOR_GAIN, _own(generator), LEAK)
         with torch.no_grad():
             self.last.bias.copy_(torch.tensor([0.0] + [keep_bias] * (num_actions - 1)))
 
     @property
     def macs_per_token(self) -> int:
-        """What one decision costs, in MACs."""
-        return mlp_macs((self.embed_dim, *self.hidden, self.num_actions))
+        """What one decision costs, in MACs; evidence not counted."""
+        return sensing_macs(self.senses, self.embed_dim) + mlp_macs((self.width, *self.hidden, self.num_actions))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`[rows, D]` to logits `[rows, A]`."""
+        """What is seen of tokens, `[rows, W]`, to logits `[rows, A]`."""
         return self.layers(self.norm(tokens))
 
     def keep_logit(self, tokens: Tensor) -> Tensor:
-        """Log-odds of action 1 over action 0 (of keeping each token), `[rows, D]` to `[rows]`."""
+        """Log-odds of action 1 over action 0 (of keeping each token), `[rows, W]` to `[rows]`."""
         logits = self(tokens)
         return logits[:, 1] - logits[:, 0]
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """First layer as it acts on standardised tokens: weight `[H, D]`, bias `[H]`."""
+        """First layer as it acts on standardised rows: weight `[H, W]`, bias `[H]`."""
         return fold(self.norm, cast(nn.Linear, self.layers[0]))
 
     def logits_folded(self, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`forward` for tokens `[rows, D]` that are standardised, given the result of `folded`."""
+        """`forward` for rows `[rows, W]` that are standardised, given the result of `folded`."""
         return self.layers[1:](F.linear(tokens, weight, bias))
 
     def keep_logit_folded(self, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`keep_logit` of tokens `[rows, D]` that are standardised, given the result of `folded`."""
+        """`keep_logit` of rows `[rows, W]` that are standardised, given the result of `folded`."""
         logits = self.logits_folded(tokens, weight, bias)
         return logits[:, 1] - logits[:, 0]
 
@@ -120,6 +126,7 @@ class TokenCritic(nn.Module):
         context: E, how many numbers about the image follow the class token. Their weights start at 0.
         last_gain: of the last layer's weights. With 0 all values are 0 before anything is learnt; with random ones the
             first dozens of updates only unlearn them.
+        senses: names of what it sees beside a token, see `senses`; its rows then have W = `seen_width` columns.
     """
 
     def __init__(
@@ -129,22 +136,24 @@ class TokenCritic(nn.Module):
         generator: torch.Generator | None = None,
         context: int = 0,
         last_gain: float = 1.0,
+        senses: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
+        self.width = seen_width(senses, embed_dim)
         self.hidden = LIGHT_CRITIC if hidden is None else tuple(hidden)
         if not self.hidden:
             raise ValueError("hidden: expected at least one width for the critic, got none")
         generator = _own(generator)
-        self.norm_token = nn.LayerNorm(embed_dim)
+        self.norm_token = nn.LayerNorm(self.width)
         self.norm_image = nn.LayerNorm(embed_dim)
-        first = _linear(2 * embed_dim, self.hidden[0], HIDDEN_GAIN, generator)
-        self.token = _unset(embed_dim, self.hidden[0])
+        first = _linear(self.width + embed_dim, self.hidden[0], HIDDEN_GAIN, generator)
+        self.token = _unset(self.width, self.hidden[0])
         self.image = _unset(embed_dim, self.hidden[0], bias=False)
         with torch.no_grad():
-            self.token.weight.copy_(first.weight[:, :embed_dim])
+            self.token.weight.copy_(first.weight[:, : self.width])
             self.token.bias.copy_(first.bias)
-            self.image.weight.copy_(first.weight[:, embed_dim:])
+            self.image.weight.copy_(first.weight[:, self.width :])
         self.context = _unset(context, self.hidden[0], bias=False) if context else None
         if self.context is not None:
             nn.init.zeros_(self.context.weight)
@@ -154,7 +163,7 @@ class TokenCritic(nn.Module):
         """Values of tokens.
 
         Args:
-            tokens: `[rows, D]`.
+            tokens: `[rows, W]`, what is seen of each.
             images: `[G, D + E]`, class token and context of each image.
             image: `[rows]` int64, the image that each row belongs to.
 
@@ -165,12 +174,12 @@ class TokenCritic(nn.Module):
         return self.layers(F.relu(self.token(self.norm_token(tokens)) + per_image)).squeeze(1)
 
     def folded(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """First layer as it acts on standardised tokens: weight `[H, D]`, and what each image adds, `[G, H]`."""
+        """First layer as it acts on standardised rows: weight `[H, W]`, and what each image adds, `[G, H]`."""
         weight, bias = fold(self.norm_token, self.token)
         return weight, self._of_images(images) + bias
 
     def value_folded(self, tokens: Tensor, image: Tensor, weight: Tensor, per_image: Tensor) -> Tensor:
-        """`forward` for tokens `[rows, D]` that are standardised, given the result of `folded`."""
+        """`forward` for rows `[rows, W]` that are standardised, given the result of `folded`."""
         return self.layers(F.relu(torch.addmm(per_image.index_select(0, image), tokens, weight.T))).squeeze(1)
 
     def _of_images(self, images: Tensor) -> Tensor:
@@ -202,15 +211,19 @@ class LightNetworks:
 
     critic_context: bool = False
     """Whether MAPPO's critic is told of the image what `Trajectory.context` holds."""
+    senses: tuple[str, ...] = ()
+    """What actor and critic see beside a token, by name; see `agents.senses`."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_senses(self.senses)
         for name in ("actor_hidden", "critic_hidden"):
             check(self, name, all(width >= 1 for width in getattr(self, name)), "widths of at least 1")
 
     def actor(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> TokenActor:
         """An actor for tokens of width `embed_dim`."""
-        return TokenActor(embed_dim, self.actor_widths(embed_dim), self.keep_bias, generator, num_actions)
+        widths = self.actor_widths(embed_dim)
+        return TokenActor(embed_dim, widths, self.keep_bias, generator, num_actions, self.senses)
 
     def actor_widths(self, embed_dim: int) -> tuple[int, ...]:
         """Hidden widths of the actor for tokens of width `embed_dim`."""

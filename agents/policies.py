@@ -15,6 +15,7 @@ from ..envs.actions import ActionKind, KeepActions, action_kind, registered_acti
 from ..policy import BasePolicy, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
+from .senses import needed, see
 from .shared.noise import exploration_noise
 
 
@@ -54,11 +55,13 @@ class TokenPolicy(BasePolicy, nn.Module):
         if actions is None and self.num_actions != 2:
             raise ValueError(f"actions: expected the kind of the actor's {self.num_actions} actions, got None")
         self.actor = actor
+        self.senses: tuple[str, ...] = getattr(actor, "senses", ())
         self.threshold = float(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
         self.actions: ActionKind = KeepActions() if actions is None else actions
-        self.needs, self.attention_bias = self.actions.needs, self.actions.attention_bias
+        self.needs = needed(self.senses) | self.actions.needs
+        self.attention_bias = self.actions.attention_bias
         self.seed = seed
         self._first_game = self._next_game = 0
 
@@ -81,10 +84,10 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
-        mask = action_rows(self.actions, obs)
+        mask, tokens = action_rows(self.actions, obs), see(obs, self.senses).tokens
         if self.num_actions == 2 and mask is None and self.seed is None:
-            return (self.actor.keep_logit(obs.tokens) > self.threshold).long()
-        logits = self.actor(obs.tokens)
+            return (self.actor.keep_logit(tokens) > self.threshold).long()
+        logits = self.actor(tokens)
         raised = torch.cat([logits[:, :1] + self.threshold, logits[:, 1:]], dim=1)
         chance = self.actions.distribution(raised, mask)
         if self.seed is None:
@@ -124,6 +127,8 @@ class TokenPolicy(BasePolicy, nn.Module):
             "sites": None if self.sites is None else [site.label for site in self.sites],
             "info": self.info,
         }
+        if self.senses:
+            values["senses"] = list(self.senses)
         if self.seed is not None:
             values["seed"] = self.seed
         if self.actions == KeepActions():
@@ -132,14 +137,20 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     @classmethod
     def from_config(
-        cls, embed_dim: int, hidden: Sequence[int], actions: str = "keep", num_actions: int = 2, **settings: Any
+        cls,
+        embed_dim: int,
+        hidden: Sequence[int],
+        actions: str = "keep",
+        num_actions: int = 2,
+        senses: Sequence[str] = (),
+        **settings: Any,
     ) -> TokenPolicy:
         """The policy that gave this `config()`, with fresh weights.
 
         Raises:
-            ValueError: for a kind of actions that is not known by this name.
+            ValueError: for a kind of actions, or a sense, that is not known by this name.
         """
-        actor = TokenActor(embed_dim, hidden, num_actions=num_actions)
+        actor = TokenActor(embed_dim, hidden, num_actions=num_actions, senses=senses)
         return cls(actor, actions=action_kind(actions, "actions"), **settings)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@
     python examples/ablation.py --variants mappo finetune_alternate finetune_after     # does fine-tuning gain?
     python examples/ablation.py --variants mappo adaptive           # one policy for all budgets, one for each
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
+    python examples/ablation.py --variants mappo early neighbours early_neighbours             # where, what is seen
 
 Every run is a row of results.json, so that `--resume` does only what is missing. Reports table.md, results.csv and
 accuracy.png. Design on the validation split (the default); the test split is for the last word.
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from vitprune_env import KeepAll, TokenGame, load_backbone
 from vitprune_env.agents import (
+    SENSES,
     AdaptivePolicy,
     BudgetRange,
     FinetuneConfig,
@@ -57,10 +59,21 @@ from vitprune_env.game.rewards import (
 )
 
 ADAPTIVE = BudgetRange(0.2, 0.6)
+EARLY = ("1.attn", "2", "3", "5")  # the first look comes before the MLP of block 1, 6 % of the dense network's MACs
+
+
+def sensing(*senses: str) -> MAPPOConfig:
+    """MAPPO whose actor and critic see more than a token."""
+    return MAPPOConfig(networks=LightNetworks(senses=senses))
+
+
 VARIANTS: dict[str, Preset | None] = {
     "mappo": Preset(),
     "ppo_single": Preset(learner=PPOSingleConfig()),
     "critic_context": Preset(learner=MAPPOConfig(networks=LightNetworks(critic_context=True))),
+    **{sense: Preset(learner=sensing(sense)) for sense in SENSES},
+    "early": Preset(sites=EARLY),
+    "early_scalars": Preset(learner=sensing("crowd", "class_attention", "alive", "site", "position"), sites=EARLY),
     "random": None,  # not trained: RandomDrop at the same budget
     "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
     "attribution": Preset(reward=Attribution(START_PRICE)),

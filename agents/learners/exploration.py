@@ -12,6 +12,7 @@ from ...policy import BasePolicy
 from ...types import Decision, Observation
 from ..networks import TokenActor
 from ..policies import action_rows, full_precision, joint_decision
+from ..senses import needed, see
 from ..shared.noise import exploration_noise
 
 View = Callable[[Observation], Observation]
@@ -36,7 +37,7 @@ class ExploringPolicy(BasePolicy):
         actor: the network that decides.
         generator: its seed is the seed of the noise; nothing is drawn from it.
         kind: what the actor's actions mean; None: prune or keep.
-        view: what actor and critic see of an observation.
+        view: what is made of an observation before the actor's senses see it.
     """
 
     def __init__(
@@ -49,14 +50,19 @@ class ExploringPolicy(BasePolicy):
         self.actor = actor
         self.seed = generator.initial_seed()
         self.kind: ActionKind = KeepActions() if kind is None else kind
-        self.needs, self.attention_bias = self.kind.needs, self.kind.attention_bias
-        self.view = view
+        self.senses: tuple[str, ...] = getattr(actor, "senses", ())  # a module of one's own sees its token alone
+        self.needs, self.attention_bias = needed(self.senses) | self.kind.needs, self.kind.attention_bias
+        self._view = view
         self.next_game = 0
         self._first_game = 0
         self.actions: list[Tensor] = []
         self.log_probs: list[Tensor] = []
         self.masks: list[Tensor] = []
         self.noise: Tensor | None = None
+
+    def view(self, obs: Observation) -> Observation:
+        """What actor and critic see of an observation."""
+        return see(self._view(obs), self.senses)
 
     def reset(self, batch_size: int, num_agents: int) -> None:
         """Start a new batch of games."""

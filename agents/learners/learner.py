@@ -28,9 +28,9 @@ writes checkpoints, resumes them to the bit, and deploys the policy. `examples/c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from ...errors import NumericalError, SettingsError
 from ...game.rewards import START_PRICE, RewardFn, SharedOutcome
 from ..networks import LightNetworks, PaperNetworks, TokenActor, TokenCritic
 from ..policies import TokenPolicy
+from ..senses import seen_width
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers, check_type
 from .buffer import GameBuffer, Trajectory, context_width
@@ -128,6 +129,10 @@ class LearnerConfig:
         if start is not None and type(start) is not TokenPolicy:
             raise SettingsError(f"start: expected a TokenPolicy or None, got {start!r}")
 
+    def continuing(self, start: Any) -> Self:
+        """The same settings for a critic that sees what the actor of a policy to start from sees."""
+        return replace(self, networks=replace(self.networks, senses=getattr(start, "senses", ())))
+
     def actor(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> TokenActor:
         """The network that decides, for tokens of width `embed_dim`."""
         return self.networks.actor(embed_dim, num_actions, generator)
@@ -135,8 +140,9 @@ class LearnerConfig:
     def critic(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> nn.Module:
         """The network that values, used in training only."""
         widths = self.networks.critic_widths(embed_dim)
-        context = context_width(embed_dim) if self.networks.critic_context else 0
-        return TokenCritic(embed_dim, widths, generator, context, last_gain=0.0)
+        senses = self.networks.senses
+        context = context_width(seen_width(senses, embed_dim)) if self.networks.critic_context else 0
+        return TokenCritic(embed_dim, widths, generator, context, last_gain=0.0, senses=senses)
 
     def explorer(
         self, actor: TokenActor, actions: ActionKind, generator: torch.Generator, view: View

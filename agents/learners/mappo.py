@@ -344,7 +344,7 @@ class MAPPO(PPO):
         """Rows to compute on at once, at most so many."""
         if self.update_chunk is not None:
             return min(most, self.update_chunk)
-        widths = (2 * self.actor.embed_dim, *self.actor.hidden, *self.token_critic.hidden)
+        widths = (2 * self.actor.width, *self.actor.hidden, *self.token_critic.hidden)
         return min(most, chunk_rows(widths, self._seen.device.type))
 
     def _autocast(self) -> torch.autocast:

@@ -6,7 +6,7 @@ credit: one reward, one value, one advantage and one probability ratio, that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -36,6 +36,7 @@ class ImageCritic(nn.Module):
         hidden: widths of the hidden layers; None: those of MAPPO's critic.
         generator: of the initial weights; None: always the same ones.
         last_gain: of the last layer's weights, see `TokenCritic`.
+        senses: names of what it sees beside a token, see `TokenCritic`.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class ImageCritic(nn.Module):
         hidden: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
         last_gain: float = 1.0,
+        senses: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.mean = TokenCritic(embed_dim, hidden, generator, last_gain=last_gain)
+        self.mean = TokenCritic(embed_dim, hidden, generator, last_gain=last_gain, senses=senses)
         self.left = nn.Parameter(torch.zeros(()))
 
     def forward(self, mean: Tensor, cls: Tensor, left: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ class PPOSingleConfig(MAPPOConfig):
 
     def critic(self, embed_dim: int, num_actions: int, generator: torch.Generator) -> nn.Module:
         """The network that values images."""
-        return ImageCritic(embed_dim, self.networks.critic_widths(embed_dim), generator, last_gain=0.0)
+        widths = self.networks.critic_widths(embed_dim)
+        return ImageCritic(embed_dim, widths, generator, last_gain=0.0, senses=self.networks.senses)
 
     def algorithm(self, parts: Parts) -> PPOSingle:
         """Single-agent PPO with these settings."""

@@ -32,6 +32,7 @@ from ..learners.learner import LearnerConfig, learner_state, restore_learner
 from ..learners.mappo import MAPPOConfig
 from ..merging.policy import MergePolicy, PairActor
 from ..policies import TokenPolicy
+from ..senses import needed
 from ..shared.processes import Processes
 from ..shared.settings import check_type
 from ..shared.signals import StopSignals
@@ -94,7 +95,8 @@ def train(
         calibration: images on which the threshold is set in the end, such as `RandomViews` of the training images, if
             the network knows those by heart; None: the training images.
         start: a policy to go on from, such as one that was trained before or that `distilled_policy` made; it brings
-            its actor, and its sites where none are given. The target is not annealed. None: a new actor.
+            its actor with its senses, and its sites where none are given. The target is not annealed. None: a new
+            actor.
         output: folder for checkpoints, history, TensorBoard events and the policy; None: nothing is written. With it,
             SIGTERM and Ctrl-C let the current update finish and save.
         device: where to train.
@@ -126,6 +128,7 @@ def train(
             raise SettingsError(f"start: expected a policy of width {backbone.embed_dim}, got {start.width}")
         sites = start.default_sites(backbone.depth) if sites is None else sites
         budget = replace(budget, anneal_from=0.0)  # the target is the budget from the first update on
+        learner = learner.continuing(start)
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
@@ -161,8 +164,9 @@ class Run:
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
-        sees = settings.actions if start is None else start
-        self.game = TokenGame(backbone, settings.sites, needs=sees.needs, attention_bias=sees.attention_bias)
+        actions, needs = settings.actions, needed(learner.networks.senses)
+        sees = (actions.needs | needs, actions.attention_bias) if start is None else (start.needs, start.attention_bias)
+        self.game = TokenGame(backbone, settings.sites, needs=sees[0], attention_bias=sees[1])
         width = backbone.embed_dim + budget.extra_features
         algorithm = learner.build(width, self.game.num_agents, config.updates, settings.actions, self.generator, start)
         self.actor = algorithm.actor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,9 +53,9 @@ class OwnLabels:
         return self.images[indices], self.labels[indices]
 
 
-def toy_game() -> TokenGame:
+def toy_game(needs: frozenset[str] = frozenset()) -> TokenGame:
     """Three steps; the outcome varies continuously."""
-    return TokenGame(toy(NAME), (1, 2, 3), reward=SharedOutcome(price=0.1, outcome=log_probability))
+    return TokenGame(toy(NAME), (1, 2, 3), reward=SharedOutcome(price=0.1, outcome=log_probability), needs=needs)
 
 
 def explored(game: TokenGame, actor: TokenActor, seed: int, images: int = 6) -> tuple[Episode, Trajectory]:
@@ -63,7 +63,8 @@ def explored(game: TokenGame, actor: TokenActor, seed: int, images: int = 6) -> 
     data = OwnLabels(images, seed=seed)
     policy = ExploringPolicy(actor, torch.Generator().manual_seed(seed))
     episode = play(game, policy, data.images, data.labels, record=True)
-    return episode, Trajectory.of(episode, policy.actions, policy.log_probs)
+    seen = replace(episode, observations=tuple(map(policy.view, episode.observations)))
+    return episode, Trajectory.of(seen, policy.actions, policy.log_probs)
 
 
 def keep_log_prob(logit: Tensor, keep: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from vitprune_env.agents.learners.mappo import MAPPO, MAPPOStats
 from vitprune_env.agents.learners.value_norm import ValueNorm
 from vitprune_env.agents.networks import TokenActor, TokenCritic
 from vitprune_env.agents.policies import TokenPolicy
+from vitprune_env.agents.senses import needed, see
 from vitprune_env.errors import NumericalError
 from vitprune_env.game.rollout import play
 from vitprune_env.types import Episode, Observation
@@ -31,11 +32,14 @@ from vitprune_env.types import Episode, Observation
 DIM = 48
 
 
-def networks(context: int = 0) -> tuple[TokenActor, TokenCritic]:
-    critic = TokenCritic(DIM, (32, 16), context=context)
+SENSES = ("neighbours", "crowd", "class_attention")
+
+
+def networks(context: int = 0, senses: tuple[str, ...] = ()) -> tuple[TokenActor, TokenCritic]:
+    critic = TokenCritic(DIM, (32, 16), context=context, senses=senses)
     if critic.context is not None:
         nn.init.normal_(critic.context.weight, std=0.2, generator=torch.Generator().manual_seed(4))
-    return TokenActor(DIM, (16,)), critic
+    return TokenActor(DIM, (16,), senses=senses), critic
 
 
 def update(algorithm: Any, buffer: ReplayBuffer, batch_size: int | None = 64, repeat: int = 2) -> Any:
@@ -58,7 +62,7 @@ class StockActor(nn.Module):
         self.actor = actor
 
     def forward(self, obs: Any, state: Any = None, info: Any = None) -> tuple[Tensor, Any]:
-        return self.actor(torch.as_tensor(obs)[:, :DIM]), state
+        return self.actor(torch.as_tensor(obs)[:, : self.actor.width]), state
 
 
 class StockCritic(nn.Module):
@@ -68,7 +72,8 @@ class StockCritic(nn.Module):
 
     def forward(self, obs: Any) -> Tensor:
         obs = torch.as_tensor(obs)
-        return self.critic(obs[:, :DIM], obs[:, DIM:], torch.arange(len(obs)))[:, None]
+        width = self.critic.width
+        return self.critic(obs[:, :width], obs[:, width:], torch.arange(len(obs)))[:, None]
 
 
 def context_of(obs: Observation) -> Tensor:
@@ -81,13 +86,13 @@ def context_of(obs: Observation) -> Tensor:
     return torch.stack(lines)
 
 
-def stock_buffer(episode: Episode, told: bool = False) -> ReplayBuffer:
+def stock_buffer(episode: Episode, told: bool = False, senses: tuple[str, ...] = ()) -> ReplayBuffer:
     """The episode's lanes, one `add` per agent-step, in tianshou's own buffer."""
     assert episode.reward is not None
     steps, batch, agents = episode.alive.shape
     of_image = [torch.cat([o.cls, context_of(o)], dim=1) if told else o.cls for o in episode.observations]
     seen = [
-        torch.cat([o.dense(), image[:, None].expand(-1, agents, -1)], dim=2).numpy()
+        torch.cat([see(o, senses).dense(), image[:, None].expand(-1, agents, -1)], dim=2).numpy()
         for o, image in zip(episode.observations, of_image, strict=True)
     ]
     buffer = ReplayBuffer(size=int(episode.alive.sum()))
@@ -122,10 +127,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, stock
 }
 
 
-@pytest.mark.parametrize(("variant", "told"), [*((variant, False) for variant in VARIANTS), ("default", True)])
-def test_update_equals_stock_ppo(variant: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "told", "senses"),
+    [*((variant, False, ()) for variant in VARIANTS), ("default", True, ()), ("default", False, SENSES)],
+)
+def test_update_equals_stock_ppo(
+    variant: str, told: bool, senses: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = VARIANTS[variant]
-    actor, critic = networks(context_width(DIM) if told else 0)
+    actor, critic = networks(context_width(DIM) if told else 0, senses)
     initial = copy.deepcopy(actor), copy.deepcopy(critic)
     optim = {"lr": 3e-3, "eps": 1e-5}
     mappo = MAPPO(
@@ -145,9 +155,9 @@ def test_update_equals_stock_ppo(variant: str, told: bool, monkeypatch: pytest.M
     shuffle = torch.Generator().manual_seed(9)
     monkeypatch.setattr(np.random, "permutation", lambda n: torch.randperm(n, generator=shuffle).numpy())
     for seed in range(3):
-        episode, rows = explored(toy_game(), actor, seed)
+        episode, rows = explored(toy_game(needed(senses)), actor, seed)
         mine = update(mappo, buffer_of(rows))
-        other = update(stock, stock_buffer(episode, told))
+        other = update(stock, stock_buffer(episode, told, senses))
         assert mine.gradient_steps == other.gradient_steps > 4
         assert mine.loss.mean == pytest.approx(other.loss.mean, abs=1e-6)
         for net, twin, start in ((actor, twin_actor, initial[0]), (critic, twin_critic, initial[1])):

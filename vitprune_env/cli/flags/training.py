@@ -153,11 +153,13 @@ class NetworkFlags:
     """Log-odds of keeping a token at the start."""
     critic_context: bool = LightNetworks.critic_context
     """Whether MAPPO's critic is told the mean of the alive tokens, their share, and how far the game has come."""
+    senses: tuple[str, ...] = LightNetworks.senses
+    """What actor and critic see beside a token, such as neighbours or class_attention; empty: nothing."""
 
     def made(self) -> LightNetworks:
         """The sizes of the networks."""
         return (PaperNetworks if self.paper_sizes else LightNetworks)(
-            self.actor_hidden, self.critic_hidden, self.keep_bias, self.critic_context
+            self.actor_hidden, self.critic_hidden, self.keep_bias, self.critic_context, self.senses
         )
 
 
