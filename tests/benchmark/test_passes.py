@@ -136,20 +136,6 @@ def test_the_search_meets_the_budget_in_few_passes(task: Task, monkeypatch: pyte
     assert float(play(game, ats, batches[0][0]).outcome.macs.mean()) == pytest.approx(budget * 1e9, rel=0.01)
 
 
-def test_few_images_that_are_unlike_the_rest_do_not_mislead_the_search(
-    task: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The single image searched on costs another amount than all do; what is left of that is corrected."""
-    monkeypatch.setattr("vitprune_env.benchmarking.contestants.search.FEW", 1)
-    budget, line = 0.5 * task.dense_gmacs, contestants_of(["ats"])[-1]
-    (policy,) = cast(Any, line.at(task, budget))
-    game = TokenGame.for_policy(task.backbone, policy, sites=line.sites(task))
-    ((images, _),) = list(task.tune)
-    macs = play(game, policy, images).outcome.macs
-    assert abs(float(macs[0]) / budget / 1e9 - 1) > 0.01
-    assert float(macs.mean()) == pytest.approx(budget * 1e9, rel=0.005)
-
-
 def test_fits_for_the_middle_are_turned_to_the_other_budgets(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[float] = []
     whole = methods.fit
