@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         self.info = dict(info or {})
         self.actions: ActionKind = KeepActions() if actions is None else actions
         self.needs = needed(self.senses) | self.actions.needs
-        self.attention_bias = self.actions.attention_bias
+        self.attention_bias: Literal["log_size"] | None = self.actions.attention_bias
         self.seed = seed
         self._first_game = self._next_game = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..game.rewards import START_PRICE, PaperReward, RewardFn, TeamOutcome, log_probability
+from ..game.rewards import PaperReward, RewardFn, TeamOutcome, log_probability
 from ..types import Site
 from .budgets.controller import Budget, Equilibrium, GMACs, Share
 from .finetuning.settings import FinetuneConfig
@@ -96,7 +96,7 @@ def _for_deit(model: str, gmacs: float) -> Preset:
 MERGE = Preset(
     budget=Share(0.35, price_rate=1.0, price_gain=8.0),
     learner=PGPEConfig(),
-    reward=TeamOutcome(START_PRICE, log_probability),
+    reward=TeamOutcome(0.07, log_probability),  # about what a token is worth to the log-probability
     init_from="distilled",
 )
 

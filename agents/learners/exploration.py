@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class ExploringPolicy(BasePolicy):
         self.seed = generator.initial_seed()
         self.kind: ActionKind = KeepActions() if kind is None else kind
         self.senses: tuple[str, ...] = getattr(actor, "senses", ())  # a module of one's own sees its token alone
-        self.needs, self.attention_bias = needed(self.senses) | self.kind.needs, self.kind.attention_bias
+        self.needs = needed(self.senses) | self.kind.needs
+        self.attention_bias: Literal["log_size"] | None = self.kind.attention_bias
         self._view = view
         self.next_game = 0
         self._first_game = 0

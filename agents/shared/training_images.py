@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data import fetch
+from ...engine.evidence import from_pixels
 from ...engine.tokens import TokenState, start_state
 from ...game.token_game import TokenGame
 from .processes import Processes
@@ -124,8 +125,12 @@ class TrainingImages:
 
     def _take(self, rows: Tensor) -> tuple[Tensor | TokenState, Tensor]:
         if self.states is not None and self.labels is not None:
-            x = self.states[rows].to(self.device)
-            return start_state(x, self.game.backbone.num_prefix, self._half), self.labels[rows].to(self.device)
+            x, labels = self.states[rows].to(self.device), self.labels[rows].to(self.device)
+            images = self._images(rows)[0] if from_pixels(self.game.needs) else None
+            return start_state(x, self.game.backbone.num_prefix, self._half, images), labels
+        return self._images(rows)
+
+    def _images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = fetch(cast(Any, self.dataset), self.chosen[rows])
         return images.to(self.device), labels.to(self.device)
 

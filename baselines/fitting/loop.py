@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,6 +24,7 @@ from ...data import ImageDataset, fetch
 from ...errors import CheckpointError, NumericalError
 from ...files import PathLike, load_state, save_state
 from ..argument_checks import check_fields
+from .inputs import PreparedTokens
 from .task import FitTask, Row
 
 STATE_FILE = "fit.safetensors"
@@ -160,6 +162,8 @@ class _Run:
                 f"data: expected at least validation + batch_size = {config.validation} + {config.batch_size} images, "
                 f"got {len(data)}"
             )
+        if output is not None:
+            self.identity["first_image"] = _digest(data)
         self.optimizer = _optimizer(task, config)
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.per_epoch = len(self.training) // config.batch_size
@@ -279,6 +283,15 @@ class _Run:
             self.best_state, self.waiting = state["best_state"], state["waiting"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: a fit whose content does not fit together ({error})") from error
+
+
+def _digest(data: ImageDataset) -> str:
+    """A short name for the first image: of other data, or other views of it, it is another.
+
+    Tokens are named after the image that they are made of, as their own last bits depend on the number of threads.
+    """
+    images, _ = fetch(data.dataset if isinstance(data, PreparedTokens) else data, [0])
+    return sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _optimizer(task: FitTask, config: FitConfig) -> torch.optim.Optimizer:

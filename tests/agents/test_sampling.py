@@ -20,7 +20,7 @@ GAME = TokenGame(toy(NAME), (1, 2, 3))
 def constant(width: int = 48, logit: float = 1.0) -> TokenActor:
     """An actor that keeps every token with the same probability."""
     actor = TokenActor(width, (4,), keep_bias=logit)
-    torch.nn.init.zeros_(actor._last.weight)
+    torch.nn.init.zeros_(actor.last.weight)
     return actor
 
 

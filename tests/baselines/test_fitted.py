@@ -106,7 +106,7 @@ class Killed(OwnLabels):
 
     def __init__(self, size: int, before: int) -> None:
         super().__init__(size)
-        self.allowed = 4 + before
+        self.allowed = 5 + before  # one image tells this data set from others
 
     def batch(self, indices: torch.Tensor) -> Any:
         self.calls += 1
@@ -129,6 +129,8 @@ def test_resumed_is_uninterrupted(method: str, tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
     with pytest.raises(CheckpointError, match="another"):
         quick_fit(method, config=config, output=tmp_path, resume=True, seed=9)
+    with pytest.raises(CheckpointError, match=r"another \['first_image'\]"):
+        fit(toy(NAME), OwnLabels(48, seed=1), target, **options, resume=True)
 
 
 @every_method

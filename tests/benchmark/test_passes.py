@@ -180,6 +180,7 @@ def compare(backbone: Any, output: Path, **options: Any) -> BenchmarkResult:
 def test_an_interrupted_row_goes_on_with_its_remaining_seeds(
     backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(BenchmarkResult, "save", lambda *_: None)
     whole = compare(backbone, tmp_path / "whole")
     played: list[str] = []
 

@@ -17,7 +17,12 @@ def options(output: Path, *flags: str) -> evaluate.Args:
     return evaluate.parse([*flags, "--quick", "--output", str(output)])
 
 
-@pytest.mark.parametrize("name", available())
+SLOW = {"ltmp", "ltmp_merge"}  # `ltmp_prune` is trained by the same recipe
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in available()]
+)
 def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
     args = options(tmp_path, "--policy", name, "--target-share", "0.6")
     policy, backbone = evaluate.load(args)

@@ -20,7 +20,7 @@ from vitprune_env import Backbone, KeepAll, TokenGame, load_backbone, play
 from vitprune_env.agents.finetuning.loop import CosineKeepRate, FinetuneConfig, FineTuner, _scheduled, finetune
 from vitprune_env.agents.shared.processes import Processes
 from vitprune_env.agents.shared.signals import TrainingStopped
-from vitprune_env.baselines import EViT, LifeRegression, RandomDrop
+from vitprune_env.baselines import Brightness, EViT, LifeRegression, RandomDrop
 from vitprune_env.data import Digits, fetch
 from vitprune_env.errors import CheckpointError, NumericalError
 
@@ -94,6 +94,12 @@ def test_all_blocks_learn_when_asked() -> None:
 
 def test_kept_tokens_of_the_frozen_part_change_nothing() -> None:
     kept, fresh = tuned(replace(SHORT, cache_images=24)), tuned(replace(SHORT, cache_images=0))
+    for name, value in parameters(kept.backbone).items():
+        torch.testing.assert_close(value, parameters(fresh.backbone)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_policy_that_sees_pixels_sees_those_of_kept_images_too() -> None:
+    kept, fresh = (tuned(replace(SHORT, cache_images=count), Brightness(0.6)) for count in (24, 0))
     for name, value in parameters(kept.backbone).items():
         torch.testing.assert_close(value, parameters(fresh.backbone)[name], atol=1e-5, rtol=1e-4)
 

@@ -188,7 +188,7 @@ def test_minibatches_are_whole_images_and_as_many_as_mappos() -> None:
 def test_images_without_tokens_count_but_move_nothing() -> None:
     actor, critic = networks()
     with torch.no_grad():
-        actor._last.bias.copy_(torch.tensor([0.0, -60.0]))  # everybody leaves at the first step
+        actor.last.bias.copy_(torch.tensor([0.0, -60.0]))  # everybody leaves at the first step
     _, rows = explored(team_game(), actor, seed=0)
     assert not rows.alive[1:].any()
     stats = update(PPOSingle(actor=actor, critic=critic), buffer_of(rows))

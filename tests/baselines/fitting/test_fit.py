@@ -22,8 +22,8 @@ CONFIG = FitConfig(epochs=3, batch_size=8, lr=0.05, validation=8, validate_every
 class Points:
     """Noisy points of a line: inputs `[B, 3]`, class 1 above it."""
 
-    def __init__(self, size: int = 48) -> None:
-        self.inputs = torch.randn(size, 3, generator=torch.Generator().manual_seed(0))
+    def __init__(self, size: int = 48, seed: int = 0) -> None:
+        self.inputs = torch.randn(size, 3, generator=torch.Generator().manual_seed(seed))
         self.labels = (self.inputs.sum(dim=1) > 0).long()
         self.drawn: list[list[int]] = []
 
@@ -152,6 +152,8 @@ def test_resume_refuses_another_fit_and_starts_afresh_on_an_empty_folder(tmp_pat
     assert fit_task(Line(), Points(), CONFIG, **options, settings={"tau": (1,)}) == first
     with pytest.raises(CheckpointError, match=r"another \['lr', 'tau'\]"):
         fit_task(Line(), Points(), replace(CONFIG, lr=0.1), **options)
+    with pytest.raises(CheckpointError, match=r"another \['first_image'\]"):  # as many, but others
+        fit_task(Line(), Points(seed=5), CONFIG, **options, settings={"tau": (1,)})
     with pytest.raises(ValueError, match="resume: expected an output folder"):
         fit_task(Line(), Points(), CONFIG, resume=True)
     with pytest.raises(ValueError, match=r"data: expected at least validation \+ batch_size = 8 \+ 8 images, got 12"):

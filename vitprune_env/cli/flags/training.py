@@ -292,7 +292,7 @@ def _reward_flags(preset: Preset) -> RewardFlags:
     flags = RewardFlags(sites=tuple(Site.parse(site).label for site in preset.sites or ()))
     if isinstance(preset.reward, SharedOutcome):
         names: dict[Any, Any] = {outcome: name for name, outcome in OUTCOMES.items()}
-        return replace(flags, outcome=names[preset.reward.outcome])
+        return replace(flags, outcome=names[preset.reward.outcome], price=float(preset.reward.price))
     if not isinstance(preset.reward, PaperReward):
         return flags
     cost = preset.reward.keep_cost if isinstance(preset.budget, Equilibrium) else None
