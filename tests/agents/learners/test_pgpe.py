@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ def test_a_game_is_disturbed_the_same_alone_or_in_a_batch() -> None:
         assert torch.equal(play(game, explorer, data.images[number : number + 1]).keep[:, 0], together[:, number])
         disturbed = policy.starting_actor()
         with torch.no_grad():
-            disturbed.weight += noise[number, :, :-1]
-            disturbed.bias += noise[number, :, -1]
+            disturbed.weight.add_(noise[number, :, :-1])
+            disturbed.bias.add_(noise[number, :, -1])
         deployed = MergePolicy(disturbed, sites=policy.sites)
         assert torch.equal(play(game, deployed, data.images[number : number + 1]).keep[:, 0], together[:, number])
 
@@ -79,7 +79,8 @@ def test_the_gradient_of_two_games_by_hand() -> None:
     noise[1] = -noise[0]
     algorithm = pgpe(PairActor(1, 48, 5), noise, torch.tensor([5.0, 1.0]), noise=0.5)
     assert algorithm._estimated().tolist() == [-3.0]
-    weight, bias = algorithm.actor.weight.grad, algorithm.actor.bias.grad
+    actor = cast(PairActor, algorithm.actor)
+    weight, bias = actor.weight.grad, actor.bias.grad
     assert weight is not None
     assert bias is not None
     assert weight.tolist() == [[0, 0, -4.0, 0, 0]]
@@ -93,7 +94,8 @@ def test_the_gradient_of_a_linear_return_is_its_slope() -> None:
     returns = 100.0 + (noise * slope).sum(dim=(1, 2))  # what all images have in common cancels
     algorithm = pgpe(PairActor(3, 48, 6), noise, returns + 3 * noise.square().sum(dim=(1, 2)))
     algorithm._estimated()
-    weight, bias = algorithm.actor.weight.grad, algorithm.actor.bias.grad
+    actor = cast(PairActor, algorithm.actor)
+    weight, bias = actor.weight.grad, actor.bias.grad
     assert weight is not None
     assert bias is not None
     torch.testing.assert_close(-weight, slope[:, :-1], atol=0.25, rtol=0)
@@ -126,9 +128,10 @@ def test_a_step_goes_uphill() -> None:
     slope = torch.tensor([[1.0, -2.0, 0.5, -0.1, 3.0, -1.0]])
     noise = disturbances(1, torch.arange(4000), 1, 6) * 0.25
     algorithm = pgpe(PairActor(1, 48, 5), noise, (noise * slope).sum(dim=(1, 2)), lr=0.1)
-    before = torch.cat([algorithm.actor.weight, algorithm.actor.bias[:, None]], dim=1).detach().clone()
+    actor = cast(PairActor, algorithm.actor)
+    before = torch.cat([actor.weight, actor.bias[:, None]], dim=1).detach().clone()
     stats = algorithm._update_with_batch(None, 0, 1)  # pyright: ignore[reportArgumentType]
-    after = torch.cat([algorithm.actor.weight, algorithm.actor.bias[:, None]], dim=1).detach()
+    after = torch.cat([actor.weight, actor.bias[:, None]], dim=1).detach()
     assert torch.equal((after - before).sign(), slope.sign())
     assert stats.gradient_steps == 1
     assert stats.grad_norm == pytest.approx(float(slope.norm()), rel=0.1)
