@@ -4,7 +4,7 @@
     python examples/ablation.py --variants mappo finetune_alternate finetune_after     # does fine-tuning gain?
     python examples/ablation.py --variants mappo adaptive           # one policy for all budgets, one for each
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
-    python examples/ablation.py --variants mappo early neighbours early_neighbours             # where, what is seen
+    python examples/ablation.py --variants mappo neighbours early early_scalars                # where, what is seen
 
 Every run is a row of results.json, so that `--resume` does only what is missing. Reports table.md, results.csv and
 accuracy.png. Design on the validation split (the default); the test split is for the last word.
