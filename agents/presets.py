@@ -37,7 +37,7 @@ class Preset:
     @property
     def arguments(self) -> dict[str, Any]:
         """The settings as arguments: `train(backbone, data, **preset.arguments)`."""
-        names = ("budget", "learner", "reward", "run", "finetune", "sites", "actions")
+        names = ("budget", "learner", "reward", "run", "finetune", "sites")
         return {name: getattr(self, name) for name in names}
 
 

@@ -271,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             backbone,
             task.training,
             **args.settings.arguments,
+            actions=args.settings.actions,
             calibration=task.calibration,
             start=start,
             output=args.common.output,
