@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from places import TESTS
 from vitprune_env import PrunedViT, TokenGame, load_backbone, load_policy, load_pruned, play, save_policy
-from vitprune_env.baselines import LTMP, Brightness, TokenScores, available, describe, load_fitted
+from vitprune_env.baselines import LTMP, Brightness, TokenScores, ToMeShare, available, describe, load_fitted
 from vitprune_env.data import Digits
 from vitprune_env.deploy.descriptions import describe_policy
 from vitprune_env.deploy.format_1 import NAMES, upgrade_policy
@@ -89,7 +89,7 @@ def test_every_old_class_has_a_public_name() -> None:
         assert kind is not None
         assert kind.__name__ == path.partition(":")[2]
     made = {getattr(method.make, "func", method.make) for method in map(describe, available())}
-    newer = {Brightness, TokenScores}
+    newer = {Brightness, TokenScores, ToMeShare}
     assert made - newer == made & {registered_policy(name) for name in NAMES.values()}
 
 
