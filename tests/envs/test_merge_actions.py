@@ -174,6 +174,6 @@ def test_bad_actions_and_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected integers of shape .* got torch\.bool"):
         venv.step(torch.ones(1, 16, dtype=torch.bool))
     for make in (make_env, lambda **o: TokenVectorEnv(venv.game, cast(Any, images_for(CLASS_TOKEN)), **o)):
-        with pytest.raises(ValueError, match=r"action_space: expected one of \('keep', 'merge'\), got 'fuse'"):
+        with pytest.raises(ValueError, match=r"action_space: expected one of \('keep', 'merge', .*\), got 'fuse'"):
             make(action_space="fuse")
     assert action_kind("keep").mask(torch.ones(1, 4, dtype=torch.bool)) is None
