@@ -5,6 +5,8 @@
     python examples/ablation.py --variants mappo adaptive           # one policy for all budgets, one for each
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
     python examples/ablation.py --variants mappo neighbours early early_scalars                # where, what is seen
+    python examples/ablation.py --task twins --shares 0.2 --updates 240                 # where agents have to agree
+    python examples/ablation.py --data-dir DIR --weights FILE --shares 0.35 --sites 1 3 5 7    # on photographs
 
 Every run is a row of results.json, so that `--resume` does only what is missing. Reports table.md, results.csv and
 accuracy.png. Design on the validation split (the default); the test split is for the last word.
@@ -16,7 +18,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -26,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from vitprune_env import KeepAll, TokenGame, load_backbone
+from vitprune_env import KeepAll, TokenGame
 from vitprune_env.agents import (
     SENSES,
     AdaptivePolicy,
@@ -44,8 +46,10 @@ from vitprune_env.benchmarking import Row, difference, interval, measure
 from vitprune_env.benchmarking.store import Store
 from vitprune_env.benchmarking.tables import comma_separated, markdown
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
-from vitprune_env.data import Digits, batches_of
+from vitprune_env.cli.flags import CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags.training import TrainingFlags
+from vitprune_env.cli.train import Args as TrainArgs
+from vitprune_env.cli.train import open_task
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file
 from vitprune_env.game.rewards import (
@@ -101,12 +105,15 @@ class Args(CommonFlags):
     """Runs of each, with seeds from --seed on."""
     updates: int | None = None
     """Updates per run; None: the variant's own."""
+    sites: tuple[str, ...] = ()
+    """Where tokens are pruned; none: the variant's own sites, or the network's."""
     split: Literal["validation", "test"] = "validation"
     """Held-out images to report on."""
     images: int = 2000
     """How many of them."""
     jobs: int = 1
-    """Runs at the same time, each on one thread."""
+    """Runs at the same time, each on one thread unless --threads says otherwise."""
+    source: ImageFlags = field(default_factory=ImageFlags)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,8 @@ class Job:
             small = {"every": 2, "steps": 4} if quick else {}
             finetune = replace(finetune, seed=self.seed, cache_images=run.cache_images, **small)
         budget = variant.budget if self.variant == "adaptive" else Share(self.share)
-        return replace(variant, budget=budget, run=run, finetune=finetune)
+        sites = variant.sites or self.args.sites or None
+        return replace(variant, budget=budget, run=run, finetune=finetune, sites=sites)
 
 
 def check(args: Args) -> Args:
@@ -151,32 +159,32 @@ def check(args: Args) -> Args:
         low, high = (ADAPTIVE.low, ADAPTIVE.high) if name == "adaptive" else (0.0, 1.0)
         if not all(low <= share <= high for share in args.shares):
             raise SettingsError(f"shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
-    return replace(args, seeds=2, images=50, shares=args.shares[:1]) if args.quick else args
+    return replace(lowered(args, seeds=2, images=50), shares=args.shares[:1]) if args.quick else args
 
 
 def work(job: Job) -> list[Row]:
     """Train, and measure on held-out images: the pruned network, and the same network without pruning."""
-    torch.set_num_threads(1)
-    args, start = job.args, time.perf_counter()
-    backbone = load_backbone("vit_digits").to(args.device)
-    settings = job.settings
+    torch.set_num_threads(job.args.threads or 1)
+    args, start, settings = job.args, time.perf_counter(), job.settings
+    backbone = args.source.network(args.seed, args.device)
+    common = CommonFlags(seed=job.seed, device=args.device, quick=args.quick)
+    training = TrainingFlags.of(Preset() if settings is None else settings)
+    asked = TrainArgs(split=args.split, test_images=args.images, common=common, training=training, images=args.source)
+    task = open_task(asked, backbone)
     if settings is None:
         target = job.share * TokenGame(backbone).cost.dense() / 1e9
-        tune = batches_of(Digits("train", size=32, seed=TUNE_SEED), 32, args.device)
         make = lambda rate: RandomDrop(rate, job.seed)  # noqa: E731
-        policy = calibrate(make, target, backbone, tune, sites=backbone.default_sites)
+        policy = calibrate(make, target, backbone, task.tune, sites=args.sites or backbone.default_sites)
     else:
-        images = max(settings.run.cache_images, settings.run.calibration_images)
-        data = Digits("train", size=images, seed=job.seed)
-        result = train(backbone, data, **settings.arguments, device=args.device, progress=False)
+        options: dict[str, Any] = {"calibration": task.calibration, "device": args.device, "progress": False}
+        result = train(backbone, task.training, **settings.arguments, **options)
         backbone, policy = result.backbone, result.policy
         if isinstance(policy, AdaptivePolicy):
             policy = policy.at(job.share)
     seconds = time.perf_counter() - start
-    test = batches_of(Digits(args.split, size=args.images, seed=TEST_SEED), 250, args.device)
-    sites = policy.default_sites(backbone.depth) or backbone.default_sites
-    pruned = measure(job.name, backbone, policy, test, sites=sites, share=job.share)
-    dense = measure(f"{job.name}, dense", backbone, KeepAll(), test, share=job.share)
+    sites = policy.default_sites(backbone.depth) or args.sites or backbone.default_sites
+    pruned = measure(job.name, backbone, policy, task.test, sites=sites, share=job.share)
+    dense = measure(f"{job.name}, dense", backbone, KeepAll(), task.test, share=job.share)
     return [replace(pruned, seconds=seconds), dense]
 
 
@@ -283,10 +291,11 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, report."""
     args = check(read_flags(Args, argv, __doc__))
-    args.prepare()
+    args.prepare(built_in=not args.source.reads_files)
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = [Job(variant, share, seed, args) for seed in seeds for share in args.shares for variant in args.variants]
-    settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick")}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick", "sites")}
+    settings["source"] = str(asdict(args.source))
     settings["variants"] = {name: str(config) for name, config in VARIANTS.items()}
     store = Store(args.output, settings, args.resume)
     run_all(jobs, store)

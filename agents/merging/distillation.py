@@ -34,7 +34,8 @@ BATCH = 32  # images whose tokens at all sites are held at once
 RIDGE = 1e-4  # penalty of the look, per row
 LEAST = 1e-3  # added to attention, relative to its mean, before the logarithm is taken
 CONSTANT = 1e-3  # a feature that deviates less from its mean does not vary, and is not made to by dividing
-SHAPES = (0.7, 1.0, 1.5)  # of the schedules that are tried: below 1, most tokens go early
+SHAPES = (0.6, 0.8, 1.1, 1.5)  # of the schedules that are tried: below 1, most tokens go early
+SOME = 32  # images on which a schedule's cost is set; it hardly depends on them, since the schedule says how many stay
 SHORTEST, LONGEST = 0.01, 50.0  # time constants of a schedule, in depths of the network: from all merging to none
 HALVINGS = 9  # of the logarithm of that range, which leave 1.7 % of a time constant
 
@@ -45,7 +46,7 @@ class Distillation:
 
     images: int = 1024
     """Images that importance is fitted on."""
-    schedule_images: int = 128
+    schedule_images: int = 256
     """Images that the schedule is chosen on; played as one batch."""
     importance: float = 0.5
     """Weight of importance against dissimilarity, both logarithms."""
@@ -101,7 +102,7 @@ def distilled_policy(
 
     For every site a linear look at the standardised tokens is fitted to the logarithm of the attention that they get
     from the class token in the last third of the blocks (in networks without one: from all tokens), by ridge regression
-    on what the dense network computes. Three schedules are set to the budget, and the one is taken with which the
+    on what the dense network computes. Four schedules are set to the budget, and the one is taken with which the
     network most surely answers as it does with all tokens.
 
     Args:
@@ -200,7 +201,7 @@ def _set_to_best_schedule(
 
     bar = tqdm(total=len(SHAPES) * (HALVINGS + 1), desc="schedule", unit="pass", disable=not progress)
 
-    def played(shape: float, constant: float) -> Outcome:
+    def played(shape: float, constant: float, images: Tensor) -> Outcome:
         bar.update()
         counts = [game.num_agents * exp(-((each / constant) ** shape)) for each in depth]
         return play(game, Scheduled(policy, counts, settings), images).outcome
@@ -210,9 +211,9 @@ def _set_to_best_schedule(
         for shape in SHAPES:
 
             def macs(logarithm: float, shape: float = shape) -> float:
-                return float(played(shape, exp(logarithm)).macs.mean())
+                return float(played(shape, exp(logarithm), images[:SOME]).macs.mean())
 
             low, _ = bisect(macs, target, log(SHORTEST), log(LONGEST), HALVINGS)
-            sure = float(log_probability(played(shape, exp(low)).logits, answers).mean())
+            sure = float(log_probability(played(shape, exp(low), images).logits, answers).mean())
             found.append((sure, {name: value.clone() for name, value in policy.actor.state_dict().items()}))
     policy.actor.load_state_dict(max(found, key=lambda each: each[0])[1])
