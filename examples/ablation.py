@@ -15,6 +15,7 @@ accuracy.png. Design on the validation split (the default); the test split is fo
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -296,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [Job(variant, share, seed, args) for seed in seeds for share in args.shares for variant in args.variants]
     settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick", "sites")}
     settings["source"] = str(asdict(args.source))
-    settings["variants"] = {name: str(config) for name, config in VARIANTS.items()}
+    # A function is written with its address, which is another one in every process.
+    settings["variants"] = {name: re.sub(" at 0x[0-9a-f]+", "", str(config)) for name, config in VARIANTS.items()}
     store = Store(args.output, settings, args.resume)
     run_all(jobs, store)
     rows = summarise(jobs, store)

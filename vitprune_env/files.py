@@ -1,20 +1,23 @@
 """Tensors and JSON values on disk: one safetensors file each, with a JSON header, written atomically and durably.
 
-Nothing is ever unpickled. Every file names its kind and format, so that a foreign or damaged one is refused with a
-message. If writing is interrupted (SIGKILL, a full disk, a power cut), the old file stays as it was.
+Nothing is ever unpickled. Every file names its kind and format and holds a checksum, so that a foreign or damaged one
+is refused with a message. If writing is interrupted (SIGKILL, a full disk, a power cut), the old file stays as it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,6 +31,8 @@ except PackageNotFoundError:  # not installed, only on the path
 
 FORMAT = 1
 HEADER = "vitprune_env"
+CHECKSUM = "sha256"  # in the metadata of a file; weight files of others have none
+LOCK = ".lock"
 SUFFIX = ".vitprune.tmp"  # of temporary files
 PROBE, PROBE_BYTES = ".writable", 1 << 16
 PathLike = str | os.PathLike[str]
@@ -85,9 +90,38 @@ def _graft(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
-def encode(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a safetensors file."""
-    return save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata)
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file, with a checksum of tensors and metadata."""
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"format": "pt", **metadata}
+    return save(own, {**metadata, CHECKSUM: checksum(own, metadata)})
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors on the CPU, their names, types and shapes, and of the metadata of their file."""
+    shapes = {name: (str(value.dtype), list(value.shape)) for name, value in sorted(tensors.items())}
+    found = sha256(json.dumps([sorted(metadata.items()), shapes]).encode())
+    for name in shapes:
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file, got something unreadable ({error})") from error
+    written = metadata.pop(CHECKSUM, None)
+    if written is not None and written != checksum(tensors, metadata):
+        raise CheckpointError(f"{path}: expected what was written, got a damaged file (its checksum differs)")
+    return tensors, metadata
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> Path:
@@ -168,6 +202,28 @@ def prepare_folder(folder: Path) -> None:
         raise StorageError(f"output: expected a folder that can be written, got {folder} ({_reason(error)})") from error
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the same folder of results; the lock goes when its process does.
+
+    Raises:
+        StorageError: if another process holds it, or the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StorageError(
+            f"output: expected a folder of this run alone, got {folder}, which another process writes to"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"output: expected a folder that can be written, got {folder} ({_reason(error)})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _reason(error: OSError) -> str:
     """The system's message, without the sentence that `replace_file` puts around it."""
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
@@ -189,12 +245,7 @@ def read_file(
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a {kind} file, found none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, got something unreadable ({error})") from error
+    tensors, metadata = read_tensors(path)
     if HEADER not in metadata:
         raise CheckpointError(f"{path}: expected a file written by vitprune_env, got one without its header")
     try:

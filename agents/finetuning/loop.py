@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError
-from ...files import PathLike, load_state, prepare_folder, save_state
-from ...models.load import save_backbone
+from ...files import PathLike, load_state, locked, prepare_folder, save_state
+from ...models.load import save_backbone, weights_digest
 from ...policy import Policy, check_keep_rate
 from ...types import Site
 from ..shared.processes import Processes
@@ -103,7 +103,7 @@ def finetune(
     processes = Processes() if processes is None else processes
     state_file = None if folder is None else _prepared(folder, resume, processes)
     tuner = FineTuner(student, dataset, config, scheduled(0.0), generator, sites, device, processes)
-    facts = _facts(tuner, policy)
+    facts = {} if folder is None else _facts(tuner, policy)
     drawn = getattr(policy, "generator", None)  # policies such as RandomDrop draw from a stream of their own
     streams = [generator, *([drawn] if isinstance(drawn, torch.Generator) else [])]
     history: list[dict[str, float]] = []
@@ -111,7 +111,8 @@ def finetune(
         history = _resume(state_file, tuner, facts, streams)
     bar = tqdm(total=config.steps, initial=len(history), disable=not progress, desc="fine-tune", unit="step")
     signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
-    with bar, nullcontext() if state_file is None else signals:
+    alone = locked(folder) if folder is not None and processes.is_main else nullcontext()
+    with alone, bar, nullcontext() if state_file is None else signals:
         for step in range(len(history), config.steps):
             rate = {} if schedule is None else {"keep_rate": schedule(step / config.steps)}
             history.append({**tuner.step(scheduled(step / config.steps)), **rate})
@@ -151,6 +152,7 @@ def _facts(tuner: FineTuner, policy: Policy) -> dict[str, Any]:
     return {
         "config": asdict(tuner.config),
         "backbone": tuner.backbone.name,
+        "weights": weights_digest(tuner.backbone),
         "dataset_size": tuner.images.size,
         "first_image": tuner.images.digest,
         "policy": type(policy).__name__,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ...deploy.policy_files import save_policy
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError, NumericalError, StorageError
-from ...files import PathLike, load_state, prepare_folder, save_state
+from ...files import PathLike, load_state, locked, prepare_folder, save_state
 from ...models.load import save_backbone
 from ..finetuning.loop import STATE_FILE as FINETUNING_FILE
 from ..finetuning.loop import WEIGHTS_FILE
@@ -48,6 +48,10 @@ class RunFolder:
         self.saved: int | None = None
         if processes.is_main:
             prepare_folder(self.path)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder, see `files.locked`."""
+        return locked(self.path) if self.processes.is_main else nullcontext()
 
     def writers(
         self, done: Sequence[Row], steps: int, project: str | None, settings: Mapping[str, Any]
@@ -137,6 +141,6 @@ class RunFolder:
     @property
     def advice(self) -> str:
         """How a run that failed can be continued."""
-        if self.saved is None:
-            return f"there is no checkpoint in {self.path} yet, start again"
+        if self.saved is None or not (self.path / STATE_FILE).is_file():
+            return f"there is no checkpoint in {self.path}, start again"
         return f"the checkpoint of update {self.saved} in {self.path} is kept, resume (--resume) goes on from it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from ...files import PathLike
 from ...game.rewards import RewardFn, SharedOutcome
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
+from ...models.load import weights_digest
 from ...types import Site
 from ..budgets.controller import Budget, Equilibrium, Share
 from ..finetuning.alternate import Alternation
@@ -136,7 +138,8 @@ def train(
         registered_actions(settings.actions)  # refuses a kind that the policy's file could not name
     folder = None if output is None else RunFolder(output, processes)
     backbone = backbone if finetune is None else deepcopy(backbone)
-    with torch_train_mode(backbone.to(device), enabled=False):
+    alone = nullcontext() if folder is None else folder.alone()
+    with alone, torch_train_mode(backbone.to(device), enabled=False):
         training = Run(backbone, data, settings, folder, torch.device(device), processes, calibration)
         if resume:
             training.resume()
@@ -161,6 +164,7 @@ class Run:
         budget, learner, config = settings.budget, settings.learner, settings.run
         self.settings, self.config = settings, config
         self.folder = folder
+        self.weights = "" if folder is None else weights_digest(backbone)  # before fine-tuning changes them
         self.processes = processes
         self.generator = torch.Generator().manual_seed(config.seed)
         start = settings.start
@@ -284,6 +288,7 @@ class Run:
         """What a resumed run must have in common with its checkpoint, beside its settings."""
         return {
             "backbone": self.game.backbone.name,
+            "weights": self.weights,
             "dataset_size": self.images.size,
             "first_image": self.images.digest,
         }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_pruned import describe, token_policy
 
 from helpers import Fixed, random_images, toy
@@ -19,6 +19,7 @@ from vitprune_env.deploy.export import export_onnx, export_program
 from vitprune_env.deploy.pretrained import CONFIG, WEIGHTS
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, ExportError, SiteError, StorageError
+from vitprune_env.files import read_file, read_tensors, write_file
 from vitprune_env.models.vit_digits import create_vit_digits
 
 
@@ -28,10 +29,9 @@ def small_deit() -> Backbone:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Change what the config says."""
-    config = json.loads((folder / CONFIG).read_text())
-    config["vitprune_env"].update(changes)
-    (folder / CONFIG).write_text(json.dumps(config))
+    """Change what the file says of the model."""
+    tensors, header = read_file(folder / WEIGHTS, "policy", dict.fromkeys((2, 99), ("policy",)))
+    write_file(folder / WEIGHTS, tensors, {**header, **changes})
 
 
 @pytest.mark.parametrize("policy", ["learnt", EViT(0.6), TopK(0.5), RandomDrop(0.5, seed=3), KeepAll()], ids=describe)
@@ -80,15 +80,12 @@ def test_pushing_uploads_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
     monkeypatch.setattr("vitprune_env.deploy.pruned_vit.snapshot_download", lambda name, **_: str(tmp_path / name))
-
-    def fetch(repo_id: str, filename: str, **_: Any) -> str:
-        return str(tmp_path / repo_id / filename)
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", fetch)
     model = PrunedViT(small_deit(), EViT(0.5))
     model.push_to_hub(repository)
     again = PrunedViT.from_pretrained(repository, token=False, revision="main")
     assert describe_policy(again.policy) == describe_policy(model.policy)
+    with pytest.raises(TypeError, match="expected some of revision"):
+        PrunedViT.from_pretrained(repository, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +117,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @torch.no_grad()
 def test_a_failed_save_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """Whichever of the three files cannot be written, each of them is the old one or the new one."""
+    """Whichever of the three files cannot be written, the folder holds the old model or the new one, whole."""
     backbone, rename, calls = small_deit(), os.replace, []
     PrunedViT(backbone, EViT(0.5)).save_pretrained(tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -142,11 +139,11 @@ def test_a_failed_save_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError):
         PrunedViT(backbone, Fixed([])).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == found
-    assert type(PrunedViT.from_pretrained(tmp_path).policy) is (EViT if failing < 2 else TopK)
+    assert type(PrunedViT.from_pretrained(tmp_path).policy) is (EViT if failing < 1 else TopK)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=CONFIG):
+    with pytest.raises(CheckpointError, match=WEIGHTS):
         PrunedViT.from_pretrained(tmp_path)
     PrunedViT(small_deit(), EViT(0.5)).save_pretrained(tmp_path)
     edit(tmp_path, sites=["99"])
@@ -164,11 +161,41 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 def test_sites_and_execution_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
     PrunedViT(small_deit(), EViT(0.5)).save_pretrained(tmp_path)
     for change in ({"sites": 5}, {"execution": ["packed"]}, {"policy": "evit"}, {"backbone": []}):
-        config = (tmp_path / CONFIG).read_text()
+        whole = (tmp_path / WEIGHTS).read_bytes()
         edit(tmp_path, **change)
         with pytest.raises((CheckpointError, SiteError)):
             PrunedViT.from_pretrained(tmp_path)
-        (tmp_path / CONFIG).write_text(config)
+        (tmp_path / WEIGHTS).write_bytes(whole)
+
+
+def test_the_copy_of_the_description_is_for_readers_alone(tmp_path: Path) -> None:
+    """A folder of an earlier version keeps it there alone; without either there is no model."""
+    PrunedViT(load_backbone("vit_digits"), EViT(0.5)).save_pretrained(tmp_path)
+    copy, whole = (tmp_path / CONFIG).read_text(), (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / CONFIG).write_text("damaged")
+    assert type(PrunedViT.from_pretrained(tmp_path).policy) is EViT
+    tensors, _ = read_tensors(tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=CONFIG):
+        PrunedViT.from_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(copy)
+    assert type(PrunedViT.from_pretrained(tmp_path).policy) is EViT
+    (tmp_path / WEIGHTS).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "./missing", "../runs/missing", "a/b/c", "runs\\x", Path("x"), "here/x", "~/x"]
+)
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "vitprune_env.deploy.pruned_vit.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        PrunedViT.from_pretrained(name)
 
 
 @pytest.mark.parametrize("policy", [EViT(0.5, fuse=False), TopK(0.7), EViT(0.6), KeepAll()], ids=describe)

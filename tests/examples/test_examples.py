@@ -144,6 +144,7 @@ def test_variants_are_compared_and_resumed(tmp_path: Path, capsys: pytest.Captur
     first = capsys.readouterr().out
     assert [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| 25")] == ["mappo", "random"]
     results = (tmp_path / "results.json").read_bytes()
+    assert b" at 0x" not in results  # an address would forbid another process to resume
     example("ablation", *flags, "--resume")
     assert (tmp_path / "results.json").read_bytes() == results
     assert capsys.readouterr().out == first

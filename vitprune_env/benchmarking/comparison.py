@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +31,7 @@ from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import Amp, autocast
 from vitprune_env.errors import BudgetError, SettingsError
-from vitprune_env.files import PathLike, prepare_folder
+from vitprune_env.files import PathLike, locked, prepare_folder
 
 TIMING = Timing()
 FITS = Fits()
@@ -155,7 +156,8 @@ def benchmark(
     store = Store(folder, asked, resume, {"command": command, **machine()})
     jobs = [(DENSE, None), *((line, share) for share in budgets for line in lines if not line.fixed)]
     jobs += [(line, None) for line in lines if line.fixed]
-    with tqdm(jobs, disable=not progress, unit="row") as bar, precision:
+    alone = nullcontext() if folder is None else locked(folder)
+    with alone, tqdm(jobs, disable=not progress, unit="row") as bar, precision:
         for line, share in bar:
             bar.set_description(line.name if share is None else f"{line.name} at {share:.0%}")
             if store.find(line.name, share, line.origin) is None:

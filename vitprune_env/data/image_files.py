@@ -1,6 +1,6 @@
 """Image files, read by timm and prepared for a backbone.
 
-`open_images` reads all that `timm.data.create_dataset` reads (class folders, `torch/...`, `hfds/...`) and prepares it
+`open_images` reads class folders and all else that `timm.data.create_dataset` reads (`torch/...`, `hfds/...`), prepared
 as the backbone's `pretrained_cfg` says; `ImageFiles.for_backbone` prepares a dataset object. Labels are the numbers of
 the backbone's head, see `classes`. timm silently replaces an unreadable image by the next one. Here it is reported by
 name, and `on_corrupt` decides whether it is skipped or ends the program.
@@ -15,19 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from timm.data.dataset import ImageDataset as TimmDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from vitprune_env.data.classes import in_turn, labels_of, names_of, numbers_by_name, warn_of_order
+from vitprune_env.data.folders import ClassFolders, split_folder
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import UnreadableImageError
 
 OnCorrupt = Literal["skip", "fail"]
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
+DEEP = 257  # 16-bit values to the unit of 8 bits
 
 _log = logging.getLogger(__name__)
 
@@ -232,10 +234,26 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         mode = "L" if self.config["input_size"][0] == 1 else "RGB"
         if not isinstance(self.source, TimmDataset):
             image, label = self.source[row]
-            return image.convert(mode), label
+            return as_shown(image, mode), label
         file, label, *_ = cast(Any, self.source.reader)[row]
         with file:
-            return Image.open(file).convert(mode), label
+            return as_shown(Image.open(file), mode), label
+
+
+def as_shown(image: Image.Image, mode: str) -> Image.Image:
+    """An image as viewers show it: turned as the camera was held, 16 bits brought to 8, on white where transparent.
+
+    Args:
+        image: as Pillow opens it.
+        mode: of the result, `"RGB"` or `"L"`.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) / DEEP).clip(0, 255).astype(np.uint8)).convert(mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 class ImageBatches:
@@ -349,23 +367,16 @@ def open_source(
         raise ValueError(f"class_map: expected a file with a class name per line, found none at {class_map}")
     place, classes = (None if path is None else str(path) for path in (root, class_map))
     try:
+        if not name:
+            folder = split_folder(Path(cast(str, place)), split)
+            return TimmDataset(str(folder), reader=cast(Any, ClassFolders(folder, classes)))
         source = create_dataset(name, place, split, class_map=cast(Any, classes), download=download)
     except (AssertionError, RuntimeError, OSError, KeyError, TypeError) as error:
         kind = name or "a folder of images"
         raise ValueError(f"data_dir: expected {kind} with {split!r} images, got {root} ({error})") from error
     if isinstance(source, IterableDataset):
         raise ValueError(f"dataset: expected one with random access (folder, torch/, hfds/), got the stream {name!r}")
-    if not name:
-        _check_split(source, Path(cast(str, place)), split)
     return source
-
-
-def _check_split(source: Any, root: Path, split: str) -> None:
-    """Refuse a folder of splits without the one asked for; timm would read the class folders of all splits."""
-    if Path(source.reader.root) == root:
-        others = sorted(SPLIT_FOLDERS & {path.name for path in root.iterdir() if path.is_dir()})
-        if others:
-            raise ValueError(f"split: expected a folder for {split!r} in {root}, got {others}")
 
 
 def _check_classes(files: ImageFiles, backbone: Backbone, given: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from vitprune_env.errors import CheckpointError
 from vitprune_env.files import PathLike
 from vitprune_env.policy import Policy, check_members
 from vitprune_env.types import Decision, Site, parse_sites
+
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
@@ -126,7 +129,9 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     ) -> str | None:
         """Write the model to a folder: weights as safetensors, the rest as JSON, and a model card.
 
-        Every file is replaced atomically; a model that cannot be saved leaves the folder as it was.
+        `model.safetensors` holds the whole model and is replaced atomically, so that a folder has the old model or the
+        new one whatever interrupts; `config.json` repeats what it says of policy and network. A model that cannot be
+        saved leaves the folder as it was.
 
         Args:
             save_directory: the folder.
@@ -157,14 +162,27 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> PrunedViT:
-        """Called by the mixin's `from_pretrained`."""
-        folder = Path(model_id)
+    def from_pretrained(cls, pretrained_model_name_or_path: PathLike, **options: Any) -> PrunedViT:
+        """Read a model that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository of the Hugging Face hub, `owner/name`.
+            **options: for the hub: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+        Raises:
+            CheckpointError: for a path without a folder, which is not looked for on the hub, or files that are missing,
+                damaged or something else.
+            TypeError: for other options.
+        """
+        if unknown := options.keys() - HUB_OPTIONS:
+            raise TypeError(f"options: expected some of {', '.join(HUB_OPTIONS)}, got {', '.join(sorted(unknown))}")
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = Path(name)
         if not folder.is_dir():
-            known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-            wanted = {name: options[name] for name in known if name in options}
-            folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS], **wanted))
-        return _assemble(*read_folder(folder), model_id)
+            if isinstance(pretrained_model_name_or_path, Path) or not _is_repository(name):
+                raise CheckpointError(f"{name}: expected a folder or a repository (owner/name), found no such folder")
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
+        return _assemble(*read_folder(folder), name)
 
     def extra_repr(self) -> str:
         """Sites, execution, and the policy where it is not a module."""
@@ -185,6 +203,13 @@ def load_pruned(path: PathLike, device: str | torch.device = "cpu") -> PrunedViT
     """
     read = read_folder if Path(path).is_dir() else read_policy_file
     return _assemble(*read(Path(path)), path).to(device)
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a name is one of the hub's, rather than a path with a typing error."""
+    owner, _, rest = name.partition("/")
+    is_path = owner.startswith((".", "~")) or "/" in rest or "\\" in name or Path(owner).exists()
+    return bool(owner and rest) and not is_path
 
 
 def _assemble(description: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: PathLike) -> PrunedViT:

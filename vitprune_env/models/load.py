@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
-from vitprune_env.files import PathLike, encode, replace_file
+from vitprune_env.files import PathLike, checksum, encode, read_tensors, replace_file
 from vitprune_env.models.lv_vit import LvVit, filter_checkpoint
 from vitprune_env.models.lv_vit import default_cfgs as lv_vit_cfgs
 from vitprune_env.models.vit_digits import VIT_DIGITS, load_vit_digits
@@ -159,7 +159,13 @@ def save_backbone(backbone: Backbone, path: PathLike, dtype: torch.dtype | None 
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     about = {"img_size": backbone.image_size, "num_classes": backbone.num_classes, "class_names": backbone.class_names}
     metadata = {name: json.dumps(value) for name, value in about.items() if value is not None}
-    return replace_file(path, encode(state, {"format": "pt", "architecture": backbone.name, **metadata}))
+    return replace_file(path, encode(state, {"architecture": backbone.name, **metadata}))
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """A short name for the weights of a network but its head, which a recipe may replace."""
+    state: dict[str, Tensor] = backbone.model.state_dict()
+    return checksum({name: value.cpu() for name, value in state.items() if not name.startswith(HEADS)}, {})[:16]
 
 
 def about_weights(path: PathLike) -> dict[str, Any]:
@@ -220,6 +226,8 @@ def _load_weights(backbone: Backbone, path: Path, new_head: bool) -> None:
         if path.suffix == ".npz":
             _load_augreg(backbone.model, path, new_head)
         else:
+            if path.suffix == ".safetensors":
+                read_tensors(path)  # refuses a damaged file
             _load_state(backbone, load_state_dict(str(path), weights_only=True), new_head)
     except CheckpointError:
         raise

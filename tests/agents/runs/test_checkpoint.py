@@ -18,8 +18,9 @@ from helpers import random_images, toy
 from vitprune_env import PrunedViT, load_backbone
 from vitprune_env.agents import TokenActor, TokenPolicy, load_policy, save_policy
 from vitprune_env.errors import CheckpointError, StorageError
-from vitprune_env.files import load_state, prepare_folder, replace_file, save_state
+from vitprune_env.files import load_state, locked, prepare_folder, read_tensors, replace_file, save_state
 from vitprune_env.game.token_game import TokenGame
+from vitprune_env.models.load import save_backbone
 
 
 def policy() -> TokenPolicy:
@@ -151,6 +152,8 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     save_policy(policy(), path)
     with pytest.raises(CheckpointError, match="expected a training file, got a policy file"):
         load_state(path)
+    tensors, metadata = read_tensors(path)
+    save_file(tensors, path, metadata)  # as earlier versions did, without a checksum
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="unreadable"):
@@ -164,3 +167,56 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(CheckpointError, match="another version"):
         load_policy(path)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """A file with one bit of the byte at this place turned over."""
+    changed = bytearray(content)
+    changed[place] ^= 1 << place % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["policy", "state", "network", "model"])
+def test_a_file_with_a_damaged_bit_is_refused(kind: str, tmp_path: Path) -> None:
+    """Or loads as it was, where the damage hit what is not looked at, such as the name of the checksum."""
+    path, backbone = tmp_path / "file.safetensors", load_backbone("vit_digits")
+
+    def read_policy() -> Any:
+        return load_policy(path).actor.state_dict()
+
+    def read_model() -> Any:
+        return {**(model := PrunedViT.from_pretrained(tmp_path)).state_dict(), "sites": model.sites}
+
+    read: Callable[[], Any]
+    if kind == "policy":
+        read, _ = read_policy, save_policy(policy(), path)
+    elif kind == "state":
+        read, _ = lambda: load_state(path), save_state({"weight": torch.randn(50), "done": 3, "text": "abc"}, path)
+    elif kind == "network":
+        read, _ = lambda: load_backbone("vit_digits", checkpoint=path).state_dict(), save_backbone(backbone, path)
+    else:
+        path = tmp_path / "model.safetensors"
+        read, _ = read_model, PrunedViT(backbone, policy()).save_pretrained(tmp_path)
+    whole, expected, refused = path.read_bytes(), read(), 0
+    header = int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = torch.cat([torch.randint(end, (25,), generator=generator) for end in (8 + header, len(whole))]).tolist()
+    for place in places:
+        path.write_bytes(flipped(whole, place))
+        try:
+            found = read()
+        except CheckpointError:
+            refused += 1
+        else:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert refused >= len(places) - 5
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(StorageError, match="another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="can be written"), locked(tmp_path / "file"):
+        pass

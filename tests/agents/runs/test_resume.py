@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,19 +17,22 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import DATA, assert_same, run
+from test_trainer import DATA, NAME, assert_same, run
 
 from failures import Hostile, fill_the_disk
 from games import OwnLabels
+from helpers import toy
 from places import SUPPORT
 from runs import TINY, but
-from vitprune_env.agents import MAPPO
+from vitprune_env.agents import MAPPO, train
 from vitprune_env.agents.runs.divergence import check_health
+from vitprune_env.agents.runs.folder import RunFolder
+from vitprune_env.agents.shared.processes import Processes
 from vitprune_env.agents.shared.signals import StopSignals, TrainingStopped
 from vitprune_env.cli.flags import CommonFlags
 from vitprune_env.data import Digits
 from vitprune_env.errors import CheckpointError, NumericalError, StorageError
-from vitprune_env.files import load_state
+from vitprune_env.files import load_state, locked
 
 KILLS = SUPPORT / "kills.py"
 
@@ -216,6 +220,28 @@ def test_other_images_in_the_same_number_are_not_resumed(tmp_path: Path) -> None
     run(but(TINY, updates=1), output=tmp_path)
     with pytest.raises(CheckpointError, match="other first_image"):
         run(but(TINY, updates=1), Digits("test", size=len(DATA), seed=99), output=tmp_path, resume=True)
+
+
+def test_other_weights_of_the_same_name_are_not_resumed(tmp_path: Path) -> None:
+    short, network = but(TINY, updates=1).arguments, toy(NAME)
+    train(network, DATA, **short, progress=False, output=tmp_path)
+    with torch.no_grad():
+        next(network.model.blocks.parameters()).view(-1)[0] += 1
+    with pytest.raises(CheckpointError, match="other weights"):
+        train(network, DATA, **short, progress=False, output=tmp_path, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(StorageError, match="another process"):
+        run(but(TINY, updates=1), output=tmp_path)
+
+
+def test_a_folder_that_vanished_keeps_no_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Processes())
+    folder.save({"history": [{}]})
+    assert "update 1" in folder.advice
+    shutil.rmtree(tmp_path / "run")
+    assert "no checkpoint" in folder.advice
 
 
 def test_starting_anew_in_a_used_folder_forgets_the_old_run(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_type_hints
@@ -187,6 +187,7 @@ class ImageFlags:
         if not self.reads_files:
             return [self.open(backbone, *part) for part in parts]
         whole = {split: cast("ImageFiles", self.open(backbone, split, None, 0)) for split, _, _ in parts}
+        _check_alike(whole)
         places = {split: split if self.dataset else files.source.reader.root for split, files in whole.items()}
         left = {places[split]: files for split, files in whole.items()}
         found: list[Digits | ImageFiles] = []
@@ -199,6 +200,19 @@ class ImageFlags:
                 files, left[places[split]] = files.split(count, seed)
             found.append(files)
         return found
+
+
+def _check_alike(parts: Mapping[str, ImageFiles]) -> None:
+    """Refuse splits whose classes differ: their numbers would mean different classes."""
+    from vitprune_env.errors import SettingsError
+
+    (first, files), *others = parts.items()
+    for split, other in others:
+        if different := set(files.class_names or ()) ^ set(other.class_names or ()):
+            raise SettingsError(
+                f"data_dir: expected the same classes in {first} and {split}, but {', '.join(sorted(different)[:3])} "
+                "are in one of them alone; a network that knows the names of its classes, or a class_map, numbers them"
+            )
 
 
 def _check_count(split: str, count: int | None) -> None:
