@@ -153,7 +153,7 @@ def _last_of(folder: Path, purge_step: int) -> SummaryWriter:
     """
     older = set(folder.glob("*tfevents*"))
     writer = SummaryWriter(folder, purge_step=purge_step)
-    (own,) = set(folder.glob("*tfevents*")) - older
+    own = max(set(folder.glob("*tfevents*")) - older)
     if all(path.name < own.name for path in older):
         return writer
     writer.close()

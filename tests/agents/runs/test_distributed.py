@@ -115,7 +115,7 @@ def test_an_error_in_one_process_ends_all(ranks: tuple[Path, dict[str, Any], str
 def test_a_signal_to_one_process_stops_all(ranks: tuple[Path, dict[str, Any], str]) -> None:
     folder, report, errors = ranks
     assert report["codes"]["stopped"] == [143, 143]
-    assert errors.count("stopped after update 2 of 4") == 3  # process 0 says so, and both exceptions carry it
+    assert errors.count("stopped after update 2 of 5") == 3  # process 0 says so, and both exceptions carry it
     assert len(load_state(folder / "stopped" / "training.safetensors")["history"]) == 2
 
 
