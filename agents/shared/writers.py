@@ -7,6 +7,7 @@ therefore given the number of updates done, and removes the rows of later ones.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else 0)
+        self._writer = _last_of(folder / "tensorboard", step + 1 if step else 0)
         self._logger = TensorboardLogger(self._writer, 1, 1, 1)
 
     def write(self, row: Row, step: int) -> None:
@@ -142,6 +143,23 @@ def open_writers(
     if project:
         writers.append(WeightsAndBiases(project, folder, settings, resume=bool(done)))
     return writers
+
+
+def _last_of(folder: Path, purge_step: int) -> SummaryWriter:
+    """A writer of a file that TensorBoard reads after those that are there, so that it voids events of theirs.
+
+    Files are read in the order of their names. These begin with the second, but end with a process and a count: of two
+    files of the same second, number 10 comes before number 9. The next second settles that.
+    """
+    older = set(folder.glob("*tfevents*"))
+    writer = SummaryWriter(folder, purge_step=purge_step)
+    own = max(set(folder.glob("*tfevents*")) - older)
+    if all(path.name < own.name for path in older):
+        return writer
+    writer.close()
+    own.unlink()
+    time.sleep(1.0)
+    return SummaryWriter(folder, purge_step=purge_step)
 
 
 def _line(row: Row) -> str:

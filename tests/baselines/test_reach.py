@@ -17,7 +17,7 @@ from vitprune_env.game.rollout import evaluate
 from vitprune_env.types import every_block
 
 LTMPS = [name for name in available() if name.startswith("ltmp")]
-SHARES = (0.7, 0.5, 0.35)
+SHARES = (0.7, 0.35)
 every_ltmp = pytest.mark.parametrize("name", LTMPS)
 
 

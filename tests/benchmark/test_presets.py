@@ -48,6 +48,7 @@ def share_of(preset: Published) -> float:
 PLAIN = [name for name, preset in PUBLISHED.items() if preset.keep_rate is None]
 HALF = [name for name in PLAIN if name.endswith("-half")]
 KINDS = ("deit-s", "augreg-s", "dinov2-s")
+CLOSE = 0.02  # where the search may stop, above the budget
 # Every method once, on the three kinds of network in turn.
 ONCE = [f"{method}-{KINDS[index % 3]}-half" for index, method in enumerate(available())]
 
@@ -58,11 +59,11 @@ def test_every_preset_builds_calibrates_deploys_and_is_read_back(name: str, tmp_
     backbone, method = shrunk(preset.model), describe(preset.policy)
     budget = share_of(preset) * CostModel.of(backbone).dense() / 1e9
     if method.recipe is None:
-        policy: Any = calibrate(preset.policy, budget, backbone, [images(4)])
+        policy: Any = calibrate(preset.policy, budget, backbone, [images(4)], tolerance=CLOSE)
     else:
         options: Any = {"config": method.fit_config().quick(), "progress": False}
         fitted: Any = fit(method, backbone, Pictures(), budget, **options)
-        policy = calibrate(fitted.at, budget, backbone, [images(4)], knob=method.fitted_knob)
+        policy = calibrate(fitted.at, budget, backbone, [images(4)], knob=method.fitted_knob, tolerance=CLOSE)
     found = evaluate(TokenGame.for_policy(backbone, policy), policy, [images(4)])
     assert budget <= found.gmacs <= 1.12 * budget, "few tokens are coarse"
     again = load_policy(save_policy(policy, tmp_path / "policy.safetensors"))

@@ -10,6 +10,7 @@ from vitprune_env import TokenGame
 from vitprune_env import evaluate as play_all
 from vitprune_env.baselines import available, describe
 from vitprune_env.cli import evaluate
+from vitprune_env.data import Digits
 from vitprune_env.types import Site
 
 
@@ -17,9 +18,19 @@ def options(output: Path, *flags: str) -> evaluate.Args:
     return evaluate.parse([*flags, "--quick", "--output", str(output)])
 
 
+@pytest.fixture
+def few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer images to calibrate and to fit on, but for one method."""
+    if name == "life_regression":
+        return
+    images = [Digits("train", 12, seed=1), Digits("test", 4), Digits("train", 64)]
+    monkeypatch.setattr(evaluate.Args, "_apart", lambda *_: images)
+
+
 SLOW = {"ltmp", "ltmp_merge"}  # `ltmp_prune` is trained by the same recipe
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in available()]
 )
@@ -36,6 +47,7 @@ def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
         assert play_all(game, again, tune) == play_all(game, policy, tune)
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", ["ats", "dynamicvit", "evit", pytest.param("ltmp", marks=pytest.mark.slow)])
 def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path) -> None:
     from vitprune_env import save_policy

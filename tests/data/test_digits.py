@@ -175,6 +175,14 @@ def test_augmentation_bends_the_digit_inside_its_box() -> None:
     assert (bent.ink(EVERY)[~inside_boxes(bent, EVERY)] == 0).all()
 
 
+@pytest.mark.parametrize(("name", "most"), [("warp", 0.15), ("shear", 0.2), ("angle", 0.1)])
+def test_digits_are_bent_and_turned_either_way(name: str, most: float) -> None:
+    drawn = getattr(Digits("train", 1000, config=DigitsConfig(warp=0.15, shear=0.2))._scenes, name)
+    assert -most <= drawn.min() < -0.98 * most
+    assert 0.98 * most < drawn.max() <= most
+    assert abs(drawn.mean()) < 0.1 * most
+
+
 def test_a_data_loader_reads_it() -> None:
     scenes = Digits("validation", 10)
     images, labels = zip(*DataLoader(scenes, batch_size=4), strict=True)

@@ -41,6 +41,17 @@ def run(config: Preset = TINY, **options: Any) -> TrainResult:
     return train(toy(NAME), DATA, **config.arguments, progress=False, **options)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adaptive")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> TrainResult:
+    """An uninterrupted run, written to the folder."""
+    return run(output=folder)
+
+
 @given(scale=st.floats(0.1, 50), shift=st.floats(-5, 5), share=st.floats(0.2, 0.8))
 def test_the_budget_comes_out_of_the_normalisation_whatever_the_tokens_scale(
     scale: float, shift: float, share: float
@@ -108,9 +119,8 @@ def test_processes_get_their_part_of_the_budgets() -> None:
     assert len(torch.cat(shares).unique()) == 7
 
 
-def test_every_budget_of_the_range_is_met(tmp_path: Path) -> None:
-    result = run(output=tmp_path)
-    policy = result.policy
+def test_every_budget_of_the_range_is_met(whole: TrainResult) -> None:
+    policy = whole.policy
     assert isinstance(policy, AdaptivePolicy)
     images, _ = DATA.batch(range(48))
     dense = TokenGame(toy(NAME)).cost.dense()
@@ -123,9 +133,9 @@ def test_every_budget_of_the_range_is_met(tmp_path: Path) -> None:
             policy.at(wrong)
 
 
-def test_files_and_deployment(tmp_path: Path) -> None:
-    policy = run(output=tmp_path).policy
-    loaded = load_policy(tmp_path / "policy.safetensors")
+def test_files_and_deployment(whole: TrainResult, folder: Path) -> None:
+    policy = whole.policy
+    loaded = load_policy(folder / "policy.safetensors")
     assert isinstance(loaded, AdaptivePolicy)
     assert loaded.width == toy(NAME).embed_dim
     images = random_images(toy(NAME), 4)
@@ -134,8 +144,9 @@ def test_files_and_deployment(tmp_path: Path) -> None:
     torch.testing.assert_close(model(images), expected)
 
 
-def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = run()
+def test_interrupted_and_resumed_gives_the_same_bits(
+    whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     observe, calls = AdaptivePrice.observe, []
 
     def dying(self: AdaptivePrice, *args: float) -> None:
@@ -148,8 +159,8 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError, match="killed"):
         run(output=tmp_path)
     resumed = run(output=tmp_path, resume=True)
-    assert [row["price"] for row in straight.history] == [row["price"] for row in resumed.history]
-    assert straight.policy.thresholds == resumed.policy.thresholds  # type: ignore[attr-defined]
+    assert [row["price"] for row in whole.history] == [row["price"] for row in resumed.history]
+    assert whole.policy.thresholds == resumed.policy.thresholds  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

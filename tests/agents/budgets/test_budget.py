@@ -147,6 +147,12 @@ def test_keep_cost_is_fed_forward_from_the_equilibrium() -> None:
     assert schedule.price == pytest.approx(2.0 * 0.7 / 0.25)
 
 
+def test_a_target_that_leaves_nothing_still_pays_for_one_token() -> None:
+    schedule = FedForwardKeepCost(PaperReward(outcome_bonus=2.0), cost(), accuracy=0.9)
+    schedule.reward(cost().floor / cost().model.dense())
+    assert schedule.price == pytest.approx(2.0 * 0.9 * 8)
+
+
 def test_at_that_keep_cost_a_token_earns_nothing_on_average() -> None:
     """Keep and prune pay the same where the fraction kept is the target's: the equilibrium."""
     schedule = FedForwardKeepCost(PaperReward(), cost(), accuracy=0.8)
@@ -203,7 +209,7 @@ def test_calibrated_policy_meets_its_budget(sharpness: float, share: float) -> N
     target = share * game.cost.dense()
     calibrated = calibrate_threshold(game, policy, [images[:40], images[40:]], target)
     macs = play(game, calibrated, images).outcome.macs.mean().item()
-    assert 0.98 * target < macs <= target
+    assert 0.999 * target <= macs <= target
     assert calibrated.actor is policy.actor
     assert calibrated.sites == policy.sites
 

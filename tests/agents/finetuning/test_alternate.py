@@ -19,6 +19,7 @@ from vitprune_env.agents.finetuning.alternate import Alternation
 from vitprune_env.agents.runs import run as trainer
 from vitprune_env.agents.shared.signals import TrainingStopped
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.files import load_state
 from vitprune_env.game.rewards import PaperReward
 from vitprune_env.types import Step
 
@@ -62,6 +63,8 @@ def test_a_copy_learns_behind_the_first_site(mode: Any, tmp_path: Path) -> None:
     assert (tmp_path / "backbone.safetensors").exists()
     phases = [row for row in result.history if "finetune/loss" in row]
     assert len(phases) == (3 if mode == "alternate" else 0)
+    if mode == "alternate":
+        assert load_state(tmp_path / "training.safetensors")["finetune"]["steps"] == 6, "in all phases together"
 
 
 def test_the_policy_is_calibrated_for_the_network_that_comes_out(tmp_path: Path) -> None:

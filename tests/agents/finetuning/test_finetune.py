@@ -133,6 +133,17 @@ def test_the_loss_falls_and_the_history_says_what_was_asked() -> None:
     assert not result.backbone.training
 
 
+def test_a_short_run_warms_up_for_a_fifth_of_it_at_most() -> None:
+    config = replace(SHORT, steps=10, warmup_steps=8, cache_images=0)
+    tuner = FineTuner(load_backbone(deepcopy(toy(NAME).model)), DATA, config, EViT(0.6), torch.Generator(), SITES)
+    rates = []
+    for tuner.steps_done in range(10):
+        tuner._schedule()
+        rates.append(tuner.optimizer.param_groups[0]["lr"])
+    assert rates[0] < rates[1] < rates[2] == config.lr
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = tuned()
     step, calls = FineTuner.step, []

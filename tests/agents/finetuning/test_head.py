@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -19,9 +20,10 @@ from vitprune_env.errors import NumericalError, UnsupportedBackboneError
 DATA, DECAY = OwnLabels(40), 0.01
 
 
-def fitted(decay: float = DECAY) -> tuple[Any, float]:
+@cache
+def fitted() -> tuple[Any, float]:
     backbone = load_backbone(deepcopy(toy(NAME).model))
-    return backbone, fit_head(backbone, DATA, decay, batch_size=16, progress=False)
+    return backbone, fit_head(backbone, DATA, DECAY, batch_size=16, progress=False)
 
 
 @torch.no_grad()

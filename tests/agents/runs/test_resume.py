@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import DATA, NAME, assert_same, run
+from test_trainer import DATA, NAME, assert_same, run, whole
 
 from failures import Hostile, fill_the_disk
 from games import OwnLabels
@@ -88,7 +88,7 @@ def test_a_signal_lets_the_update_finish_and_saves(
     assert f"{number.name}: finishing the update" in caplog.text
     assert "resume (--resume) goes on from it" in caplog.text
     assert logged(tmp_path) == [1, 2, 3]
-    assert_same(run(config), run(config, output=tmp_path, resume=True))
+    assert_same(whole(), run(config, output=tmp_path, resume=True))
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
@@ -119,8 +119,12 @@ def test_a_second_signal_quits_at_once(grace: float, tmp_path: Path) -> None:
 
 def test_without_an_output_folder_signals_do_what_they_always_do(monkeypatch: pytest.MonkeyPatch) -> None:
     before_update(monkeypatch, 2, lambda _: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are told to ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +134,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(StorageError, match=r"No space left.*free some space: the checkpoint of update 2"):
             run(config, output=tmp_path)
     assert len(load_state(tmp_path / "training.safetensors")["history"]) == 2
-    assert_same(run(config), run(config, output=tmp_path, resume=True))
+    assert_same(whole(), run(config, output=tmp_path, resume=True))
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
@@ -176,6 +180,13 @@ def test_the_one_loss_of_a_learner_of_ones_own_is_watched_too() -> None:
         check_health({"update": 7.0, "loss": -900.0}, history, torch.nn.Linear(2, 2))
 
 
+def test_a_loss_that_was_nearly_nothing_may_grow_to_an_ordinary_one() -> None:
+    history = [{"update": float(update), "loss": 1e-7} for update in range(1, 7)]
+    check_health({"update": 7.0, "loss": 0.9}, history, torch.nn.Linear(2, 2))  # below 1000 * 0.001
+    with pytest.raises(NumericalError, match=r"got 1\.1 in update 7"):
+        check_health({"update": 7.0, "loss": 1.1}, history, torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(
     ("ruin", "message"),
     [
@@ -195,7 +206,7 @@ def test_a_ruined_run_stops_and_can_be_mended(
         advice += r".*smaller lr \(now 0\.003\) or max_grad_norm \(now 0\.5\)"
         with pytest.raises(NumericalError, match=message + advice):
             run(config, output=tmp_path)
-    mended, same = run(but(config, lr=1e-3), output=tmp_path, resume=True), run(config)
+    mended, same = run(but(config, lr=1e-3), output=tmp_path, resume=True), whole()
     assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in mended.history[:5]] == [row["loss"] for row in same.history[:5]]
     assert mended.history[5]["loss"] != same.history[5]["loss"]

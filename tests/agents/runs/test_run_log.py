@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from test_trainer import run
 
 from failures import fill_the_disk
@@ -20,6 +21,7 @@ from helpers import random_images, toy
 from runs import TINY, but
 from vitprune_env.agents.runs.log import RunLog, postfix
 from vitprune_env.agents.runs.pictures import tokens_picture
+from vitprune_env.agents.shared import writers
 from vitprune_env.agents.shared.writers import HistoryFile, TensorBoard, WeightsAndBiases
 from vitprune_env.baselines import RandomDrop
 from vitprune_env.errors import MissingPackageError, StorageError
@@ -51,6 +53,36 @@ class FakeWandb(ModuleType):
 
     def finish(self) -> None:
         self.finished += 1
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    now = 1_700_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_run_taken_up_in_the_same_second_voids_what_it_does_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though TensorBoard would read the tenth file of a process before the ninth."""
+    clock = Clock()
+    monkeypatch.setattr(event_file_writer, "time", clock)
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    monkeypatch.setattr(writers, "time", clock)
+    for done, updates in ((0, (1, 2, 3)), (2, (3, 4))):
+        board = TensorBoard(tmp_path, done)
+        for update in updates:
+            board.write({"update": float(update), "run": float(done)}, update)
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("training/update")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("training/run")] == [0, 0, 2, 2]
 
 
 @pytest.fixture

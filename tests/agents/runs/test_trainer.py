@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def run(config: Preset = TINY, data: Any = DATA, **options: Any) -> TrainResult:
     return train(toy(NAME), data, **config.arguments, progress=False, **options)
 
 
+@cache
+def whole() -> TrainResult:
+    """The uninterrupted run that many others are compared with."""
+    return run()
+
+
 def weights(result: TrainResult) -> Tensor:
     modules = (result.policy.actor, result.critic)
     return torch.cat([parameter.flatten() for module in modules for parameter in module.parameters()])
@@ -62,7 +69,7 @@ def assert_same(one: TrainResult, two: TrainResult) -> None:
 
 def test_the_threshold_is_set_on_other_images_if_there_are_any() -> None:
     others = OwnLabels(48, seed=7)
-    one, two = run(), run(calibration=others)
+    one, two = whole(), run(calibration=others)
     assert torch.equal(weights(one), weights(two))  # learning does not see them
     assert one.policy.threshold != two.policy.threshold
     game = TokenGame.for_policy(toy(NAME), two.policy)
@@ -177,7 +184,7 @@ def test_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path: Path, monkey
         patch.setattr(MAPPO, "update", poison)
         with pytest.raises(NumericalError, match="last checkpoint is kept"):
             run(output=tmp_path)
-    assert_same(run(), run(output=tmp_path, resume=True))
+    assert_same(whole(), run(output=tmp_path, resume=True))
 
 
 def test_what_is_refused() -> None:
