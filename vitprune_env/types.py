@@ -97,7 +97,7 @@ def quarter_sites(depth: int, later: int = 0, inside: bool = False) -> list[str]
     return [f"{block}.attn" if inside else str(block) for block in blocks]
 
 
-@lazily("image", "token", "offsets", "size", "order")
+@lazily("image", "token", "offsets", "size", "order", "position")
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees at a site: the alive tokens as packed rows, so that dead tokens cost nothing."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Unpack, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,10 @@ class LTMPFitConfig(FitConfig):
         check_fields(self, positive, lambda value: value > 0, "above 0")
         check_fields(self, ("merge_init", "label_smoothing"), lambda value: 0 <= value <= 1, "0 to 1")
         check_fields(self, ("prune_init", "budget_weight", "calibration"), lambda value: value >= 0, "at least 0")
+
+    def quick(self, steps: int = 4) -> Self:
+        """The same settings with very few steps and images, for tests of the whole fit."""
+        return replace(super().quick(steps), calibration=min(self.calibration, 64))
 
     @property
     def names(self) -> tuple[str, ...]:

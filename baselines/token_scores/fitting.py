@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -33,6 +33,10 @@ class ScoreConfig(KeepRateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, ("calibration",), lambda value: value >= 0, "at least 0")
+
+    def quick(self) -> Self:
+        """The same settings with very few steps and images, for tests of the whole fit."""
+        return replace(super().quick(), calibration=min(self.calibration, 64))
 
 
 class ScoreTask(KeepRateTask[TokenScores]):

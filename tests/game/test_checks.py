@@ -8,7 +8,18 @@ import pytest
 import timm
 import torch
 
-from vitprune_env import Backbone, BasePolicy, Decision, KeepAll, Observation, check_policy, load_backbone
+from vitprune_env import (
+    Backbone,
+    BasePolicy,
+    Decision,
+    KeepAll,
+    Observation,
+    PrunedViT,
+    TokenGame,
+    check_policy,
+    load_backbone,
+    play,
+)
 from vitprune_env.baselines import EViT, EvoViT, RandomDrop
 
 
@@ -50,6 +61,54 @@ class KeepMore(BasePolicy):
         keep = torch.ones_like(obs.alive)
         keep[:, 0] = obs.step > 0
         return Decision(keep)
+
+
+class KeepPositiveInPlace(BasePolicy):
+    """Reuses the tensors that it is given, and leaves nothing of them."""
+
+    needs = frozenset({"cls_attention", "keys", "brightness"})
+
+    def decide(self, obs: Observation) -> Decision:
+        keep = obs.alive
+        keep &= obs.scatter(obs.tokens[:, 0] > 0, fill=False)
+        seen = [obs.tokens, obs.image, obs.token, obs.offsets, obs.cls, obs.size, obs.order, obs.position]
+        for values in (*seen, *obs.evidence.values()):
+            values.fill_(7)
+        return Decision(keep)
+
+
+class KeepPositive(BasePolicy):
+    """The same without a trace."""
+
+    def decide(self, obs: Observation) -> Decision:
+        return Decision(obs.scatter(obs.tokens[:, 0] > 0, fill=False))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_patch16_224_mean"])
+@torch.no_grad()
+def test_what_a_policy_does_to_its_observation_changes_no_game(
+    name: str, count: int, backbone: Backbone, images: torch.Tensor
+) -> None:
+    if name.endswith("mean"):  # without prefix tokens
+        options = {"img_size": 64, "depth": 4, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+        model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **options)
+        backbone = load_backbone(model)
+    sites, images = (1, 2, 3), images[:count]
+    needs = frozenset({"keys", "brightness"} | ({"cls_attention"} if backbone.has_class_token else set()))
+    kept, logits = [], []
+    for policy in (KeepPositive(), KeepPositiveInPlace()):
+        policy.needs = needs
+        episode = play(TokenGame.for_policy(backbone, policy, sites=sites), policy, images)
+        kept.append(episode.keep)
+        logits += [episode.outcome.logits, PrunedViT(backbone, policy, sites).eval()(images)]
+    assert 0 < kept[0][-1].sum() < kept[0][0].numel()
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(logits[0], logits[2])
+    torch.testing.assert_close(logits[1], logits[3], rtol=0, atol=0)
+    if count > 1:
+        policy.needs = needs
+        check_policy(policy, backbone, images)
 
 
 def test_good_policies_pass(backbone: Backbone, images: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ begins.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Backbone(Network):
     def observe(
         self, state: TokenState, site: Site, step: int, num_steps: int, evidence: Mapping[str, Tensor]
     ) -> Observation:
-        """What a policy sees of the tokens at a site.
+        """What a policy sees of the tokens at a site: copies, so that one that changes them in place changes nothing.
 
         Args:
             state: the tokens.
@@ -67,14 +68,14 @@ class Backbone(Network):
         """
         return Observation(
             tokens=state.tokens,
-            image=on_demand(getattr, state, "image"),
-            token=on_demand(getattr, state, "token"),
-            offsets=on_demand(getattr, state, "offsets"),
-            cls=self.cls(state),
-            alive=state.alive,
-            size=on_demand(getattr, state, "size"),
-            order=on_demand(getattr, state, "order"),
-            position=self.position,
+            image=on_demand(_copied, state, "image"),
+            token=on_demand(_copied, state, "token"),
+            offsets=on_demand(_copied, state, "offsets"),
+            cls=self.cls(state).clone(),
+            alive=state.alive.clone(),
+            size=on_demand(_copied, state, "size"),
+            order=on_demand(_copied, state, "order"),
+            position=on_demand(_copied, self, "position"),
             site=site,
             step=step,
             num_steps=num_steps,
@@ -82,7 +83,7 @@ class Backbone(Network):
             evidence=evidence,
             count=state.count,
             num_prefix=self.num_prefix,
-            parked=state.waiting,
+            parked=None if state.waiting is None else state.waiting.clone(),
         )
 
     def forward_soft(self, images: Tensor, key_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,3 +116,7 @@ def _log_size(state: TokenState) -> Tensor:
     """Log of the patches that each row stands for, `[rows]`; 0 for prefix tokens."""
     bias = state.x.new_zeros(state.x.shape[0])
     return bias.index_copy(0, state.patch_rows, state.size[state.image, state.token].log().to(bias))
+
+
+def _copied(owner: Any, name: str) -> Tensor:
+    return getattr(owner, name).clone()

@@ -155,9 +155,10 @@ class TokenState:
 
     @property
     def tokens(self) -> Tensor:
-        """`[sum n_i, D]` alive patch tokens."""
+        """`[sum n_i, D]` alive patch tokens, a copy."""
         if self.is_uniform:
-            return self.x.view(self.batch_size, self.groups[0][1], -1)[:, self.num_prefix :].flatten(0, 1)
+            rows = self.x.view(self.batch_size, self.groups[0][1], -1)[:, self.num_prefix :]
+            return rows.clone(memory_format=torch.contiguous_format).flatten(0, 1)
         return self.x[self.patch_rows]
 
     @property
