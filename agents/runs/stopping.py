@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 WINDOW = 10  # updates over which price and cost are averaged
-STEADY = 0.1  # how far a mean may be from that of the window before, relative to it
 ON_TARGET = 0.05  # how far the mean cost may be from its target, relative to it
+STEADY = 0.2  # how far a mean may be from that of the window before; a cost that is 5 % off moves the price by 10 %
 
 Rows = Sequence[Mapping[str, float]]
 

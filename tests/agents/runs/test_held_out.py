@@ -203,7 +203,7 @@ def test_training_goes_on_until_the_budget_is_reached() -> None:
         for led in (True, False):
             moving = history(STALLED)
             for row in moving[20:30]:
-                row[name] *= 0.88  # 13.6 % less than in the ten updates after them
+                row[name] *= 0.82  # the ten updates after them have 22 % more
             assert stopping.reason_to_stop(moving, 2, led) is None
     free = history(STALLED, price=0.0)  # a reward without a price
     assert stopping.reason_to_stop(free, 2, led=False) is not None
