@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launched(args.common.device) as (processes, device):
         args = args.on(device)
         backbone = args.images.network(args.common.seed, device)  # any plain ViT of timm
-        task = open_task(args, backbone)  # images to train on, to calibrate on, and to report on
+        task = open_task(args, backbone)  # images to train on, to calibrate and to validate on, and to report on
         start = start_policy(args, backbone, task, processes.is_main)  # None: a new actor
         result = train(
             backbone,
             task.training,
             **args.settings.arguments,  # budget, learner, reward, run, finetune, sites
             calibration=task.calibration,
+            validation=task.validation,
             start=start,
             output=args.common.output,
             device=device,

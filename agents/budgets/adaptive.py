@@ -287,3 +287,7 @@ class BudgetRange(Budget):
         thresholds = [each.threshold for each in at_knots]
         rest = policy.sites, policy.info, policy.actions, policy.seed
         return AdaptivePolicy(policy.actor, policy.shares, thresholds, target / dense, *rest).eval()
+
+    def at_target(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> AdaptivePolicy:
+        """The policy in the middle of the range alone, with the threshold there."""
+        return calibrate_threshold(game, policy, batches, target)

@@ -149,6 +149,17 @@ class Budget(ABC):
         """
         return calibrate_threshold(game, policy, batches, target)
 
+    def at_target(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
+        """The policy at the target, for a look at it during training; as `calibrated` gives it unless that takes long.
+
+        Args:
+            game: see `calibrated`.
+            policy: likewise.
+            batches: likewise.
+            target: likewise.
+        """
+        return self.calibrated(game, policy, batches, target)
+
     def controller(
         self,
         game: TokenGame,
@@ -346,6 +357,15 @@ class BudgetController:
             batches: training images, or states that `game.prepare` made of them.
         """
         return self.budget.calibrated(self.game, policy, batches, self.target)
+
+    def at_target(self, policy: Any, batches: Batches) -> Any:
+        """A policy that is still being trained as it would meet the budget.
+
+        Args:
+            policy: see `calibrate`.
+            batches: likewise.
+        """
+        return self.budget.at_target(self.game, policy, batches, self.target)
 
     def state(self) -> dict[str, Any]:
         """All that the coming updates depend on."""

@@ -44,6 +44,7 @@ class RunLog(LazyLogger):
         self.resume_from = (done, done * steps, done)
         self._bar = tqdm(total=updates, initial=done, desc="train", unit="update", disable=not progress)
         self._learnt: dict[str, float] = {}
+        self._shown: dict[str, float] = {}  # with the last validation, also between two of them
 
     def log_update_data(self, log_data: dict[str, Any], step: int) -> None:
         """Called after the gradient steps of an update, before `log_training_data`."""
@@ -53,7 +54,8 @@ class RunLog(LazyLogger):
     def log_training_data(self, log_data: dict[str, Any], step: int) -> None:
         """Called last in an update."""
         row = self.after_update(log_data, self._learnt)
-        self._bar.set_postfix_str(postfix(row))
+        self._shown |= row
+        self._bar.set_postfix_str(postfix(self._shown))
         self._bar.update()
         self._to_all(lambda writer: writer.write(row, step))
         if self.writers and self.picture is not None and row["update"] % self.picture[0] == 0:
@@ -107,6 +109,7 @@ _SHOWN = {
     "kl": "approx_kl",
     "clip": "clip_frac",
     "ev": "explained_variance",
+    "validation": "validation_accuracy",
 }
 _LEARNT = (
     "loss",

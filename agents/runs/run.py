@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -13,15 +14,14 @@ import numpy as np
 import torch
 from tianshou.trainer import OnPolicyTrainerParams
 from tianshou.utils.torch_utils import torch_train_mode
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from ...engine.backbone import Backbone
-from ...engine.tokens import TokenState
 from ...envs.actions import ActionKind, KeepActions, action_kind, registered_actions
 from ...errors import SettingsError
 from ...files import PathLike
-from ...game.rewards import RewardFn, SharedOutcome
+from ...game.rewards import RewardFn, SharedOutcome, has_price
 from ...game.rollout import evaluate
 from ...game.token_game import TokenGame
 from ...models.load import weights_digest
@@ -43,9 +43,13 @@ from ..shared.writers import Writer
 from .collector import GameCollector
 from .divergence import check_health
 from .folder import RunFolder
+from .held_out import FEW, Labelled, Validation, fixed_images
 from .log import RunLog
 from .pictures import PICTURES, tokens_picture
 from .settings import RunConfig, Settings
+from .stopping import reason_to_stop
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class TrainResult:
     train_macs: float  # what the policy costs on the calibration images
     train_accuracy: float  # its accuracy there
     backbone: Backbone  # the one given, or its fine-tuned copy
+    stopped: str | None = None  # after which update training ended early, and why; None: it did all updates
 
 
 def train(
@@ -73,6 +78,7 @@ def train(
     sites: Sequence[int | str | Site] | None = None,
     actions: ActionKind | str = KeepActions(),  # noqa: B008, frozen
     calibration: BatchedDataset | Dataset[Any] | None = None,
+    validation: BatchedDataset | Dataset[Any] | None = None,
     start: TokenPolicy | MergePolicy | None = None,
     output: PathLike | None = None,
     device: str | torch.device = "cpu",
@@ -96,6 +102,9 @@ def train(
             to be registered (`register_actions`), so that the policy can be saved.
         calibration: images on which the threshold is set in the end, such as `RandomViews` of the training images, if
             the network knows those by heart; None: the training images.
+        validation: images with labels that nothing is learnt from, for `RunConfig(validate_every=...)`: what the policy
+            would achieve on them if it were deployed goes into the history, and may end training (`patience`). Not the
+            images to report on, since they decide when training ends.
         start: a policy to go on from, such as one that was trained before or that `distilled_policy` made; it brings
             its actor with its senses, and its sites where none are given. The target is not annealed. None: a new
             actor.
@@ -134,13 +143,16 @@ def train(
     settings = Settings(budget, learner, reward, run, finetune, sites, action_kind(actions, "actions"), start)
     processes = Processes() if processes is None else processes
     settings.check(processes)
+    if (validation is None) != (run.validate_every == 0):
+        expected, got = ("None", "a dataset") if validation is not None else ("held-out images with labels", "None")
+        raise SettingsError(f"validation: expected {expected} with validate_every={run.validate_every}, got {got}")
     if output is not None:
         registered_actions(settings.actions)  # refuses a kind that the policy's file could not name
     folder = None if output is None else RunFolder(output, processes)
     backbone = backbone if finetune is None else deepcopy(backbone)
     alone = nullcontext() if folder is None else folder.alone()
     with alone, torch_train_mode(backbone.to(device), enabled=False):
-        training = Run(backbone, data, settings, folder, torch.device(device), processes, calibration)
+        training = Run(backbone, data, settings, folder, torch.device(device), processes, calibration, validation)
         if resume:
             training.resume()
         training.learn(progress and processes.is_main)
@@ -159,6 +171,7 @@ class Run:
         device: torch.device,
         processes: Processes,
         calibration: BatchedDataset | Dataset[Any] | None = None,
+        validation: BatchedDataset | Dataset[Any] | None = None,
     ) -> None:
         self.calibration = calibration
         budget, learner, config = settings.budget, settings.learner, settings.run
@@ -195,6 +208,12 @@ class Run:
         if settings.finetune is not None and settings.finetune.when == "alternate":
             tuned = settings.actions, settings.finetune, config.updates, self.images
             self.alternation = Alternation(backbone, self.actor, *tuned)
+        self.validation: Validation | None = None
+        if validation is not None:
+            seed, prepared = config.seed, config.cache_images > 0
+            held_out = fixed_images(validation, self.game, config.validation_images, seed, device, prepared)
+            few = self._calibration_images(min(FEW, config.calibration_images), prepared)
+            self.validation = Validation(self.controller, few, held_out, processes)
         self.history: list[dict[str, float]] = []
         self.signals = StopSignals(grace=1.0 if processes.size > 1 else 0.0)
 
@@ -202,6 +221,18 @@ class Run:
     def updates_done(self) -> int:
         """Rows of the history."""
         return len(self.history)
+
+    @property
+    def stop(self) -> str | None:
+        """After which update training ends early, and why; None: it goes on, or all updates are done."""
+        done, updates = self.updates_done, self.config.updates
+        reason = reason_to_stop(self.history, self.config.patience, led=has_price(self.settings.reward))
+        return f"after update {done} of {updates}: {reason}" if reason is not None and done < updates else None
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run, as far as is known now."""
+        return self.config.updates if self.stop is None else self.updates_done
 
     @property
     def steps(self) -> int:
@@ -212,7 +243,7 @@ class Run:
         """Run tianshou's trainer over the updates that remain; one of its epochs is one update."""
         if self.folder is None:
             return self._learn([], progress)
-        if self.updates_done < self.config.updates:
+        if self.updates_done < self.updates:
             self.folder.forget_finetuning()
         learner, settings = self.settings.learner, self.settings.as_json(self.game.sites)
         with self.folder.explaining(learner.lr, learner.max_grad_norm), self.signals:
@@ -224,14 +255,14 @@ class Run:
         log = RunLog(self.after_update, config.updates, self.updates_done, self.steps, writers, progress, picture)
         params = OnPolicyTrainerParams(
             training_collector=self.collector,
-            max_epochs=config.updates,
+            max_epochs=self.updates,
             epoch_num_steps=self.steps,
             collection_step_num_env_steps=None,
             collection_step_num_episodes=config.images,
             batch_size=learner.minibatch,
             update_step_num_repetitions=learner.epochs,
             training_fn=self.before_update,
-            save_checkpoint_fn=self.save_if_due,
+            save_checkpoint_fn=lambda *_: self.end_update(params),
             logger=log,
             resume_from_log=True,
             verbose=False,
@@ -269,18 +300,33 @@ class Run:
         if self.alternation is not None:
             row |= self.alternation.after(self.updates_done + 1)
         check_health(row, self.history, self.algorithm)
-        self.history.append(row)
-        return row
+        self.history.append(row | self._validated(self.updates_done + 1))
+        return self.history[-1]
 
-    def save_if_due(self, epoch: int, env_step: int, gradient_step: int) -> str:
-        """Save every so many updates, after the last one, and after a signal, which also ends training."""
+    def _validated(self, update: int) -> dict[str, float]:
+        """How the greedy policy does on held-out images, every so many updates and after the last one."""
+        if self.validation is None or (update % self.config.validate_every and update < self.config.updates):
+            return {}
+        with torch_train_mode(self.actor, enabled=False):
+            return self.validation.measure(self.greedy())
+
+    def end_update(self, params: OnPolicyTrainerParams) -> str:
+        """Save every so many updates, after the last one, and after a signal; the latter two end training.
+
+        Args:
+            params: of tianshou's trainer, which looks at their `max_epochs` before every update.
+        """
+        done, stop = self.updates_done, self.stop
+        if stop is not None:
+            params.max_epochs = done
+            _log.info("training ended %s", stop)
         if self.folder is None:
             return ""
-        done = self.updates_done
         number = self.processes.largest(self.signals.received)  # a signal to one process stops all of them
-        if number or done % self.config.checkpoint_every == 0 or done == self.config.updates:
+        last = done == params.max_epochs
+        if number or last or done % self.config.checkpoint_every == 0:
             self.folder.save(self.state())
-        if number and (done < self.config.updates or self._finetunes_after):
+        if number and (not last or self._finetunes_after):
             raise self.folder.stopped(number, self.config.updates)
         return ""
 
@@ -329,12 +375,12 @@ class Run:
     def finish(self, progress: bool, resume: bool) -> TrainResult:
         """Calibrate to the budget, fine-tune the network if so set, measure, save."""
         self.game.reward = SharedOutcome()  # the last reward may have a price for each image of a batch
-        batches = self._calibration_images()
+        batches = self._calibration_images(self.config.calibration_images)
         images = [batch for batch, _ in batches]
         policy = self.controller.calibrate(self.greedy(self._info()).eval(), images)
         if self._finetunes_after:
             self._finetune(policy, progress, resume)
-            batches = self._calibration_images()
+            batches = self._calibration_images(self.config.calibration_images)
             policy = self.controller.calibrate(policy, [batch for batch, _ in batches])  # the features have changed
         measured = evaluate(self.game, policy, batches)
         if self.folder is not None:
@@ -343,16 +389,14 @@ class Run:
                 self.folder.save_backbone(self.game.backbone)
         if self.alternation is not None:
             self.game.backbone.requires_grad_(True)  # fine-tuning had frozen what comes before the first site
-        results = self.controller.target, measured.macs, measured.accuracy, self.game.backbone
+        results = self.controller.target, measured.macs, measured.accuracy, self.game.backbone, self.stop
         return TrainResult(policy, self.algorithm.critic, tuple(self.history), *results)
 
-    def _calibration_images(self) -> list[tuple[Tensor | TokenState, Tensor]]:
+    def _calibration_images(self, count: int, prepared: bool = True) -> Labelled:
         """Images to set the threshold on, in batches."""
-        count = self.config.calibration_images
         if self.calibration is None:
             return self.images.first(count)
-        generator = torch.Generator().manual_seed(self.config.seed)  # its own: resumed runs draw the same images
-        return TrainingImages(self.calibration, self.game, count, generator, self.images.device).first(count)
+        return fixed_images(self.calibration, self.game, count, self.config.seed, self.images.device, prepared)
 
     @property
     def _finetunes_after(self) -> bool:

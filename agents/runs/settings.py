@@ -24,7 +24,7 @@ class RunConfig:
     """How long a run is, on which images, and what it writes."""
 
     updates: int = 80
-    """Number of updates; each plays one batch of games."""
+    """Number of updates, or the most if there is a patience; each plays one batch of games."""
     images: int = 128
     """Images (games) per update."""
     seed: int = 0
@@ -34,6 +34,13 @@ class RunConfig:
     run through the first blocks whenever it is drawn."""
     calibration_images: int = 512
     """Training images on which the threshold is set at the end."""
+    validate_every: int = 0
+    """Updates between validations, in which the greedy policy plays held-out images at the budget; 0: none."""
+    validation_images: int = 512
+    """How many of the images for validation are played."""
+    patience: int = 0
+    """Validations without a new best accuracy after which training ends, once price and cost have settled; 0: training
+    runs all updates."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     amp: bool = False
@@ -43,15 +50,18 @@ class RunConfig:
     wandb: str | None = None
     """Project of Weights & Biases to log to, beside TensorBoard; needs the package wandb."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "log_images_every", "wandb"})
-    """Settings that a resumed run may change: they decide what is written, and when."""
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"checkpoint_every", "log_images_every", "wandb", "validate_every", "validation_images", "patience"}
+    )
+    """Settings that a resumed run may change: they decide what is written, and when, and which update is the last."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("updates", "images", "calibration_images", "checkpoint_every"):
+        for name in ("updates", "images", "calibration_images", "validation_images", "checkpoint_every"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("cache_images", "log_images_every"):
+        for name in ("cache_images", "validate_every", "patience", "log_images_every"):
             check(self, name, getattr(self, name) >= 0, "at least 0")
+        check(self, "patience", not self.patience or self.validate_every > 0, "0 with validate_every=0")
 
 
 @dataclass(frozen=True)

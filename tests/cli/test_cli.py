@@ -169,15 +169,16 @@ def test_preset_decides_defaults_and_flags_win() -> None:
     argv = ["--preset", "rl4evit", "--updates", "7", "--keep-cost", "2.5", "--outcome-bonus", "1.5"]
     settings, paper = parse(argv).settings, PRESETS["rl4evit"]
     assert settings.reward == PaperReward(keep_cost=2.5, outcome_bonus=1.5)
-    assert (settings.learner, settings.run) == (paper.learner, replace(paper.run, updates=7))
+    assert (settings.learner, settings.run) == (paper.learner, replace(paper.run, updates=7, validate_every=10))
     assert isinstance(settings.budget, Equilibrium)  # two weights and no budget
-    assert parse(["--preset=rl4evit"]).settings == paper
-    assert parse(["--preset=rl4evit-printed"]).settings == PRESETS["rl4evit-printed"]
+    for name in ("rl4evit", "rl4evit-printed"):
+        unwatched = parse([f"--preset={name}", "--validate-every", "0"])
+        assert unwatched.settings == PRESETS[name]
     assert parse(["--reward", "paper_code"]).settings.reward == PaperCodeReward()
     letter = parse(["--reward", "paper", "--pay", "all", "--no-scaled", "--target-share", "0.5", "--sampled"]).settings
     assert letter.reward == PaperReward(outcome_bonus=1.0, scaled=False, pay="all")
     assert letter.budget == Share(0.5, sampled=True)
-    settings, default = parse([]).settings, PRESETS["default"]
+    settings, default = parse(["--validate-every=0"]).settings, PRESETS["default"]
     assert (settings.budget, settings.learner, settings.run) == (default.budget, default.learner, default.run)
     assert settings.reward == default.learner.default_reward()
     assert parse(["--target-gmacs", "0.01"]).settings.budget == GMACs(0.01)

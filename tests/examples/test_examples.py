@@ -66,6 +66,9 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
     assert {tuple(row["sites"]) for row in summary["rows"]} == {("1", "3", "5")}  # a fair comparison
     for name in ("tokens.png", "learning_curve.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
+    assert summary["stopped"] is None
+    history = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
+    assert ["validation_accuracy" in row for row in history] == [False, True, False, True]
     assert list((trained / "tensorboard").glob("events*"))
     assert (trained / "table.md").read_text().count("|\n") >= 6
 

@@ -275,6 +275,8 @@ def test_learning_curve_figure() -> None:
         learning_curve_figure([0, 1], [0.5, 0.6, 0.7], [1.0, 0.5])
     with pytest.raises(ValueError, match="macs_share: expected 2 values per run"):
         learning_curve_figure([0, 1], [0.5, 0.6], [1.0])
+    with pytest.raises(ValueError, match="target: expected 2 values, one for each update, got 1"):
+        learning_curve_figure([0, 1], [0.5, 0.6], [1.0, 0.5], target=[0.5])
 
 
 def test_unknown_mode() -> None:

@@ -71,11 +71,18 @@ class TrainingReport:
         }
 
     def learning_curve(self) -> Figure:
-        """How accuracy and cost went while the policy explored."""
-        dense = self.rows[0]
-        columns = ([row[name] for row in self.result.history] for name in ("update", "accuracy", "share"))
-        target = self.result.target_macs / (dense.gmacs * 1e9)
-        return learning_curve_figure(*columns, references={"dense": dense.accuracy}, budget=target)
+        """How accuracy and cost went: of exploring play, and of held-out play as deployed where the run validated."""
+        dense, history = self.rows[0], self.result.history
+        columns = ([row[name] for row in history] for name in ("update", "accuracy", "share"))
+        names = ("update", "validation_accuracy", "validation_share")
+        held_out = [(row[names[0]], row[names[1]], row[names[2]]) for row in history if names[1] in row]
+        return learning_curve_figure(
+            *columns,
+            references={"dense": dense.accuracy},
+            label="exploring, training images",
+            target=[row["target_share"] for row in history],
+            held_out=held_out,
+        )
 
     def save(self, folder: PathLike) -> None:
         """Write table.md, tokens.png and learning_curve.png.

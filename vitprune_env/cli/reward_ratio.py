@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import tyro
@@ -54,6 +54,7 @@ class Args(train.Args):
     """Eq. 2 times N, paid to kept tokens; or as printed: gamma / n, paid to every agent."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/reward_ratio")))
     untrained_actors: tyro.conf.Suppress[int] = 0
+    validate_scenes_every: ClassVar[int] = 0
 
     def run(self, form: Form, ratio: float) -> Preset:
         """The settings of one run."""
@@ -103,6 +104,7 @@ def run(args: Args, form: Form, ratio: float, backbone: Backbone, task: train.Ta
             backbone,
             task.training,
             calibration=task.calibration,
+            validation=task.validation,
             **args.run(form, ratio).arguments,
             output=args.common.output / f"{form}_{ratio:g}",
             device=args.common.device,

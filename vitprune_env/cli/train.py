@@ -6,12 +6,14 @@
     vitprune train --adaptive 0.2 0.6         # one policy for all budgets in between
     vitprune train --preset merge             # merging in every block, for photographs
     vitprune train --finetune after           # the network learns, too, from what the policy leaves
+    vitprune train --updates 400 --patience 4 # until the policy no longer improves on held-out scenes
     vitprune train --preset rl4evit           # reward, network sizes and K of RL4EViT, corrected where it has to be
     vitprune train --preset rl4evit-printed   # RL4EViT to the letter: prunes nearly everything
     vitprune train --resume                   # goes on after Ctrl-C, a crash or a power cut, to the same bits
     vitprune train --data-dir DIR --model vit_small_patch14_dinov2 --weights FILE --updates 150 --images 64
 
 The threshold is set on random crops of training images, where these are files: the network knows them by heart.
+Training is watched on images that are neither learnt from nor reported on (--validate-every).
 The output folder holds summary.json, table.md, figures, history.jsonl, TensorBoard logs, the checkpoint and the policy.
 """
 
@@ -22,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar, cast
+from typing import ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ from vitprune_env.benchmarking.images import Batches, as_batches
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, VALIDATION_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
@@ -96,6 +98,7 @@ class Args:
     training: TrainingFlags = field(default_factory=TrainingFlags)
     shown: ViewFlags = field(default_factory=ViewFlags)
     images: ImageFlags = field(default_factory=ImageFlags)
+    validate_scenes_every: ClassVar[int] = 10  # default of --validate-every on the built-in task; else 0: it takes long
 
     @property
     def settings(self) -> Preset:
@@ -117,6 +120,7 @@ class Task:
 
     training: Digits | ImageFiles | RandomViews
     calibration: RandomViews | None  # to set the policy's threshold on; None: the training images
+    validation: Digits | RandomViews | None  # to watch training on; None: it is not watched
     tune: list[tuple[Tensor, Tensor]]
     test: Batches
 
@@ -144,7 +148,10 @@ def parse(
     usual = "merge" if "pgpe" in words or "--algorithm=pgpe" in words else "default"
     preset = PRESETS.get(names[-1] if names else usual, PRESETS[usual])
     network = ImageFlags(model=preset.model, pretrained=preset.pretrained)
-    default = replace(start, training=TrainingFlags.of(preset), images=network)
+    training, given = TrainingFlags.of(preset), {word.split("=")[0].replace("_", "-") for word in words}
+    if not given & {"--data-dir", "--dataset"}:
+        training = replace(training, run=replace(training.run, validate_every=start.validate_scenes_every))
+    default = replace(start, training=training, images=network)
     args = read_flags(type(start), words, description, prog, default)
     return _small(args) if args.common.quick else args
 
@@ -153,6 +160,7 @@ def _small(args: A) -> A:
     """The same run in miniature."""
     training = args.training
     small = {"updates": 4, "images": 32, "cache_images": 128, "calibration_images": 64, "checkpoint_every": 2}
+    small |= {"validate_every": 2, "validation_images": 64}
     finetune = lowered(training.finetune, finetune_every=2, finetune_steps=4)
     training = replace(
         training,
@@ -164,14 +172,20 @@ def _small(args: A) -> A:
 
 
 def open_task(args: Args, backbone: Backbone) -> Task:
-    """The images of the flags; none to report on is learnt from or calibrated on."""
+    """The images of the flags; none to report on is learnt from, calibrated on or validated on.
+
+    Training is watched on a part of the training files, as random crops, since the network knows the files by heart; on
+    the built-in task on scenes with digits of the validation split, or of training if validation is reported on.
+    """
     images, common, run = args.images, args.common, args.training.run
-    tuned, split = 32 if common.quick else TUNE_IMAGES, images.held_out_split(args.split)
+    tuned, split, watched = 32 if common.quick else TUNE_IMAGES, images.held_out_split(args.split), run.validate_every
     if images.reads_files:
-        parts = (split, args.test_images, TEST_SEED), ("train", None, common.seed)
-        held_out, files = images.open_apart(backbone, *parts)
-        files = cast(ImageFiles, files)
+        parts = [(split, args.test_images, TEST_SEED), ("train", None, common.seed)]
+        if watched:
+            parts.insert(1, ("train", run.validation_images, VALIDATION_SEED))
+        held_out, *apart, files = (cast(ImageFiles, part) for part in images.open_apart(backbone, *parts))
         training, calibration = args.shown.learnt(files, common.seed), args.shown.calibrated(files)
+        validation = args.shown.calibrated(apart[0]) if watched else None
         tune = calibration
     else:
         if args.shown.views:
@@ -179,9 +193,12 @@ def open_task(args: Args, backbone: Backbone) -> Task:
         held_out = images.open(backbone, split, args.test_images, TEST_SEED)
         size = max(run.cache_images, run.calibration_images)
         training, calibration = cast(Digits, images.open(backbone, "train", size, common.seed)), None
+        unseen = "train" if split == "validation" else "validation"
+        scenes = images.open(backbone, unseen, run.validation_images, VALIDATION_SEED) if watched else None
+        validation = cast(Digits | None, scenes)
         tune = images.open(backbone, "train", tuned, TUNE_SEED)
     test = as_batches(held_out, args.batch_size, torch.device(common.device))
-    return Task(training, calibration, _some(tune, tuned, common.device), test)
+    return Task(training, calibration, validation, _some(tune, tuned, common.device), test)
 
 
 def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -253,9 +270,11 @@ def report(args: Args, comparison: TrainingReport, seconds: float) -> None:
     output = args.common.output
     comparison.save(output)
     settings = {name: str(value) for name, value in {**vars(args.settings), **vars(args.images)}.items()}
-    about = {"wall_seconds": seconds, "seed": args.common.seed, "settings": settings}
+    stopped = comparison.result.stopped
+    about = {"stopped": stopped, "wall_seconds": seconds, "seed": args.common.seed, "settings": settings}
     write_json(output / "summary.json", {**comparison.summary(), **about})
-    print(f"\n{comparison.table()}\n\n{seconds:.0f} s; figures, logs, policy and summary.json are in {output}/")
+    ended = "" if stopped is None else f"training ended {stopped}\n"
+    print(f"\n{comparison.table()}\n\n{ended}{seconds:.0f} s; figures, logs, policy and summary.json are in {output}/")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -273,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **args.settings.arguments,
             actions=args.settings.actions,
             calibration=task.calibration,
+            validation=task.validation,
             start=start,
             output=args.common.output,
             device=device,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Sequence[float] | Sequence[Sequence[float]]
+HELD_OUT = "as deployed, held-out images"
+PALE = "#a9bfd6"  # of what is less important than the line in front of it
 LINE = 20  # characters of a line of text beside or above a panel
 MAX_IMAGES = 8  # more images in a figure would be too small on a page
 
@@ -86,6 +88,10 @@ def learning_curve_figure(
     references: Mapping[str, float] | None = None,
     budget: float | None = None,
     title: str = "",
+    *,
+    label: str = "trained",
+    target: Sequence[float] | None = None,
+    held_out: Sequence[tuple[float, float, float]] = (),
 ) -> Figure:
     """Accuracy over training, and below it the cost.
 
@@ -94,21 +100,33 @@ def learning_curve_figure(
         accuracy: `[U]` in 0..1, or `[S, U]` for S runs, whose mean and range are drawn.
         macs_share: GMACs as a share of the dense model's; of the same shape as `accuracy`.
         references: accuracies to compare with, by name, such as that of the dense model.
-        budget: the target for `macs_share`.
+        budget: the final target for `macs_share`.
         title: of the figure.
+        label: what `accuracy` and `macs_share` are of.
+        target: `[U]`, the target of every update, where it is approached; drawn in place of `budget`.
+        held_out: for each validation the update, accuracy and `macs_share` of the greedy policy on held-out images;
+            drawn as a line with markers in front of the others.
 
     Raises:
         ValueError: for curves that do not fit `updates`.
     """
+    if target is not None and len(target) != len(updates):
+        raise ValueError(f"target: expected {len(updates)} values, one for each update, got {len(target)}")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 5.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _curve(upper, "accuracy", updates, accuracy)
+    for axes, name, values, column in ((upper, "accuracy", accuracy, 1), (lower, "macs_share", macs_share, 2)):
+        if held_out:
+            points = [row[column] for row in held_out]
+            axes.plot([row[0] for row in held_out], points, "o-", color="C0", markersize=5, zorder=3, label=HELD_OUT)
+        _curve(axes, name, updates, values, label, PALE if held_out else "C0", 1.1 if held_out else 1.5)
     for number, (name, value) in enumerate((references or {}).items(), start=1):
         upper.axhline(value, color=f"C{number}", linestyle=":", label=f"{name} {value:.1%}")
-    _curve(lower, "macs_share", updates, macs_share)
-    if budget is not None:
+    if target is not None:
+        label = f"target, {target[-1]:.0%} in the end"
+        lower.plot(updates, target, color="black", linestyle="--", linewidth=1.2, zorder=4, label=label)
+    elif budget is not None:
         lower.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.0%}")
     upper.set(ylabel="accuracy", title=title)
     lower.set(ylabel="GMACs, share of dense", xlabel="updates", ylim=(0, None))
@@ -120,14 +138,16 @@ def learning_curve_figure(
     return figure
 
 
-def _curve(axes: Axes, name: str, updates: Sequence[float], values: Curve) -> None:
+def _curve(
+    axes: Axes, name: str, updates: Sequence[float], values: Curve, label: str, colour: str, width: float
+) -> None:
     """Draw one run, or the mean and the range of several."""
     runs = np.atleast_2d(np.asarray(values, dtype=float))
     if runs.ndim != 2 or runs.shape[1] != len(updates):
         raise ValueError(f"{name}: expected {len(updates)} values per run, one for each update, got {list(runs.shape)}")
-    label = "trained" if len(runs) == 1 else f"trained, mean of {len(runs)} runs"
-    axes.plot(updates, runs.mean(axis=0), color="C0", label=label)
-    axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color="C0", alpha=0.2, linewidth=0)
+    label = label if len(runs) == 1 else f"{label}, mean of {len(runs)} runs"
+    axes.plot(updates, runs.mean(axis=0), color=colour, linewidth=width, label=label)
+    axes.fill_between(updates, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def fates_figure(

@@ -3,6 +3,7 @@
 from vitprune_env.cli.flags.common import (
     TEST_SEED,
     TUNE_SEED,
+    VALIDATION_SEED,
     CommonFlags,
     ImageFlags,
     TaskName,
@@ -11,4 +12,14 @@ from vitprune_env.cli.flags.common import (
     read_flags,
 )
 
-__all__ = ["TEST_SEED", "TUNE_SEED", "CommonFlags", "ImageFlags", "TaskName", "in_flags", "lowered", "read_flags"]
+__all__ = [
+    "TEST_SEED",
+    "TUNE_SEED",
+    "VALIDATION_SEED",
+    "CommonFlags",
+    "ImageFlags",
+    "TaskName",
+    "in_flags",
+    "lowered",
+    "read_flags",
+]

@@ -22,6 +22,7 @@ ARGUMENTS = {"checkpoint": "weights", "root": "data_dir", "data": "data_dir"}  #
 _flags: set[str] = set()  # names of the flags of the command line that was read last
 TUNE_SEED = 1_000_003  # scenes to calibrate on: training digits, other compositions than those of training
 TEST_SEED = 2_000_003  # scenes to report on
+VALIDATION_SEED = 3_000_003  # scenes to watch training on
 
 
 @dataclass(frozen=True)
