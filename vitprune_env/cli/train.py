@@ -42,7 +42,8 @@ from vitprune_env.agents import (
     train,
 )
 from vitprune_env.agents.budgets.targets import PolicyCost
-from vitprune_env.benchmarking.images import Batches, as_batches
+from vitprune_env.benchmarking.contestants import Fits
+from vitprune_env.benchmarking.images import Batches, as_batches, some_images
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
@@ -56,6 +57,7 @@ from vitprune_env.game.rewards import SharedOutcome
 from vitprune_env.game.token_game import TokenGame
 
 TUNE_IMAGES = 256
+FIT_FILES, FIT_STEPS = 256, 200  # image files and steps of the rival that is fitted: less than a minute on two cores
 START_FILE = "start.safetensors"  # the policy that training started from, for a run that is resumed
 LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO", "pgpe": "learnt merging (PGPE)"}
 
@@ -234,17 +236,23 @@ def compare(
     args: Args, backbone: Backbone, result: TrainResult, task: Task, start: TokenPolicy | MergePolicy | None = None
 ) -> TrainingReport:
     """The trained policy beside what it has to beat, at its measured GMACs and in the precision of training."""
+    fit, steps = (
+        (some_images(task.training, FIT_FILES), FIT_STEPS) if args.images.reads_files else (task.training, None)
+    )
     with autocast(args.common.device, "bf16" if args.training.run.amp else "off"):
         return compare_trained(
             result,
             backbone,
             task.tune,
             task.test,
+            fit=fit,
+            fits=Fits(steps=steps, quick=args.common.quick),
             name=LEARNERS[args.training.algorithm],
             seed=args.common.seed,
             untrained_actors=args.untrained_actors,
             start=start if isinstance(start, MergePolicy) else None,
             timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
+            progress=True,
         )
 
 

@@ -123,15 +123,24 @@ def _trained(method: Method, task: Task, share: float, sites: Sites) -> Policy:
 
 
 def _config(method: Method, task: Task) -> Any:
-    """The method's settings of a fit, as long as asked for."""
-    config = method.fit_config()
-    if task.fits.quick:
-        return config.quick()
-    if task.fits.steps is None:
+    """The method's settings of a fit, as long as asked for; of few images a quarter is held out for validation."""
+    config, fits = method.fit_config(), task.fits
+    if fits.quick:
+        config = config.quick()
+    elif fits.steps is not None:
+        config = _with_loop(config, steps=fits.steps)
+    loop, images = getattr(config, "fit", config), len(cast(Any, task.fit))
+    images = min(images, getattr(config, "images", 0) or images)
+    if images >= loop.validation + loop.batch_size:
         return config
+    return _with_loop(config, validation=images // 4, batch_size=min(loop.batch_size, images - images // 4))
+
+
+def _with_loop(config: Any, **values: Any) -> Any:
+    """Settings of a fit with other ones of its training loop, which are in them or are them."""
     if hasattr(config, "fit"):
-        return dataclasses.replace(config, fit=dataclasses.replace(config.fit, steps=task.fits.steps))
-    return dataclasses.replace(config, steps=task.fits.steps)
+        return dataclasses.replace(config, fit=dataclasses.replace(config.fit, **values))
+    return dataclasses.replace(config, **values)
 
 
 def _autocast_for_training(task: Task) -> torch.autocast:
