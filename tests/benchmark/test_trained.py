@@ -10,12 +10,16 @@ from helpers import toy
 from vitprune_env.agents import TokenActor, TokenPolicy, TrainResult
 from vitprune_env.benchmarking.contestants import Fits
 from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
+from vitprune_env.envs.actions import ActionKind, action_kind
 
 
-def compared(threshold: float, hidden: tuple[int, ...] = (), images: int = 8, **options: object) -> TrainingReport:
+def compared(
+    threshold: float, hidden: tuple[int, ...] = (), actions: ActionKind | None = None, **options: object
+) -> TrainingReport:
     """The comparison of an actor that never learned, on a toy network."""
-    backbone, data = toy(NAME), OwnLabels(images)
-    policy = TokenPolicy(TokenActor(48, hidden), threshold=threshold, sites=(1, 2, 3))
+    backbone, data = toy(NAME), OwnLabels(8)
+    actor = TokenActor(48, hidden, num_actions=2 if actions is None else actions.count(backbone.num_patches))
+    policy = TokenPolicy(actor, threshold=threshold, sites=(1, 2, 3), actions=actions)
     result = TrainResult(policy, torch.nn.Identity(), (), 0.0, 0.0, 0.0, backbone)
     batches = [(data.images, data.labels)]
     return compare_trained(result, backbone, batches, batches, **{"untrained_actors": 1, **options})  # type: ignore[arg-type]
@@ -52,3 +56,20 @@ def test_a_rival_that_cannot_meet_the_budget_says_so() -> None:
     assert "expected" in row.out_of_reach or "reaches" in row.out_of_reach
     assert "| distilled attention | out of reach |  |" in report.table()
     assert "distilled_attention_accuracy" not in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("actions", "end"), [("keep_or_merge", "merging"), ("drop_merge_keep", "merging"), ("keep_or_fuse", "fusing")]
+)
+def test_rivals_have_the_same_way_out(actions: str, end: str) -> None:
+    report = compared(0.995, actions=action_kind(actions), fit=OwnLabels(12, seed=1), fits=Fits(steps=2))
+    rows = {row.name: row for row in report.rows}
+    chosen = [f"{name}, {end}" for name in ("random", "brightness", "class attention", "distilled attention")]
+    assert set(rows) == {"dense", "untrained actor (mean of 1)", "EViT", "MAPPO", *chosen}
+    for name in chosen[:3]:  # the last one may keep no token of an image, and then has nothing to merge into
+        # every patch ends up in some token, and nothing is dropped
+        assert all(token >= 0 for image in rows[name].source for token in image), name
+    if end == "merging":
+        assert rows["random, merging"].policy_gmacs > 0
+        assert rows["class attention, merging"].policy_gmacs > rows["random, merging"].policy_gmacs / 2
+    assert "class_attention_accuracy" in report.summary()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vitprune_env.agents import AdaptivePolicy, MergePolicy, TokenPolicy, TrainResult, calibrate_threshold
 from vitprune_env.baselines import EViT, RandomDrop, ToMe, ToMeShare, calibrate
 from vitprune_env.baselines.registry import knob_of
+from vitprune_env.baselines.ways_out import Leave
 from vitprune_env.benchmarking.contestants import Contestant, Fits, Task, of_method, untrained_policies
 from vitprune_env.benchmarking.images import Batches, Images, shown_images
 from vitprune_env.benchmarking.measurement import SHOWN, Group, Row, Sites, Timing, game_of, measure
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEFORE = "before playing"  # the row of what training started from
-BRIGHTNESS, DISTILLED = "brightness", "distilled attention"  # rows of rivals that are hard to beat
+BRIGHTNESS, ATTENTION, DISTILLED = "brightness", "class attention", "distilled attention"  # rows of rivals
+LEAVING: Mapping[Leave, str] = {"drop": "", "merge": ", merging", "fuse": ", fusing"}  # ends of their names
+WAY_OUT: Mapping[str, Leave] = {"keep_or_merge": "merge", "drop_merge_keep": "merge", "keep_or_fuse": "fuse"}
+"""The way out of baselines beside a policy with these actions; with any others, tokens are dropped."""
+Tune = Sequence[tuple[Tensor, Tensor]]
 SIDE_BY_SIDE = 4  # panels of more sites than this leave room for one image per row
 FEW = 32  # images of a batch that suffice to calibrate methods which keep the same number of tokens in every image
 
@@ -56,6 +61,7 @@ class TrainingReport:
         learned = next(row for row in self.rows if row.group == "learned")
         named = {"random_accuracy": "random", "untrained_accuracy": "untrained", "evit_accuracy": "EViT"}
         named |= {"brightness_accuracy": BRIGHTNESS, "distilled_attention_accuracy": DISTILLED}
+        named |= {"class_attention_accuracy": ATTENTION}
         named |= {"tome_accuracy": "ToMe", "start_accuracy": BEFORE}
         reached = [row for row in self.rows if not row.out_of_reach]
         found = {key: row.accuracy for key, name in named.items() for row in reached if row.name.startswith(name)}
@@ -97,7 +103,7 @@ class TrainingReport:
 def compare_trained(
     result: TrainResult,
     backbone: Backbone,
-    tune: Sequence[tuple[Tensor, Tensor]],
+    tune: Tune,
     test: Batches,
     *,
     fit: Images | None = None,
@@ -113,9 +119,10 @@ def compare_trained(
 
     A policy that drops is compared with untrained actors, the brightness of patches, EViT, and scores that are fitted
     to the network's own late attention without labels; one that merges with ToMe and with what it started from. All
-    act at the sites of the trained policy. Beside a policy that costs more than the dense network, the others have the
-    dense network's GMACs. The table says so of a rival that cannot meet the budget, or needs evidence that the network
-    does not have.
+    act at the sites of the trained policy; where its tokens merge or are fused, so they are with those that choose
+    tokens, and class attention is one more rival. Beside a policy that costs more than the dense network, the others
+    have the dense network's GMACs. The table says so of a rival that cannot meet the budget, or needs evidence that the
+    network does not have.
 
     Args:
         result: what `train` returned.
@@ -135,8 +142,7 @@ def compare_trained(
     sites = backbone.default_sites if policy.sites is None else policy.sites
     images = PreparedImages(backbone, test), PreparedImages(backbone, tune)
     task = Task(backbone, *images, fit, sites=sites, seed=seed, seeds=untrained_actors, fits=fits, progress=progress)
-    rivals = [_calibrated("random", lambda rate: RandomDrop(rate, seed), tune, "control")]
-    rivals += _merging(tune, start) if isinstance(policy, MergePolicy) else _dropping(policy, task, tune)
+    rivals = _merging(task, tune, start) if isinstance(policy, MergePolicy) else _choosing(policy, task, tune)
     with tqdm(total=len(rivals) + 2, desc="compare", unit="row", disable=not progress) as bar:
         bar.set_postfix_str(name)
         learned = measure(name, result.backbone, policy, test, sites=sites, timing=timing, group="learned")
@@ -144,9 +150,7 @@ def compare_trained(
         dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
         bar.update()
         rows = [dense if timing is None else replace(dense, speedup=1.0)]
-        budget = min(
-            learned.gmacs, dense.gmacs
-        )  # a policy that keeps nearly all costs more than dense, its own included
+        budget = min(learned.gmacs, dense.gmacs)  # keeping nearly all costs more than dense, the policy included
         for rival in rivals:
             bar.set_postfix_str(rival.name)
             rows.append(_row(rival, task, budget, timing))
@@ -154,23 +158,37 @@ def compare_trained(
     return TrainingReport((*rows, learned, *_further_rows(result, test)), result, test)
 
 
-def _dropping(policy: TokenPolicy, task: Task, tune: Sequence[tuple[Tensor, Tensor]]) -> list[Contestant]:
-    """The rivals of a policy that drops."""
+def _choosing(policy: TokenPolicy, task: Task, tune: Tune) -> list[Contestant]:
+    """The rivals of a policy that chooses tokens; those that it does not keep have the same way out with all of them.
+
+    EViT has its own. Where another one is given, class attention with that stands beside it.
+    """
+    leave = WAY_OUT.get(policy.actions.name, "drop")
 
     def untrained(task: Task, budget: float) -> list[Policy]:
-        return untrained_policies(task, budget, hidden=policy.actor.hidden)
+        return untrained_policies(task, budget, policy.actions, hidden=policy.actor.hidden)
+
+    def registered(name: str, method: str) -> Contestant:
+        return replace(of_method(method, f"{method}:leave={leave}")[0], name=name + LEAVING[leave])
 
     rivals = [
+        _calibrated("random" + LEAVING[leave], lambda rate: RandomDrop(rate, task.seed, leave), tune, "control"),
         Contestant(f"untrained actor (mean of {task.seeds})", "control", untrained, _trained_sites),
-        _registered(BRIGHTNESS, "brightness"),
+        registered(BRIGHTNESS, "brightness"),
         _calibrated("EViT", EViT, tune),
     ]
-    return rivals if task.fit is None else [*rivals, _registered(DISTILLED, "distilled_attention")]
+    if leave != "drop":
+        rivals.append(registered(ATTENTION, "tri_level"))
+    return rivals if task.fit is None else [*rivals, registered(DISTILLED, "distilled_attention")]
 
 
-def _merging(tune: Sequence[tuple[Tensor, Tensor]], start: MergePolicy | None) -> list[Contestant]:
-    """The rivals of a policy that merges, and what it started from."""
-    rivals = [_calibrated("ToMe", ToMe, tune), _calibrated("ToMe, the same share everywhere", ToMeShare, tune)]
+def _merging(task: Task, tune: Tune, start: MergePolicy | None) -> list[Contestant]:
+    """The rivals of a policy that merges pairs, and what it started from."""
+    rivals = [
+        _calibrated("random", lambda rate: RandomDrop(rate, task.seed), tune, "control"),
+        _calibrated("ToMe", ToMe, tune),
+        _calibrated("ToMe, the same share everywhere", ToMeShare, tune),
+    ]
     if start is None:
         return rivals
 
@@ -186,14 +204,7 @@ def _trained_sites(task: Task) -> Sites:
     return task.where(task.backbone.default_sites, task.backbone.default_sites)
 
 
-def _registered(name: str, method: str) -> Contestant:
-    """A baseline by its name, trained where it has something to train."""
-    return replace(of_method(method, method)[0], name=name)
-
-
-def _calibrated(
-    name: str, make: Callable[..., Policy], tune: Sequence[tuple[Tensor, Tensor]], group: Group = "baseline"
-) -> Contestant:
+def _calibrated(name: str, make: Callable[..., Policy], tune: Tune, group: Group = "baseline") -> Contestant:
     """A method that keeps the same number of tokens in every image, so that few images calibrate it."""
     few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
 
@@ -205,11 +216,12 @@ def _calibrated(
 
 def _row(rival: Contestant, task: Task, budget: float, timing: Timing | None) -> Row:
     """A rival at the budget; the speed of several runs is not measured."""
+    task.notes.clear()
     try:
         policies = rival.at(task, budget)
         timing = timing if len(policies) == 1 else None
-        sites = rival.sites(task)
-        return measure(rival.name, task.backbone, policies, task.test, sites=sites, timing=timing, group=rival.group)
+        facts: dict[str, Any] = {"sites": rival.sites(task), "timing": timing, "group": rival.group}
+        return measure(rival.name, task.backbone, policies, task.test, setting=", ".join(task.notes), **facts)
     except (BudgetError, EvidenceError) as error:
         return Row(rival.name, rival.group, out_of_reach=str(error))
 
