@@ -104,6 +104,9 @@ def test_mappo_is_refused_before_a_baseline_is_imitated(
     monkeypatch.setattr("vitprune_env.cli.train.of_method", lambda *_, **__: pytest.fail("fitted"))
     line = mistake(capsys, "train", "--quick", "--init-from", "evit", "--target-share", 0.01, "--output", tmp_path)
     assert line.startswith("error: budget: expected above 0.00")
-    flags = ("--finetune", "alternate", "--trainable", "all")
-    line = mistake(capsys, "train", "--quick", "--init-from", "distilled", *flags, "--output", tmp_path)
-    assert line.startswith("error: --cache-images: expected 0")
+    for flags, message in (
+        (("--finetune", "alternate", "--trainable", "all"), "--cache-images: expected 0"),
+        (("--adaptive", 0.3, 0.6), "start: expected None with BudgetRange"),
+    ):
+        line = mistake(capsys, "train", "--quick", "--init-from", "distilled", *flags, "--output", tmp_path)
+        assert line.startswith(f"error: {message}")

@@ -49,7 +49,7 @@ from vitprune_env.agents import (
 from vitprune_env.agents.budgets.targets import PolicyCost
 from vitprune_env.agents.runs.settings import Settings
 from vitprune_env.benchmarking.contestants import Fits, of_method
-from vitprune_env.benchmarking.contestants import Task as Where
+from vitprune_env.benchmarking.contestants import Task as Comparison
 from vitprune_env.benchmarking.images import Batches, as_batches, some_images
 from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.prepared import PreparedImages
@@ -129,6 +129,12 @@ class Task:
     calibration: RandomViews | None  # to set the policy's threshold on; None: the training images
     tune: list[tuple[Tensor, Tensor]]
     test: Batches
+
+    def to_fit(self, args: Args) -> tuple[Any, Fits]:
+        """Training images for a baseline that is fitted, and how long it is; of image files a few."""
+        if args.images.reads_files:
+            return some_images(cast(Any, self.training), FIT_FILES), Fits(steps=FIT_STEPS, quick=args.common.quick)
+        return self.training, Fits(quick=args.common.quick)
 
 
 A = TypeVar("A", bound=Args)
@@ -226,14 +232,27 @@ def start_policy(args: Args, backbone: Backbone, task: Task, is_main: bool) -> T
     kept = args.common.output / START_FILE
     if args.common.resume and kept.exists():
         return cast(Any, load_policy(kept, args.common.device))
-    stand_in = MergePolicy(PairActor(1, backbone.embed_dim)) if merges else None
-    asked = {**settings.arguments, "reward": settings.reward or settings.learner.default_reward()}
-    actions = action_kind(settings.actions, "actions")
-    Settings(**asked, actions=actions, start=stand_in).check(Processes())
+    _check_settings(
+        settings, MergePolicy(PairActor(1, backbone.embed_dim)) if merges else _untaught(settings, backbone)
+    )
     start = _distilled(args, backbone, task, is_main) if merges else _cloned(args, backbone, task, is_main)
     if is_main:
         save_policy(start, kept)
     return start
+
+
+def _untaught(settings: Preset, backbone: Backbone) -> TokenPolicy:
+    """An actor that has learnt nothing, of the shape that the settings ask for."""
+    kind = action_kind(settings.actions, "actions")
+    count = kind.count(backbone.num_patches)
+    actor = settings.learner.networks.actor(backbone.embed_dim, count, torch.Generator())
+    return TokenPolicy(actor, actions=kind)
+
+
+def _check_settings(settings: Preset, start: TokenPolicy | MergePolicy) -> None:
+    """Refuse settings that do not fit together, or not a policy like this to start from."""
+    given = {**settings.arguments, "reward": settings.reward or settings.learner.default_reward()}
+    Settings(**given, actions=action_kind(settings.actions, "actions"), start=start).check(Processes())
 
 
 def _target(args: Args, game: TokenGame, macs_per_token: int = 0) -> float:
@@ -273,27 +292,21 @@ def _cloned(args: Args, backbone: Backbone, task: Task, progress: bool) -> Token
     Where the actions have another way out than being dropped, the baseline's tokens leave by it, too.
     """
     settings, common = args.settings, args.common
-    kind = action_kind(settings.actions, "actions")
-    game = TokenGame(backbone, settings.sites)
-    actor = settings.learner.networks.actor(backbone.embed_dim, kind.count(game.num_agents), torch.Generator())
-    target = min(_target(args, game, actor.macs_per_token), game.cost.dense())
-    images = some_images(task.training, FIT_FILES) if args.images.reads_files else task.training
-    steps = FIT_STEPS if args.images.reads_files else None
-    prepared = PreparedImages(backbone, task.tune)
-    fits = Fits(steps=steps, quick=common.quick)
-    where = Where(
-        backbone, prepared, prepared, images, sites=game.sites, seed=common.seed, fits=fits, progress=progress
-    )
+    untaught, game = _untaught(settings, backbone), TokenGame(backbone, settings.sites)
+    target = min(_target(args, game, untaught.actor.macs_per_token), game.cost.dense())
+    images, fits = task.to_fit(args)
+    tune = PreparedImages(backbone, task.tune)
+    at = Comparison(backbone, tune, tune, images, sites=game.sites, seed=common.seed, fits=fits, progress=progress)
     name = {"evit": "tri_level", "distilled": "distilled_attention"}[settings.init_from]
-    leave = WAY_OUT.get(kind.name, "drop")
-    (teacher,) = of_method(name, f"{name}:leave={leave}")[0].at(where, target / 1e9)
+    leave = WAY_OUT.get(untaught.actions.name, "drop")
+    (teacher,) = of_method(name, f"{name}:leave={leave}")[0].at(at, target / 1e9)
     return cloned_policy(
         backbone,
         images,
         teacher,
         target / game.cost.dense(),
         sites=game.sites,
-        actions=kind,
+        actions=untaught.actions,
         networks=settings.learner.networks,
         settings=Cloning(images=64, steps=20) if common.quick else Cloning(),
         seed=common.seed,
@@ -305,9 +318,7 @@ def compare(
     args: Args, backbone: Backbone, result: TrainResult, task: Task, start: TokenPolicy | MergePolicy | None = None
 ) -> TrainingReport:
     """The trained policy beside what it has to beat, at its measured GMACs and in the precision of training."""
-    fit, steps = (
-        (some_images(task.training, FIT_FILES), FIT_STEPS) if args.images.reads_files else (task.training, None)
-    )
+    fit, fits = task.to_fit(args)
     with autocast(args.common.device, "bf16" if args.training.run.amp else "off"):
         return compare_trained(
             result,
@@ -315,7 +326,7 @@ def compare(
             task.tune,
             task.test,
             fit=fit,
-            fits=Fits(steps=steps, quick=args.common.quick),
+            fits=fits,
             name=LEARNERS[args.training.algorithm],
             seed=args.common.seed,
             untrained_actors=args.untrained_actors,
