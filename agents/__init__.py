@@ -4,6 +4,7 @@ from ..deploy.policy_files import load_policy, save_policy
 from .budgets.adaptive import AdaptivePolicy, BudgetRange
 from .budgets.calibration import calibrate_threshold
 from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, KeepRate, Share
+from .cloning import Cloning, cloned_policy
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, LastBlocks, finetune
 from .finetuning.token_dropping import BackboneConfig, RandomSites, TokenDropping, finetune_backbone
 from .learners.buffer import Trajectory
@@ -33,6 +34,7 @@ __all__ = [
     "Budget",
     "BudgetController",
     "BudgetRange",
+    "Cloning",
     "CosineKeepRate",
     "Distillation",
     "Equilibrium",
@@ -69,6 +71,7 @@ __all__ = [
     "TrainingStopped",
     "Trajectory",
     "calibrate_threshold",
+    "cloned_policy",
     "distilled_policy",
     "finetune",
     "finetune_backbone",

@@ -32,7 +32,7 @@ class Preset:
     pretrained: bool = False
     sites: tuple[int | str | Site, ...] | None = None
     actions: str = "keep"  # name of the kind of actions
-    init_from: str = "new"  # what training starts from: a new actor, "distilled", or the file of a policy
+    init_from: str = "new"  # what training starts from: a new actor, "distilled", "evit", or a policy's file
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .life_regression import (
 )
 from .ltmp import LTMP, LTMPFitConfig, fit_ltmp
 from .random_drop import RandomDrop
-from .registry import Method, available, calibrate, describe, fit, make
+from .registry import Method, available, calibrate, describe, fit, make, parsed
 from .token_scores import DistillationConfig, MasksConfig, TokenScores, fit_distilled_attention, fit_masks
 from .tome import ToMe, ToMeShare
 from .topk import TopK
@@ -76,6 +76,7 @@ __all__ = [
     "fit_merger",
     "load_fitted",
     "make",
+    "parsed",
     "read_from_patches",
     "save_fitted",
     "train_life_regression",

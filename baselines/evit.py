@@ -12,13 +12,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..policy import BasePolicy, check_keep_rate, keep_top
+from ..policy import check_keep_rate, keep_top
 from ..types import Decision, Observation, Site, quarter_sites
 from .argument_checks import check_flag
+from .ways_out import Leave, Selection, check_leave
 
 
 @dataclass
-class EViT(BasePolicy):
+class EViT(Selection):
     """Keep the `ceil(keep_rate * n)` of n tokens with the largest class attention (mean over heads).
 
     With `fuse`, the others become one extra token: the sum of their features weighted with their raw, unnormalised
@@ -27,16 +28,20 @@ class EViT(BasePolicy):
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
-        fuse: whether to fuse the dropped tokens.
+        fuse: whether to fuse the dropped tokens by their attention, if they have no other way out.
+        leave: another way out: "merge" (into the kept token most like it) or "fuse" (all into the mean of their
+            patches); "drop": as `fuse` says.
     """
 
     keep_rate: float
     fuse: bool = True
-    needs = frozenset({"cls_attention"})
+    leave: Leave = "drop"
+    sees = frozenset({"cls_attention"})
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
         check_flag("fuse", self.fuse)
+        check_leave(self.leave)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
@@ -47,7 +52,8 @@ class EViT(BasePolicy):
         scores = obs.evidence["cls_attention"]
         keep = keep_top(obs, scores, (obs.num_alive.double() * self.keep_rate).ceil())
         count = None if obs.count is None else ceil(obs.count * self.keep_rate)
-        return self._fused(obs, scores, keep, count) if self.fuse else Decision(keep=keep, count=count)
+        by_attention = self.fuse and self.leave == "drop"
+        return self._fused(obs, scores, keep, count) if by_attention else self.decided(obs, keep, count)
 
     def _fused(self, obs: Observation, scores: Tensor, keep: Tensor, count: int | None) -> Decision:
         """Merge all dropped tokens of an image into the one with the lowest patch number."""
@@ -75,6 +81,7 @@ class TriLevel(EViT):
 
     Args:
         keep_rate: fraction kept at every site, above 0 and at most 1.
+        leave: way out of the others: "drop", "merge" (into the kept token most like it) or "fuse" (all into one).
     """
 
     fuse: bool = field(default=False, init=False, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,7 @@ from .token_scores.masks import MASKS_RECIPE, MasksConfig
 from .token_scores.policy import THRESHOLD, TokenScores
 from .tome import ToMe, ToMeShare
 from .topk import TopK
+from .ways_out import check_leave
 
 MOST_SAMPLES = 20_000.0  # with so many heights ATS keeps nearly every token; more would cost memory
 
@@ -284,6 +286,33 @@ def describe(name: str) -> Method:
         if method.name == name:
             return method
     raise UnknownNameError("baseline", name, available())
+
+
+def parsed(text: str) -> tuple[Method, dict[str, Any]]:
+    """A method and its parameters from a text such as `"evit:fuse=False"` or `"topk:leave=merge"`.
+
+    Args:
+        text: the method's name, or `name:parameter=value,...`; values are JSON, or else words.
+
+    Raises:
+        UnknownNameError: for an unknown name.
+        ParameterError: for a parameter that the method does not have.
+        ValueError: for a way out that there is not.
+    """
+    name, _, rest = text.partition(":")
+    method = describe(name)
+    parameters = {key: _value(value) for key, _, value in (part.partition("=") for part in rest.split(",") if part)}
+    method.check(parameters)
+    check_leave(parameters.get("leave", "drop"))
+    return method, parameters
+
+
+def _value(text: str) -> Any:
+    """A parameter's value: JSON if it is that, else a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def make(name: str, **parameters: Any) -> Policy:

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             backbone,
             task.training,
             **args.settings.arguments,  # budget, learner, reward, run, finetune, sites
+            actions=args.settings.actions,
             calibration=task.calibration,
             validation=task.validation,
             start=start,

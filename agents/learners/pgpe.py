@@ -33,7 +33,10 @@ from .learner import Learner, LearnerConfig, LearnerStats, Parts, finite_table
 
 @dataclass(frozen=True)
 class PGPEConfig(LearnerConfig):
-    """Parameter-exploring policy gradients, from a `MergePolicy` to start from; `epochs` and `minibatch` do nothing."""
+    """Parameter-exploring policy gradients, from a `MergePolicy` to start from.
+
+    An update is one step with all its games, so that `epochs` and `minibatch` stay as they are.
+    """
 
     lr: float = 0.03
     """Learning rate of Adam at the start; parameters are in logits."""
@@ -48,6 +51,11 @@ class PGPEConfig(LearnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "noise", self.noise > 0, "above 0")
+        for name in ("epochs", "minibatch"):
+            usual = getattr(LearnerConfig, name)
+            check(
+                self, name, getattr(self, name) == usual, f"{usual} (PGPE takes one step with all games of an update)"
+            )
 
     def default_reward(self) -> RewardFn:
         """The reward of `train` if none is given: a soft outcome, which tells close calls apart."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.cost import mlp_macs
-from ...policy import BasePolicy
 from ...types import Decision, Observation, Site
 from ..argument_checks import check_number, whole_number
 from ..calibration import Knob
+from ..ways_out import Leave, Selection, check_leave
 
 LEAK = 0.01  # slope below 0; with plain ReLU all hidden units may be dead, and no threshold could tell tokens apart
 THRESHOLD = Knob("threshold", -40.0, 40.0, rising=False)  # scores are log-odds or logarithms, and far inside of it
@@ -49,7 +49,7 @@ class ScoreNetwork(nn.Module):
         return self.layers(self.norm(tokens)).squeeze(-1)
 
 
-class TokenScores(BasePolicy, nn.Module):
+class TokenScores(Selection, nn.Module):
     """Keep the tokens whose score is above a threshold, the same at every site.
 
     One small network scores each token from its features alone, at all sites. It sees what an agent of a learned policy
@@ -63,6 +63,7 @@ class TokenScores(BasePolicy, nn.Module):
         seed: of the initial weights.
         embed_dim: D; None: that of the first network that it acts on.
         sites: where it was trained to act; None: the backbone's own.
+        leave: way out of the others: "drop", "merge" (into the kept token most like it) or "fuse" (all into one).
     """
 
     network: ScoreNetwork | None
@@ -73,8 +74,11 @@ class TokenScores(BasePolicy, nn.Module):
         seed: int = 0,
         embed_dim: int | None = None,
         sites: Sequence[int | str | Site] | None = None,
+        leave: Leave = "drop",
     ) -> None:
         super().__init__()
+        check_leave(leave)
+        self.leave = leave
         check_number("threshold", threshold)
         self.threshold = float(threshold)
         self.seed = whole_number("seed", seed)
@@ -117,11 +121,11 @@ class TokenScores(BasePolicy, nn.Module):
         """Score every alive token, and keep those above the threshold."""
         network = self.scorer(obs.tokens)
         stays = network(obs.tokens) > self.threshold
-        return Decision(keep=obs.scatter(stays, fill=False), macs=obs.num_alive.double() * network.macs_per_token)
+        return self.decided(obs, obs.scatter(stays, fill=False), macs=obs.num_alive.double() * network.macs_per_token)
 
     def at(self, value: float) -> Self:
         """The same policy at another threshold; the network is shared."""
-        other = type(self)(value, self.seed, sites=self.sites)
+        other = type(self)(value, self.seed, sites=self.sites, leave=self.leave)
         other.network = self.network
         return other.train(self.training)
 
@@ -139,4 +143,5 @@ class TokenScores(BasePolicy, nn.Module):
             "seed": self.seed,
             "embed_dim": None if self.network is None else self.network.sizes[0],
             "sites": None if self.sites is None else [site.label for site in self.sites],
+            "leave": self.leave,
         }

@@ -71,7 +71,7 @@ def test_unknown_names_are_answered_with_the_nearest(name: str, message: str) ->
 
 def test_unknown_parameters_are_refused_by_name() -> None:
     with pytest.raises(
-        ParameterError, match=r"^keep_ratio: no parameter of 'evit', which has keep_rate, fuse; .*keep_rate\?"
+        ParameterError, match=r"^keep_ratio: no parameter of 'evit', which has keep_rate, fuse, leave; .*keep_rate\?"
     ):
         baselines.make("evit", keep_ratio=0.5)
     with pytest.raises(ParameterError, match=r"^x: no parameter of 'topk', which has keep_rate$"):

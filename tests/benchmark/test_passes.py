@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from helpers import random_images, toy
 from vitprune_env import KeepAll, TokenGame, benchmark, load_backbone, play
 from vitprune_env.baselines import EViT, calibrate, make
 from vitprune_env.benchmarking import BenchmarkResult, Fits, Timing, comparison, measurement
 from vitprune_env.benchmarking.contestants import Task, contestants_of, load_object, methods
+from vitprune_env.benchmarking.contestants.policies import of_factory
 from vitprune_env.benchmarking.images import read_once
 from vitprune_env.benchmarking.prepared import PreparedImages, spread_rows
 from vitprune_env.cli import benchmark as command
@@ -23,6 +25,8 @@ from vitprune_env.cli import main
 from vitprune_env.data import Digits, batches_of, open_images
 from vitprune_env.engine.walk import Packed
 from vitprune_env.errors import CheckpointError, SettingsError
+from vitprune_env.policy import BasePolicy
+from vitprune_env.types import Decision, Observation
 
 FEW = batches_of(Digits("validation", 12, seed=5), 5)
 
@@ -273,3 +277,42 @@ def test_the_command_writes_a_page_that_can_be_repeated(tmp_path: Path, monkeypa
     assert "vitprune " + " ".join(words) in text
     assert "| KeepLoud | 1, 3, 5 |" in text
     assert "| evit (published sites) | 3.attn, 5.attn, 7.attn |" in text
+
+
+@dataclass
+class Uneven(BasePolicy):
+    """Images with bright pixels keep another share than the others: none below one keep rate, all above another."""
+
+    keep_rate: float
+    start: float = 0.6
+    needs = frozenset({"brightness"})
+
+    def decide(self, obs: Observation) -> Decision:
+        """Keep the first tokens."""
+        brightness = obs.scatter(obs.evidence["brightness"]).mean(dim=1)
+        odd = 1.0 if self.keep_rate > self.start + 0.2 else max(0.0, (self.keep_rate - self.start) / 0.2)
+        share = self.keep_rate + 0.1 * (brightness < -1.5)  # of the darkest image a few more
+        share = torch.where(brightness > 0, odd if self.start < 0.8 else float(self.keep_rate > 0.8), share)
+        return Decision(keep=obs.alive & (torch.arange(obs.num_agents) < (share * obs.num_agents)[:, None]))
+
+
+def test_the_search_is_not_misled_by_few_images_that_are_not_like_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    """The few, every second image, keep the keep rate; of all others none up to a rate of 0.6, and all from 0.8 on."""
+    backbone = toy("deit_tiny_patch16_224")
+    images = random_images(backbone, 16)
+    images += torch.where(torch.arange(16) % 2 == 0, -1.0, 1.0)[:, None, None, None] - images.mean(
+        dim=(1, 2, 3), keepdim=True
+    )
+    images[0] -= 1
+    tune = PreparedImages(backbone, [(images, torch.zeros(16, dtype=torch.int64))])
+    task = Task(backbone, tune, tune, sites=(1,))
+    budget = 0.7 * task.dense_gmacs
+    (policy,) = of_factory("uneven", Uneven).at(task, budget)
+    game = TokenGame.for_policy(backbone, policy, sites=(1,))
+    assert float(play(game, policy, images).outcome.macs.mean()) / 1e9 == pytest.approx(budget, rel=0.02)
+    assert not task.notes
+    (policy,) = of_factory("jumps", lambda keep_rate: Uneven(keep_rate, start=0.8)).at(task, budget)
+    macs = float(play(game, policy, images).outcome.macs.mean()) / 1e9
+    assert abs(macs / budget - 1) > 0.02
+    assert task.notes == [f"no setting found nearer to the budget than {100 * macs / task.dense_gmacs:.3g} % of dense"]
+    assert "Uneven: no setting found nearer to the budget" in caplog.text

@@ -11,6 +11,7 @@ from vitprune_env import evaluate as play_all
 from vitprune_env.baselines import available, describe
 from vitprune_env.cli import evaluate
 from vitprune_env.data import Digits
+from vitprune_env.errors import SettingsError
 from vitprune_env.types import Site
 
 
@@ -62,6 +63,20 @@ def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path
     assert [Site.parse(site) for site in moved.default_sites(8) or ()] == [
         Site.parse(site) for site in policy.default_sites(8) or ()
     ]
+
+
+@pytest.mark.parametrize("name", ["random", "topk", "evit", "distilled_attention"])
+def test_tokens_that_leave_in_another_way_meet_the_budget(name: str, tmp_path: Path) -> None:
+    policy, backbone = evaluate.load(options(tmp_path, "--policy", f"{name}:leave=merge", "--target-share", "0.6"))
+    args = options(tmp_path)
+    assert getattr(policy, "leave", "drop") == "merge"
+    game = TokenGame.for_policy(backbone, policy)
+    assert 0.6 <= play_all(game, policy, list(args.tuning(backbone))).macs / game.cost.dense() <= 0.66
+
+
+def test_parameters_of_what_is_trained_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"expected no parameter but leave of masks, .* got \['seed'\]"):
+        evaluate.load(options(tmp_path, "--policy", "masks:seed=3", "--target-share", "0.6"))
 
 
 def test_a_budget_in_gmacs(tmp_path: Path) -> None:

@@ -57,17 +57,56 @@ def test_it_is_compared(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_file_to_start_from_fits_the_algorithm(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drops = save_policy(TokenPolicy(TokenActor(48), info={"backbone": "vit_digits"}), tmp_path / "drops.safetensors")
     for flags, message in (
         ((*SMALL, "--init-from", drops), "expected a MergePolicy with pgpe, got a TokenPolicy"),
         ((*SMALL, "--init-from", "new"), "expected a MergePolicy with pgpe, got new"),
-        (("--quick", "--init-from", "distilled"), "expected new or a file with mappo, got distilled"),
+        ((*SMALL, "--init-from", "evit"), "expected a MergePolicy with pgpe, got evit"),
         (("--quick", "--init-from", trained / "policy.safetensors"), "expected a TokenPolicy with mappo, got a Merge"),
     ):
         line = mistake(capsys, "train", *flags, "--output", tmp_path)
         assert line.startswith(f"error: --init-from: {message}")
     line = mistake(capsys, "train", *SMALL, "--target-share", 0.3, "--output", tmp_path)
     assert "expected above 0.0123" in line
+    flags = (*SMALL, "--target-share", 0.5, "--init-from", trained / "policy.safetensors", "--output", tmp_path)
+    line = mistake(capsys, "train", *flags)
+    assert "GMACs, what is left when the policy prunes all it can, got 0.01" in line
+    assert not (tmp_path / "history.jsonl").exists(), "refused before training"
+    monkeypatch.setattr("vitprune_env.cli.train.distilled_policy", lambda *_, **__: pytest.fail("distilled"))
+    for flags, message in (
+        (("--images", 5), "--images: expected a multiple of 2"),
+        (("--actions", "keep_or_merge"), "--actions: expected keep for a policy that merges"),
+    ):
+        assert message in mistake(capsys, "train", *SMALL, *flags, "--output", tmp_path)
     assert load_policy(trained / "start.safetensors").default_sites(8) is not None
+
+
+@pytest.mark.parametrize("teacher", ["evit", "distilled"])
+def test_mappo_starts_from_a_baseline(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--quick", "--updates", 1, "--target-share", 0.6, "--sites", 3, 5, "--actions", "keep_or_merge")
+    flags = (*small, "--init-from", teacher, "--test-images", 10, "--output", tmp_path)
+    vitprune("train", *flags)
+    start = load_policy(tmp_path / "start.safetensors")
+    assert isinstance(start, TokenPolicy)
+    assert (start.actions.name, start.info["algorithm"]) == ("keep_or_merge", "cloning")
+    assert [site.label for site in start.sites or ()] == ["3", "5"]
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows][-2:] == ["distilled attention, merging", "MAPPO"]
+    monkeypatch.setattr("vitprune_env.cli.train.cloned_policy", lambda *_, **__: pytest.fail("cloned again"))
+    vitprune("train", *flags, "--resume")
+
+
+def test_mappo_is_refused_before_a_baseline_is_imitated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune_env.cli.train.of_method", lambda *_, **__: pytest.fail("fitted"))
+    line = mistake(capsys, "train", "--quick", "--init-from", "evit", "--target-share", 0.01, "--output", tmp_path)
+    assert line.startswith("error: budget: expected above 0.00")
+    for flags, message in (
+        (("--finetune", "alternate", "--trainable", "all"), "--cache-images: expected 0"),
+        (("--adaptive", 0.3, 0.6), "start: expected None with BudgetRange"),
+    ):
+        line = mistake(capsys, "train", "--quick", "--init-from", "distilled", *flags, "--output", tmp_path)
+        assert line.startswith(f"error: {message}")

@@ -220,6 +220,7 @@ def _measured(line: Contestant, share: float | None, task: Task, timing: Timing 
     """Bring a policy to a budget and let it classify the images, run by run; runs that are there are not repeated."""
     start = time.perf_counter()
     facts: dict[str, Any] = {"group": line.group, "share": share, "origin": line.origin}
+    task.notes.clear()
     try:
         policies = line.at(task, (share or 1.0) * task.dense_gmacs)
     except BudgetError as error:
@@ -230,6 +231,6 @@ def _measured(line: Contestant, share: float | None, task: Task, timing: Timing 
         store.add_run(run_of(task.backbone, policy, task.test, sites), *place)
     if timing is not None:
         facts |= speed_of(task.backbone, policies[0], task.test, sites, timing)
-    setting = ", ".join(filter(None, map(line.setting, policies)))
+    setting = ", ".join(filter(None, [*map(line.setting, policies), *task.notes]))
     row = row_of(line.name, store.runs(*place), **facts, setting=setting)
     return replace(row, seconds=time.perf_counter() - start)

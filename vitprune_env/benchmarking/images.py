@@ -157,6 +157,12 @@ def set_aside(data: Images) -> tuple[Images, Images]:
     return _Rows(whole, [index for index in range(count) if index not in taken]), _Rows(whole, chosen)
 
 
+def some_images(data: ImageDataset, count: int) -> ImageDataset:
+    """At most `count` items of a dataset, evenly spread over it."""
+    count = min(count, len(data))
+    return _Rows(data, [index * len(data) // count for index in range(count)])
+
+
 class _Pairs:
     """Batches as a dataset of single images."""
 

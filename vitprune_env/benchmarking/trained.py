@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from tqdm import tqdm
 
-from vitprune_env.agents import AdaptivePolicy, MergePolicy, TrainResult, calibrate_threshold
+from vitprune_env.agents import AdaptivePolicy, MergePolicy, TokenPolicy, TrainResult, calibrate_threshold
 from vitprune_env.baselines import EViT, RandomDrop, ToMe, ToMeShare, calibrate
 from vitprune_env.baselines.registry import knob_of
-from vitprune_env.benchmarking.contestants import Task, untrained_policies
-from vitprune_env.benchmarking.images import Batches, shown_images
-from vitprune_env.benchmarking.measurement import SHOWN, Row, Timing, game_of, measure
+from vitprune_env.baselines.ways_out import Leave
+from vitprune_env.benchmarking.contestants import Contestant, Fits, Task, of_method, untrained_policies
+from vitprune_env.benchmarking.images import Batches, Images, shown_images
+from vitprune_env.benchmarking.measurement import SHOWN, Group, Row, Sites, Timing, game_of, measure
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import versions
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.errors import BudgetError, EvidenceError
 from vitprune_env.files import PathLike, replace_file
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEFORE = "before playing"  # the row of what training started from
+BRIGHTNESS, ATTENTION, DISTILLED = "brightness", "class attention", "distilled attention"  # rows of rivals
+LEAVING: Mapping[Leave, str] = {"drop": "", "merge": ", merging", "fuse": ", fusing"}  # ends of their names
+WAY_OUT: Mapping[str, Leave] = {"keep_or_merge": "merge", "drop_merge_keep": "merge", "keep_or_fuse": "fuse"}
+"""The way out of baselines beside a policy with these actions; with any others, tokens are dropped."""
+Tune = Sequence[tuple[Tensor, Tensor]]
 SIDE_BY_SIDE = 4  # panels of more sites than this leave room for one image per row
 FEW = 32  # images of a batch that suffice to calibrate methods which keep the same number of tokens in every image
 
@@ -49,15 +57,17 @@ class TrainingReport:
 
     def summary(self) -> dict[str, Any]:
         """What other programs read."""
-        dense, random = self.rows[:2]
+        dense = self.rows[0]
         learned = next(row for row in self.rows if row.group == "learned")
-        named = {"untrained_accuracy": "untrained", "evit_accuracy": "EViT"}
+        named = {"random_accuracy": "random", "untrained_accuracy": "untrained", "evit_accuracy": "EViT"}
+        named |= {"brightness_accuracy": BRIGHTNESS, "distilled_attention_accuracy": DISTILLED}
+        named |= {"class_attention_accuracy": ATTENTION}
         named |= {"tome_accuracy": "ToMe", "start_accuracy": BEFORE}
-        found = {key: row.accuracy for key, name in named.items() for row in self.rows if row.name.startswith(name)}
+        reached = [row for row in self.rows if not row.out_of_reach]
+        found = {key: row.accuracy for key, name in named.items() for row in reached if row.name.startswith(name)}
         return {
             "dense_accuracy": dense.accuracy,
             "accuracy": learned.accuracy,
-            "random_accuracy": random.accuracy,
             **found,
             "dense_gmacs": dense.gmacs,
             "gmacs": learned.gmacs,
@@ -100,67 +110,127 @@ class TrainingReport:
 def compare_trained(
     result: TrainResult,
     backbone: Backbone,
-    tune: Sequence[tuple[Tensor, Tensor]],
+    tune: Tune,
     test: Batches,
     *,
+    fit: Images | None = None,
+    fits: Fits = Fits(),  # noqa: B008, frozen
     name: str = "MAPPO",
     seed: int = 0,
     untrained_actors: int = 5,
     timing: Timing | None = None,
     start: MergePolicy | None = None,
+    progress: bool = False,
 ) -> TrainingReport:
     """A trained policy beside the dense network, dropping at random, and rivals, at its own GMACs.
 
-    A policy that drops is compared with untrained actors and EViT, one that merges with ToMe and with what it started
-    from. All act at the sites of the trained policy. Beside a policy that costs more than the dense network, the others
-    have the dense network's GMACs.
+    A policy that drops is compared with untrained actors, the brightness of patches, EViT, and scores that are fitted
+    to the network's own late attention without labels; one that merges with ToMe and with what it started from. All
+    act at the sites of the trained policy; where its tokens merge or are fused, so they are with those that choose
+    tokens, and class attention is one more rival. Beside a policy that costs more than the dense network, the others
+    have the dense network's GMACs. The table says so of a rival that cannot meet the budget, or needs evidence that the
+    network does not have.
 
     Args:
         result: what `train` returned.
         backbone: the network that was given to it.
         tune: images to calibrate the others on.
         test: images to report on.
+        fit: training images, for the scores that are fitted; None: no such row.
+        fits: how long they are fitted.
         name: of the trained policy's row.
-        seed: of dropping at random and of the untrained actors.
+        seed: of dropping at random, of the untrained actors, and of what is fitted.
         untrained_actors: how many of them to average.
         timing: how speed is measured; None: not at all.
         start: what a merging policy started from; None: no such row.
+        progress: whether to show progress bars.
     """
     policy = result.policy
     sites = backbone.default_sites if policy.sites is None else policy.sites
-    learned = measure(name, result.backbone, policy, test, sites=sites, timing=timing, group="learned")
-    few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
     images = PreparedImages(backbone, test), PreparedImages(backbone, tune)
-    task = Task(backbone, *images, sites=sites, seed=seed, seeds=untrained_actors)
-    dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
-    budget = min(learned.gmacs, dense.gmacs)  # a policy that keeps nearly all costs more than dense, its own included
-    random = calibrate(lambda rate: RandomDrop(rate, seed), budget, backbone, few, sites=sites)
-    rows = [
-        dense if timing is None else replace(dense, speedup=1.0),
-        measure("random", backbone, random, test, sites=sites, timing=timing, group="control"),
+    task = Task(backbone, *images, fit, sites=sites, seed=seed, seeds=untrained_actors, fits=fits, progress=progress)
+    rivals = _merging(task, tune, start) if isinstance(policy, MergePolicy) else _choosing(policy, task, tune)
+    with tqdm(total=len(rivals) + 2, desc="compare", unit="row", disable=not progress) as bar:
+        bar.set_postfix_str(name)
+        learned = measure(name, result.backbone, policy, test, sites=sites, timing=timing, group="learned")
+        bar.update()
+        dense = measure("dense", backbone, KeepAll(), test, sites=sites, group="control")
+        bar.update()
+        rows = [dense if timing is None else replace(dense, speedup=1.0)]
+        budget = min(learned.gmacs, dense.gmacs)  # keeping nearly all costs more than dense, the policy included
+        for rival in rivals:
+            bar.set_postfix_str(rival.name)
+            rows.append(_row(rival, task, budget, timing))
+            bar.update()
+    return TrainingReport((*rows, learned, *_further_rows(result, test)), result, test)
+
+
+def _choosing(policy: TokenPolicy, task: Task, tune: Tune) -> list[Contestant]:
+    """The rivals of a policy that chooses tokens; those that it does not keep have the same way out with all of them.
+
+    EViT has its own. Where another one is given, class attention with that stands beside it.
+    """
+    leave = WAY_OUT.get(policy.actions.name, "drop")
+
+    def untrained(task: Task, budget: float) -> list[Policy]:
+        return untrained_policies(task, budget, policy.actions, hidden=policy.actor.hidden)
+
+    def registered(name: str, method: str) -> Contestant:
+        return replace(of_method(method, f"{method}:leave={leave}")[0], name=name + LEAVING[leave])
+
+    rivals = [
+        _calibrated("random" + LEAVING[leave], lambda rate: RandomDrop(rate, task.seed, leave), tune, "control"),
+        Contestant(f"untrained actor (mean of {task.seeds})", "control", untrained, _trained_sites),
+        registered(BRIGHTNESS, "brightness"),
+        _calibrated("EViT", EViT, tune),
     ]
-    if isinstance(policy, MergePolicy):
-        tome = calibrate(ToMe, budget, backbone, few, sites=sites, knob=knob_of(ToMe))
-        share = calibrate(ToMeShare, budget, backbone, few, sites=sites)
-        rows.append(measure("ToMe", backbone, tome, test, sites=sites, timing=timing))
-        rows.append(measure("ToMe, the same share everywhere", backbone, share, test, sites=sites))
-        if start is not None:
-            rows.append(_before(start, task, budget, test, timing))
-    else:
-        controls = untrained_policies(task, budget, hidden=policy.actor.hidden)
-        evit = calibrate(EViT, budget, backbone, few, sites=sites)
-        untrained = f"untrained actor (mean of {untrained_actors})"
-        rows.append(measure(untrained, backbone, controls, test, group="control"))
-        rows.append(measure("EViT", backbone, evit, test, sites=sites, timing=timing))
-    rows.append(learned)
-    return TrainingReport((*rows, *_further_rows(result, test)), result, test)
+    if leave != "drop":
+        rivals.append(registered(ATTENTION, "tri_level"))
+    return rivals if task.fit is None else [*rivals, registered(DISTILLED, "distilled_attention")]
 
 
-def _before(start: MergePolicy, task: Task, budget: float, test: Batches, timing: Timing | None) -> Row:
-    """What a merging policy started from, at the same budget."""
-    game = TokenGame.for_policy(task.backbone, start)
-    policy = calibrate_threshold(game, start, [images for images, _ in task.tune], 1e9 * budget)
-    return measure(BEFORE, task.backbone, policy, test, timing=timing, group="control")
+def _merging(task: Task, tune: Tune, start: MergePolicy | None) -> list[Contestant]:
+    """The rivals of a policy that merges pairs, and what it started from."""
+    rivals = [
+        _calibrated("random", lambda rate: RandomDrop(rate, task.seed), tune, "control"),
+        _calibrated("ToMe", ToMe, tune),
+        _calibrated("ToMe, the same share everywhere", ToMeShare, tune),
+    ]
+    if start is None:
+        return rivals
+
+    def before(task: Task, budget: float) -> list[Policy]:
+        game = TokenGame.for_policy(task.backbone, start)
+        return [calibrate_threshold(game, start, [images for images, _ in task.tune], 1e9 * budget)]
+
+    return [*rivals, Contestant(BEFORE, "control", before, lambda _: None)]
+
+
+def _trained_sites(task: Task) -> Sites:
+    """Where the trained policy acts."""
+    return task.where(task.backbone.default_sites, task.backbone.default_sites)
+
+
+def _calibrated(name: str, make: Callable[..., Policy], tune: Tune, group: Group = "baseline") -> Contestant:
+    """A method that keeps the same number of tokens in every image, so that few images calibrate it."""
+    few = [(images[:FEW], labels[:FEW]) for images, labels in tune]
+
+    def at(task: Task, budget: float) -> list[Policy]:
+        return [calibrate(make, budget, task.backbone, few, sites=_trained_sites(task), knob=knob_of(make))]
+
+    return Contestant(name, group, at, _trained_sites)
+
+
+def _row(rival: Contestant, task: Task, budget: float, timing: Timing | None) -> Row:
+    """A rival at the budget; the speed of several runs is not measured."""
+    task.notes.clear()
+    try:
+        policies = rival.at(task, budget)
+        timing = timing if len(policies) == 1 else None
+        facts: dict[str, Any] = {"sites": rival.sites(task), "timing": timing, "group": rival.group}
+        return measure(rival.name, task.backbone, policies, task.test, setting=", ".join(task.notes), **facts)
+    except (BudgetError, EvidenceError) as error:
+        return Row(rival.name, rival.group, out_of_reach=str(error))
 
 
 def _further_rows(result: TrainResult, test: Batches) -> list[Row]:
@@ -189,7 +259,13 @@ def comparison_table(rows: Sequence[Row]) -> str:
             "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",
         }
 
-    return markdown([cells(row) for row in rows])
+    blank = dict.fromkeys(cells(rows[0]), "")
+    return markdown(
+        [
+            {**blank, "policy": row.name, "accuracy %": "out of reach"} if row.out_of_reach else cells(row)
+            for row in rows
+        ]
+    )
 
 
 def figure_of_tokens(backbone: Backbone, policy: Policy, test: Batches) -> Figure:

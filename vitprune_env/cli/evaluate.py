@@ -38,7 +38,8 @@ class Args:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
-    """A baseline (evit, tome, dynamicvit, ...; `vitprune info` lists them), instead of a checkpoint."""
+    """A baseline (evit, tome, dynamicvit, ...; `vitprune info` lists them), instead of a checkpoint; with parameters
+    if it reads topk:leave=merge."""
     keep_rate: float | None = None
     """Fraction of the tokens that the named policy keeps at every site, if it has one; None: 0.7, or by the budget."""
     preset: str | None = None
@@ -187,17 +188,19 @@ def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
     """A baseline at the keep rate or the budget of the flags, trained first if it has something to train."""
     import torch
 
-    from vitprune_env.baselines import calibrate, describe, fit
+    from vitprune_env.baselines import calibrate, fit, parsed
     from vitprune_env.deploy.policy_files import save_policy
     from vitprune_env.errors import SettingsError
 
-    method, budget, common = describe(name), budget_of(args, backbone), args.common
+    (method, parameters), budget, common = parsed(name), budget_of(args, backbone), args.common
     if budget is None:
         if method.recipe is not None or method.knob.name != "keep_rate":
             raise SettingsError(f"target_share: {name} needs a budget, --target-share or --target-gmacs; got none")
-        return method(keep_rate=0.7 if args.keep_rate is None else args.keep_rate)
+        return method(**{"keep_rate": 0.7 if args.keep_rate is None else args.keep_rate, **parameters})
     if method.recipe is None:
-        return calibrate(name, budget, backbone, cast(Any, args.tuning(backbone)))
+        return calibrate(method.name, budget, backbone, cast(Any, args.tuning(backbone)), **parameters)
+    if other := sorted(set(parameters) - {"leave"}):
+        raise SettingsError(f"policy: expected no parameter but leave of {method.name}, which is trained, got {other}")
     config = method.fit_config()
     with torch.autocast(torch.device(common.device).type, enabled=False):
         policy: Any = fit(
@@ -210,6 +213,7 @@ def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
             output=common.output / "fit",
             resume=common.resume,
         )
+    policy = policy.leaving(**parameters) if parameters else policy
     policy = calibrate(policy.at, budget, backbone, cast(Any, args.tuning(backbone)), knob=method.fitted_knob)
     save_policy(policy, common.output / "policy.safetensors")
     return policy

@@ -24,19 +24,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from vitprune_env.agents import (
     PRESETS,
+    Cloning,
     Distillation,
     MergePolicy,
+    PairActor,
     PGPEConfig,
     Preset,
+    Processes,
     TokenPolicy,
     TrainResult,
+    calibrate_threshold,
+    cloned_policy,
     distilled_policy,
     launched,
     load_policy,
@@ -44,20 +49,25 @@ from vitprune_env.agents import (
     train,
 )
 from vitprune_env.agents.budgets.targets import PolicyCost
-from vitprune_env.benchmarking.images import Batches, as_batches
+from vitprune_env.agents.runs.settings import Settings
+from vitprune_env.benchmarking.contestants import Fits, of_method
+from vitprune_env.benchmarking.contestants import Task as Comparison
+from vitprune_env.benchmarking.images import Batches, as_batches, some_images
 from vitprune_env.benchmarking.measurement import Timing
+from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import write_json
-from vitprune_env.benchmarking.trained import TrainingReport, compare_trained
+from vitprune_env.benchmarking.trained import WAY_OUT, TrainingReport, compare_trained
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, VALIDATION_SEED, CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import autocast, multiplies_bf16
+from vitprune_env.envs.actions import action_kind
 from vitprune_env.errors import SettingsError
-from vitprune_env.game.rewards import SharedOutcome
 from vitprune_env.game.token_game import TokenGame
 
 TUNE_IMAGES = 256
+FIT_FILES, FIT_STEPS = 256, 200  # image files and steps of the rival that is fitted: less than a minute on two cores
 START_FILE = "start.safetensors"  # the policy that training started from, for a run that is resumed
 LEARNERS = {"mappo": "MAPPO", "ppo_single": "single-agent PPO", "pgpe": "learnt merging (PGPE)"}
 
@@ -123,6 +133,12 @@ class Task:
     validation: Digits | RandomViews | None  # to watch training on; None: it is not watched
     tune: list[tuple[Tensor, Tensor]]
     test: Batches
+
+    def to_fit(self, args: Args) -> tuple[Any, Fits]:
+        """Training images for a baseline that is fitted, and how long it is; of image files a few."""
+        if args.images.reads_files:
+            return some_images(cast(Any, self.training), FIT_FILES), Fits(steps=FIT_STEPS, quick=args.common.quick)
+        return self.training, Fits(quick=args.common.quick)
 
 
 A = TypeVar("A", bound=Args)
@@ -209,59 +225,131 @@ def _some(images: Digits | ImageFiles | RandomViews, count: int, device: str) ->
 
 
 def start_policy(args: Args, backbone: Backbone, task: Task, is_main: bool) -> TokenPolicy | MergePolicy | None:
-    """The policy that training starts from; None: a new one. One that was distilled is kept in the output folder.
+    """The policy that training starts from; None: a new one. One that has to be made is kept in the output folder.
 
     Raises:
+        BudgetError: for a budget that the policy cannot meet.
         SettingsError: for a file with a policy that cannot be trained.
+        ValueError: for settings that do not fit, before time is spent on making a policy.
     """
-    settings = args.settings
+    settings, wanted = args.settings, args.settings.init_from
     merges = isinstance(settings.learner, PGPEConfig)
-    if settings.init_from == "new" and not merges:
+    made = ("distilled",) if merges else ("evit", "distilled")
+    if wanted == "new" and not merges:
         return None
-    if settings.init_from != "distilled":
-        policy = None if settings.init_from == "new" else load_policy(settings.init_from, args.common.device)
+    if wanted not in made:
+        policy = None if wanted in ("new", "evit") else load_policy(wanted, args.common.device)
         kind = MergePolicy if merges else TokenPolicy
         if not isinstance(policy, kind):
-            got = "new" if policy is None else f"a {type(policy).__name__}"
+            got = wanted if policy is None else f"a {type(policy).__name__}"
             raise SettingsError(f"init_from: expected a {kind.__name__} with {args.training.algorithm}, got {got}")
+        if isinstance(policy, MergePolicy) and policy.width == backbone.embed_dim:
+            _check_budget(args, backbone, task, policy)
         return policy
-    if not merges:
-        raise SettingsError(f"init_from: expected new or a file with {args.training.algorithm}, got distilled")
     kept = args.common.output / START_FILE
     if args.common.resume and kept.exists():
-        return cast(MergePolicy, load_policy(kept, args.common.device))
-    game = TokenGame(backbone, settings.sites)
-    assert settings.budget is not None
-    target = settings.budget.target(PolicyCost(game.cost, game.sites, 0), settings.reward or SharedOutcome())
-    start = distilled_policy(
-        backbone,
-        task.training,
-        target / game.cost.dense(),
-        sites=settings.sites,
-        settings=Distillation(images=64, schedule_images=32) if args.common.quick else Distillation(),
-        seed=args.common.seed,
-        progress=is_main,
+        return cast(Any, load_policy(kept, args.common.device))
+    _check_settings(
+        settings, MergePolicy(PairActor(1, backbone.embed_dim)) if merges else _untaught(settings, backbone)
     )
+    start = _distilled(args, backbone, task, is_main) if merges else _cloned(args, backbone, task, is_main)
     if is_main:
         save_policy(start, kept)
     return start
+
+
+def _untaught(settings: Preset, backbone: Backbone) -> TokenPolicy:
+    """An actor that has learnt nothing, of the shape that the settings ask for."""
+    kind = action_kind(settings.actions, "actions")
+    count = kind.count(backbone.num_patches)
+    actor = settings.learner.networks.actor(backbone.embed_dim, count, torch.Generator())
+    return TokenPolicy(actor, actions=kind)
+
+
+def _check_settings(settings: Preset, start: TokenPolicy | MergePolicy) -> None:
+    """Refuse settings that do not fit together, or not a policy like this to start from."""
+    given = {**settings.arguments, "reward": settings.reward or settings.learner.default_reward()}
+    Settings(**given, actions=action_kind(settings.actions, "actions"), start=start).check(Processes())
+
+
+def _target(args: Args, game: TokenGame, macs_per_token: int = 0) -> float:
+    """The budget of the flags in MACs, for a policy that spends so much on every token that it looks at."""
+    settings = args.settings
+    assert settings.budget is not None
+    cost = PolicyCost(game.cost, game.sites, macs_per_token)
+    return settings.budget.target(cost, settings.reward or settings.learner.default_reward())
+
+
+def _check_budget(args: Args, backbone: Backbone, task: Task, policy: MergePolicy) -> None:
+    """Refuse a budget that merging cannot meet; how much can merge does not depend on the image."""
+    places = {} if args.settings.sites is None else {"sites": args.settings.sites}
+    game = TokenGame.for_policy(backbone, policy, **places)
+    image = fetch(task.training, [0])[0].to(args.common.device)
+    with torch.inference_mode():
+        calibrate_threshold(game, policy, [image], _target(args, game))
+
+
+def _distilled(args: Args, backbone: Backbone, task: Task, progress: bool) -> MergePolicy:
+    """A merging policy that is read off the network's late attention."""
+    game = TokenGame(backbone, args.settings.sites)
+    return distilled_policy(
+        backbone,
+        task.training,
+        _target(args, game) / game.cost.dense(),
+        sites=args.settings.sites,
+        settings=Distillation(images=64, schedule_images=32) if args.common.quick else Distillation(),
+        seed=args.common.seed,
+        progress=progress,
+    )
+
+
+def _cloned(args: Args, backbone: Backbone, task: Task, progress: bool) -> TokenPolicy:
+    """An actor that imitates a baseline at the budget: EViT's choice of tokens, or scores distilled from attention.
+
+    Where the actions have another way out than being dropped, the baseline's tokens leave by it, too.
+    """
+    settings, common = args.settings, args.common
+    untaught, game = _untaught(settings, backbone), TokenGame(backbone, settings.sites)
+    target = min(_target(args, game, untaught.actor.macs_per_token), game.cost.dense())
+    images, fits = task.to_fit(args)
+    tune = PreparedImages(backbone, task.tune)
+    at = Comparison(backbone, tune, tune, images, sites=game.sites, seed=common.seed, fits=fits, progress=progress)
+    name = {"evit": "tri_level", "distilled": "distilled_attention"}[settings.init_from]
+    leave = WAY_OUT.get(untaught.actions.name, "drop")
+    (teacher,) = of_method(name, f"{name}:leave={leave}")[0].at(at, target / 1e9)
+    return cloned_policy(
+        backbone,
+        images,
+        teacher,
+        target / game.cost.dense(),
+        sites=game.sites,
+        actions=untaught.actions,
+        networks=settings.learner.networks,
+        settings=Cloning(images=64, steps=20) if common.quick else Cloning(),
+        seed=common.seed,
+        progress=progress,
+    )
 
 
 def compare(
     args: Args, backbone: Backbone, result: TrainResult, task: Task, start: TokenPolicy | MergePolicy | None = None
 ) -> TrainingReport:
     """The trained policy beside what it has to beat, at its measured GMACs and in the precision of training."""
+    fit, fits = task.to_fit(args)
     with autocast(args.common.device, "bf16" if args.training.run.amp else "off"):
         return compare_trained(
             result,
             backbone,
             task.tune,
             task.test,
+            fit=fit,
+            fits=fits,
             name=LEARNERS[args.training.algorithm],
             seed=args.common.seed,
             untrained_actors=args.untrained_actors,
             start=start if isinstance(start, MergePolicy) else None,
             timing=Timing(3, 16) if args.common.quick else Timing(9, min(args.batch_size, 128)),
+            progress=True,
         )
 
 

@@ -149,3 +149,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     config.check_reward(config.default_reward())
     with pytest.raises(ValueError, match=r"noise: expected above 0, got 0\.0"):
         PGPEConfig(noise=0.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 2), ("minibatch", 64), ("minibatch", None)])
+def test_settings_that_would_do_nothing_are_refused(name: str, value: int | None) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected .* \(PGPE takes one step with all games"):
+        PGPEConfig(**{name: value})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from statistics import median_high
 from typing import Any, cast
 
 import torch
 
-from vitprune_env.baselines import Method, available, describe, fit
+from vitprune_env.baselines import Method, available, fit, parsed
 from vitprune_env.benchmarking.contestants.search import at_budget
 from vitprune_env.benchmarking.contestants.task import Contestant, Task, own_sites
 from vitprune_env.benchmarking.measurement import Sites
@@ -31,11 +30,9 @@ def of_method(label: str, text: str) -> list[Contestant]:
 
     Raises:
         ParameterError: for a parameter that the method does not have.
+        ValueError: for a way out that there is not.
     """
-    name, _, rest = text.partition(":")
-    method = describe(name)
-    parameters = {key: _value(value) for key, _, value in (part.partition("=") for part in rest.split(",") if part)}
-    method.check(parameters)
+    method, parameters = parsed(text)
 
     def where(task: Task) -> Sites:
         return task.where(method.sites(task.backbone), _published(method, task))
@@ -45,25 +42,20 @@ def of_method(label: str, text: str) -> list[Contestant]:
 
     def fitted(task: Task, budget: float) -> list[Policy]:
         trained = _fitted(method, task, budget, where(task))
+        trained = trained.leaving(**parameters) if parameters else trained
         return [at_budget(trained.at, method.fitted_knob, budget, task, where(task))]
 
-    as_it_is = Contestant(label, "control" if name == "random" else "baseline", calibrated, where, method.knob.name)
+    as_it_is = Contestant(
+        label, "control" if method.name == "random" else "baseline", calibrated, where, method.knob.name
+    )
     if method.recipe is None:
         return [as_it_is]
     found = []
-    if not parameters:
+    if set(parameters) <= {"leave"}:  # other ones belong to the untrained method
         found.append(Contestant(label, "baseline", fitted, where, method.fitted_knob.name, needs_fit=True))
     if method.needs_only_knob:
         found.append(dataclasses.replace(as_it_is, name=f"{label} (unfitted)", group="control"))
     return found
-
-
-def _value(text: str) -> Any:
-    """A parameter's value: JSON if it is that, else a word."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _published(method: Method, task: Task) -> Sites:
@@ -123,15 +115,24 @@ def _trained(method: Method, task: Task, share: float, sites: Sites) -> Policy:
 
 
 def _config(method: Method, task: Task) -> Any:
-    """The method's settings of a fit, as long as asked for."""
-    config = method.fit_config()
-    if task.fits.quick:
-        return config.quick()
-    if task.fits.steps is None:
+    """The method's settings of a fit, as long as asked for; of few images a quarter is held out for validation."""
+    config, fits = method.fit_config(), task.fits
+    if fits.quick:
+        config = config.quick()
+    elif fits.steps is not None:
+        config = _with_loop(config, steps=fits.steps)
+    loop, images = getattr(config, "fit", config), len(cast(Any, task.fit))
+    images = min(images, getattr(config, "images", 0) or images)
+    if images >= loop.validation + loop.batch_size:
         return config
+    return _with_loop(config, validation=images // 4, batch_size=min(loop.batch_size, images - images // 4))
+
+
+def _with_loop(config: Any, **values: Any) -> Any:
+    """Settings of a fit with other ones of its training loop, which are in them or are them."""
     if hasattr(config, "fit"):
-        return dataclasses.replace(config, fit=dataclasses.replace(config.fit, steps=task.fits.steps))
-    return dataclasses.replace(config, steps=task.fits.steps)
+        return dataclasses.replace(config, fit=dataclasses.replace(config.fit, **values))
+    return dataclasses.replace(config, **values)
 
 
 def _autocast_for_training(task: Task) -> torch.autocast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
@@ -25,7 +26,11 @@ FEW = 8  # images of the search
 TOLERANCE = 0.002  # how far from the budget the search may stop, as a share of it
 STEPS = 40  # settings that the search on few images tries, at most
 CORRECTIONS = 4  # settings that are tried on all images, at most
+OFF = 0.02  # how far from the budget, as a share of it, the corrected aim may end
+SEARCHED = 12  # further settings that are tried on all images where it ends farther off
 ALIKE = 5e-4  # settings that differ by less than this share of them are not told apart
+
+_log = logging.getLogger(__name__)
 
 
 def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Task, sites: Sites | None) -> P:
@@ -33,7 +38,9 @@ def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Ta
 
     The setting is searched on eight images. Most methods keep equally many tokens of every image: for them that is all.
     For the others all images tell how much more or less they cost than the few, the aim of the search is corrected by
-    that, and the setting whose cost comes closest to the budget is taken.
+    that, and the setting whose cost comes closest to the budget is taken. Where this ends more than two per cent off
+    the budget, because the few are not like the others, the search goes on with all images, between the settings that
+    were tried. If it still ends off the budget, `task.notes` and a warning say so.
 
     Args:
         build: makes the policy from a setting of its knob.
@@ -88,21 +95,39 @@ def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Ta
         if position in tried:
             break
         tried[position] = of_all(position)
-    return build(setting(min(tried, key=lambda position: abs(tried[position] - budget))))
+    position = min(tried, key=lambda position: abs(tried[position] - budget))
+    if abs(tried[position] / budget - 1) > OFF:
+        high = min((position for position in tried if tried[position] >= budget), default=1.0)
+        low = max((position for position in tried if position < high and tried[position] < budget), default=0.0)
+        ends = _search(of_all, budget, setting, low, high, SEARCHED), position
+        position = min(ends, key=lambda position: abs(of_all(position) - budget))
+    if abs(of_all(position) / budget - 1) > OFF:
+        dense = task.dense_gmacs / 100
+        note = f"no setting found nearer to the budget than {of_all(position) / dense:.3g} % of dense"
+        name = type(build(setting(position))).__name__
+        _log.warning("%s: %s, which is %.3g %%", name, note, budget / dense)
+        task.notes.append(note)
+    return build(setting(position))
 
 
-def _search(cost: Callable[[float], float], aim: float, setting: Callable[[float], Setting]) -> float:
-    """The smallest position found from 0 to 1 that costs at least `aim`; 0 or 1 where `aim` is out of reach.
+def _search(
+    cost: Callable[[float], float],
+    aim: float,
+    setting: Callable[[float], Setting],
+    low: float = 0.0,
+    high: float = 1.0,
+    steps: int = STEPS,
+) -> float:
+    """The smallest position found from `low` to `high` that costs at least `aim`; an end where `aim` is out of reach.
 
     Steps where the chord says and steps to the middle of the range take turns: the first are fast on a smooth cost, the
     second halve the range whatever the cost looks like.
     """
-    low, high = 0.0, 1.0
     if cost(low) >= aim:
         return low
     if cost(high) <= aim:
         return high
-    for step in range(STEPS):
+    for step in range(steps):
         if cost(high) <= (1 + TOLERANCE) * aim or _alike(setting(low), setting(high)):
             break
         part = 0.5

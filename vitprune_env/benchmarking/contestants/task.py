@@ -52,6 +52,7 @@ class Task:
         resume: whether to go on with fits that are there.
         progress: whether fits show a progress bar.
         fitted: methods trained so far, by the names of their folders.
+        notes: what bringing the present policy to its budget has to say.
     """
 
     backbone: Backbone
@@ -67,6 +68,7 @@ class Task:
     resume: bool = False
     progress: bool = False
     fitted: dict[str, Policy] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def dense_gmacs(self) -> float:

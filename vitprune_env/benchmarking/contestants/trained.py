@@ -14,6 +14,7 @@ from vitprune_env.benchmarking.contestants.search import at_budget
 from vitprune_env.benchmarking.contestants.task import Contestant, Task
 from vitprune_env.benchmarking.measurement import Sites
 from vitprune_env.deploy.policy_files import load_policy
+from vitprune_env.envs.actions import ActionKind, KeepActions
 from vitprune_env.errors import CheckpointError
 from vitprune_env.policy import Policy
 
@@ -71,19 +72,26 @@ def _own_budget(policy: Trained, task: Task) -> float:
     return float(policy.info.get("target_macs") or 0) / 1e9
 
 
-def untrained_policies(task: Task, budget: float, **actor: Any) -> list[Policy]:
+def untrained_policies(
+    task: Task,
+    budget: float,
+    actions: ActionKind = KeepActions(),  # noqa: B008, frozen
+    **actor: Any,
+) -> list[Policy]:
     """Actors with fresh weights at a budget: what the shape of the learned policy achieves without learning.
 
     Args:
         task: network, images to calibrate on and seeds.
         budget: GMACs per image.
+        actions: what the actors' actions mean.
         **actor: arguments of `TokenActor`, such as `hidden`.
     """
     usual = task.backbone.default_sites
     sites = task.where(usual, usual)
     generators = [torch.Generator().manual_seed(task.seed + index) for index in range(task.seeds)]
-    actors = [TokenActor(task.backbone.embed_dim, generator=generator, **actor) for generator in generators]
-    return [_with_threshold(TokenPolicy(actor, sites=sites), task, budget) for actor in actors]
+    shape = {"num_actions": actions.count(task.backbone.num_patches), **actor}
+    actors = [TokenActor(task.backbone.embed_dim, generator=generator, **shape) for generator in generators]
+    return [_with_threshold(TokenPolicy(actor, sites=sites, actions=actions), task, budget) for actor in actors]
 
 
 UNTRAINED = Contestant("untrained actor", "control", untrained_policies, _where_they_want, THRESHOLD.name)

@@ -238,8 +238,8 @@ class TrainingFlags:
     """Which agents learn: every token for itself (MAPPO); one that decides for all tokens of an image; or all together,
     by disturbing the parameters that they share (PGPE), from a policy that merges."""
     init_from: str = "new"
-    """What training starts from: new (an actor with fresh weights), distilled (the network's own late attention, with
-    PGPE), or the file of a policy."""
+    """What training starts from: new (an actor with fresh weights), distilled (what the network's own late attention
+    says of tokens), evit (the tokens that EViT keeps; not with PGPE), or the file of a policy."""
     budget: BudgetFlags = field(default_factory=BudgetFlags)
     reward: RewardFlags = field(default_factory=RewardFlags)
     run: RunFlags = field(default_factory=RunFlags)
