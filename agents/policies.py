@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from math import isnan
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,17 @@ from ..types import Decision, Observation, Site
 from .networks import TokenActor
 from .senses import needed, see
 from .shared.noise import exploration_noise
+
+
+def checked_threshold(threshold: float) -> float:
+    """A threshold in logits.
+
+    Raises:
+        ValueError: for NaN, with which every comparison fails.
+    """
+    if isnan(threshold):
+        raise ValueError("threshold: expected a number in logits, got nan")
+    return float(threshold)
 
 
 @register_policy("token_policy")
@@ -56,7 +68,7 @@ class TokenPolicy(BasePolicy, nn.Module):
             raise ValueError(f"actions: expected the kind of the actor's {self.num_actions} actions, got None")
         self.actor = actor
         self.senses: tuple[str, ...] = getattr(actor, "senses", ())
-        self.threshold = float(threshold)
+        self.threshold = checked_threshold(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
         self.actions: ActionKind = KeepActions() if actions is None else actions

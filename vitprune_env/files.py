@@ -91,10 +91,16 @@ def _graft(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, with a checksum of tensors and metadata."""
+    """The content of a safetensors file with a checksum of tensors and metadata; the same bytes for the same values."""
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": "pt", **metadata}
-    return save(own, {**metadata, CHECKSUM: checksum(own, metadata)})
+    content = save(own, {**metadata, CHECKSUM: checksum(own, metadata)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes it in random order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,7 +17,11 @@ from ...game.token_game import TokenGame
 from ...policy import Policy
 
 MIN_CALIBRATION_STEPS = 20
-LOGIT_RANGE = 40.0  # thresholds beyond it keep or prune everything
+LOGIT_RANGE = 40.0  # thresholds beyond it keep or prune everything, unless training ran away
+WIDEST = 1e6  # where they may then lie
+FAR = 0.02  # share of the target by which a result is so far off that it is said
+
+_log = logging.getLogger(__name__)
 
 
 class HasThreshold(Policy, Protocol):
@@ -39,6 +45,8 @@ def calibrate_threshold(
 ) -> Adjustable:
     """The same policy with the threshold at which its greedy play costs the target, or a little less.
 
+    A result that is more than 2 % below the target is logged as a warning.
+
     Bisection in logits, drawn together as `logit / (1 + |logit|)`: most thresholds lie near 0, where each step halves
     the range, but policies whose probabilities are near 0 and 1 need thresholds far out, and many steps.
 
@@ -51,33 +59,62 @@ def calibrate_threshold(
         tolerance: how far below the target, relative to it, the search may stop early.
 
     Raises:
-        ValueError: for no images or too few steps.
+        ValueError: for no images, too few steps, or a target or tolerance that is no such number.
         BudgetError: if even pruning everything costs more.
     """
     if not batches:
         raise ValueError("batches: expected at least one batch of images, got none")
     if steps < MIN_CALIBRATION_STEPS:
         raise ValueError(f"steps: expected at least {MIN_CALIBRATION_STEPS}, got {steps}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance: expected a share of the target from 0 to below 1, got {tolerance}")
+    if not 0 < target_macs < inf:
+        raise ValueError(f"target_macs: expected a finite number above 0, got {target_macs}")
 
     def at(threshold: float) -> tuple[Adjustable, float]:
         candidate = policy.with_threshold(threshold)
         macs = [play(game, candidate, batch).outcome.macs for batch in batches]
         return candidate, float(torch.cat(macs).mean())
 
-    low, high = -LOGIT_RANGE / (1 + LOGIT_RANGE), LOGIT_RANGE / (1 + LOGIT_RANGE)
-    best, least = at(LOGIT_RANGE)
-    if least > target_macs:
+    try:
+        best, macs, at_an_end = _search(at, target_macs, LOGIT_RANGE, steps, tolerance)
+    except BudgetError:
+        best, macs, at_an_end = policy, 0.0, True
+    if at_an_end and macs < (1 - tolerance) * target_macs:  # logits that are larger than training leaves them
+        best, macs, _ = _search(at, target_macs, WIDEST, 2 * steps, tolerance)
+    if macs < (1 - FAR) * target_macs:
+        _log.warning(
+            "calibration: no threshold comes closer to %.5g GMACs than %.5g from below; are the logits numbers, and do "
+            "they vary?",
+            target_macs / 1e9,
+            macs / 1e9,
+        )
+    return best
+
+
+def _search(
+    at: Callable[[float], tuple[Adjustable, float]], target: float, largest: float, steps: int, tolerance: float
+) -> tuple[Adjustable, float, bool]:
+    """The dearest policy found that costs at most the target, its cost, and whether all tried were on one side of it.
+
+    Raises:
+        BudgetError: if the largest threshold costs more.
+    """
+    low, high = -largest / (1 + largest), largest / (1 + largest)
+    ends = low, high
+    best, macs = at(largest)
+    if macs > target:
         raise BudgetError(
-            f"target_macs: expected at least {least / 1e9:.5g} GMACs, what is left when the policy prunes all it can, "
-            f"got {target_macs / 1e9:.5g}"
+            f"target_macs: expected at least {macs / 1e9:.5g} GMACs, what is left when the policy prunes all it can, "
+            f"got {target / 1e9:.5g}"
         )
     for _ in range(steps):
         middle = (low + high) / 2
-        candidate, macs = at(middle / (1 - abs(middle)))
-        if macs > target_macs:
+        candidate, cost = at(middle / (1 - abs(middle)))
+        if cost > target:
             low = middle
         else:
-            high, best = middle, candidate
-            if macs >= (1 - tolerance) * target_macs:
+            high, best, macs = middle, candidate, cost
+            if macs >= (1 - tolerance) * target:
                 break
-    return best
+    return best, macs, low == ends[0] or high == ends[1]

@@ -109,6 +109,7 @@ class FinetuneConfig:
             check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("lr", "temperature"):
             check(self, name, getattr(self, name) > 0, "above 0")
+        check(self, "min_lr", self.min_lr <= self.lr, f"at most lr ({self.lr:g})")
         for name in ("label_smoothing", "distill"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0 or None")

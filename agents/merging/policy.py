@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...game.bipartite_matching import merge_senders
 from ...policy import BasePolicy, register_policy
 from ...types import Decision, Observation, Site
-from ..policies import full_precision
+from ..policies import checked_threshold, full_precision
 from .pairs import FEATURES, Pairs
 
 
@@ -124,7 +124,7 @@ class MergePolicy(BasePolicy, nn.Module):
     ) -> None:
         super().__init__()
         self.actor = actor
-        self.threshold = float(threshold)
+        self.threshold = checked_threshold(threshold)
         self.sites = None if sites is None else tuple(Site.parse(site) for site in sites)
         self.info = dict(info or {})
         self.needs = frozenset({"keys", "cls_attention"} if actor.sees_class_attention else {"keys"})

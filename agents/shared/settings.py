@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +33,7 @@ def check_numbers(settings: Any) -> None:
 
     Raises:
         TypeError: naming the first such field.
+        ValueError: for a number that is infinite or NaN.
     """
     for each in fields(settings):
         declared = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
@@ -42,6 +44,8 @@ def check_numbers(settings: Any) -> None:
         kind, expected = NUMBERS[name]
         if not isinstance(value, kind) or (name != "bool" and isinstance(value, bool)):
             raise TypeError(f"{each.name}: expected {expected}{other and ' or None'}, got {value!r}")
+        if not isfinite(value):
+            raise ValueError(f"{each.name}: expected a finite number{other and ' or None'}, got {value!r}")
 
 
 def check_type(name: str, value: object, kind: type, expected: str) -> None:

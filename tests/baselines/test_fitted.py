@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from games import OwnLabels
-from helpers import toy
+from helpers import rewrite, toy
 from vitprune_env import PrunedViT, TokenGame, evaluate, load_backbone
 from vitprune_env.baselines import EViT, RandomDrop, calibrate, describe, load_fitted, save_fitted
 from vitprune_env.baselines.dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
@@ -161,7 +161,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a policy file, got a training file"):
         load_fitted(path)
     path = save_fitted(policy, tmp_path / "policy.safetensors")
-    path.write_bytes(path.read_bytes().replace(b"life_regression", b"life_regressiom"))
+    rewrite(path, b"life_regression", b"life_regressiom")
     with pytest.raises(CheckpointError, match="policy: 'life_regressiom' is not registered"):
         load_fitted(path)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers import random_images, toy
 from vitprune_env import KeepAll, TokenGame, benchmark, load_backbone, play
-from vitprune_env.baselines import EViT, calibrate, make
+from vitprune_env.baselines import EViT, calibrate, describe, make
 from vitprune_env.benchmarking import BenchmarkResult, Fits, Timing, comparison, measurement
 from vitprune_env.benchmarking.contestants import Task, contestants_of, load_object, methods
 from vitprune_env.benchmarking.contestants.policies import of_factory
@@ -160,8 +160,8 @@ def test_fits_for_the_middle_are_turned_to_the_other_budgets(task: Task, monkeyp
     for share in each.shares:
         line.at(each, share * task.dense_gmacs)
     assert trained == pytest.approx([0.4, 0.6])
-    assert methods._config(methods.describe("ltmp"), replace(task, fits=Fits(steps=7))).steps == 7
-    assert methods._config(methods.describe("dynamicvit"), replace(task, fits=Fits(steps=7))).fit.steps == 7
+    assert methods._config(describe("ltmp"), replace(task, fits=Fits(steps=7))).steps == 7
+    assert methods._config(describe("dynamicvit"), replace(task, fits=Fits(steps=7))).fit.steps == 7
 
 
 def test_published_sites_are_a_second_row_where_they_are_others(task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from helpers import random_images, toy
+from helpers import random_images, rewrite, toy
 from places import ROOT
 from vitprune_env import (
     Backbone,
@@ -103,8 +104,8 @@ def test_loading_imports_the_packages_of_built_in_policies(tmp_path: Path) -> No
     """In a fresh interpreter; the packages are imported one after the other until the name is known."""
     for name in ("evit", "token_policy", "keep_all"):
         save_policy(POLICIES[name](), tmp_path / name)
-    unknown = (tmp_path / "keep_all").read_bytes().replace(b"keep_all", b"no_such_")
-    (tmp_path / "unknown").write_bytes(unknown)
+    shutil.copy(tmp_path / "keep_all", tmp_path / "unknown")
+    rewrite(tmp_path / "unknown", b"keep_all", b"no_such_")
     code = (
         "import sys, vitprune_env as vp\n"
         "loaded = lambda: [name for name in ('agents', 'baselines') if f'vitprune_env.{name}' in sys.modules]\n"

@@ -175,6 +175,10 @@ def test_features_are_differentiable_through_a_merge() -> None:
         ({"merge_into": torch.tensor([[1, 2, 2], [0, 1, 2]])}, "token 0 of image 0 goes into token 1, which is dead"),
         ({"merge_into": torch.tensor([[0, 1, 2], [0, 2, 2]])}, "token 1 of image 1 goes into token 2, which is dead"),
         ({"macs": torch.ones(3)}, r"macs: expected shape \[B\] = \(2,\), got \(3,\)"),
+        ({"macs": [1.0, 1.0]}, r"macs: expected shape \[B\] = \(2,\), got list"),
+        ({"macs": torch.tensor([1.0, -1.0])}, r"macs: expected what was computed, finite and not negative"),
+        ({"macs": torch.tensor([1.0, float("nan")])}, r"macs: expected what was computed"),
+        ({"macs": torch.tensor([1.0, float("inf")])}, r"macs: expected what was computed"),
     ],
 )
 def test_wrong_decisions_are_refused(wrong: dict[str, Any], message: str) -> None:

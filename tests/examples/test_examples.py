@@ -62,7 +62,8 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
     assert 0 < summary["policy_gmacs"] < 0.02 * summary["dense_gmacs"]
     assert abs(summary["gmacs"] / summary["target_gmacs"] - 1) < 0.1
     assert len(summary["keep_per_site"]) == 3
-    assert [row["name"].split(" ")[0] for row in summary["rows"]] == ["dense", "random", "untrained", "EViT", "MAPPO"]
+    names = ["dense", "random", "untrained", "brightness", "EViT", "distilled", "MAPPO"]
+    assert [row["name"].split(" ")[0] for row in summary["rows"]] == names
     assert {tuple(row["sites"]) for row in summary["rows"]} == {("1", "3", "5")}  # a fair comparison
     for name in ("tokens.png", "learning_curve.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")

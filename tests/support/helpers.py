@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from places import GOLDEN
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.tokens import TokenState
+from vitprune_env.files import read_tensors
 from vitprune_env.policy import BasePolicy
 from vitprune_env.types import Decision, Observation, Site, parse_sites
 
@@ -57,6 +60,13 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
 
 # Rotary positions belong to places, so that permuting embedded tokens is another image for these.
 ROTARY = {name for name in TIMM_MODELS if name.startswith("eva02") or "rope" in name}
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    """Replace a part of a file of ours, which then has no checksum, as files of earlier versions."""
+    tensors, metadata = read_tensors(path)
+    save_file(tensors, path, metadata)
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 @cache

@@ -30,8 +30,8 @@ def check_decision(
 
     Raises:
         DecisionError: for a wrong shape, dtype or device, a dead token that is kept, a merge target that does not
-            exist, is dead, or is itself merged elsewhere, a token that should wait but does not stay, or announced
-            counts that are not so.
+            exist, is dead, or is itself merged elsewhere, a token that should wait but does not stay, announced
+            counts that are not so, or MACs that are negative or not finite.
     """
     if not isinstance(decision, Decision):
         raise DecisionError(f"decision: expected a Decision, got {type(decision).__name__}")
@@ -66,8 +66,16 @@ def check_decision(
         raise DecisionError(
             f"park_count: expected tokens that wait in every image, got {decision.park_count}, which is not so"
         )
-    if decision.macs is not None and decision.macs.shape != alive.shape[:1]:
-        raise DecisionError(f"macs: expected shape [B] = ({len(alive)},), got {tuple(decision.macs.shape)}")
+    if decision.macs is not None:
+        _check_macs(decision.macs, len(alive))
+
+
+def _check_macs(macs: Tensor, batch: int) -> None:
+    if not isinstance(macs, Tensor) or macs.shape != (batch,):
+        got = tuple(macs.shape) if isinstance(macs, Tensor) else type(macs).__name__
+        raise DecisionError(f"macs: expected shape [B] = ({batch},), got {got}")
+    if not (macs.isfinite() & (macs >= 0)).all():
+        raise DecisionError(f"macs: expected what was computed, finite and not negative, got {macs.tolist()}")
 
 
 def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

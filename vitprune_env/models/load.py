@@ -226,11 +226,12 @@ def _load_weights(backbone: Backbone, path: Path, new_head: bool) -> None:
         if path.suffix == ".npz":
             _load_augreg(backbone.model, path, new_head)
         else:
-            if path.suffix == ".safetensors":
+            if path.suffix == ".safetensors" and path.is_file():
                 read_tensors(path)  # refuses a damaged file
             _load_state(backbone, load_state_dict(str(path), weights_only=True), new_head)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        said = str(error)
+        raise CheckpointError(said if said.startswith("checkpoint: ") else f"checkpoint: {said}") from error
     except (*NOT_WEIGHTS, *OTHER_WEIGHTS) as error:
         raise CheckpointError(f"checkpoint: expected weights of this model, got {path}: {error}") from error
 

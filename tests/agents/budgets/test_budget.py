@@ -224,3 +224,55 @@ def test_what_calibration_refuses() -> None:
         calibrate_threshold(game, policy, [], game.cost.dense())
     with pytest.raises(ValueError, match="at least 20"):
         calibrate_threshold(game, policy, [images], game.cost.dense(), steps=5)
+
+
+def scaled_policy(scale: float, shift: float = 0.0) -> TokenPolicy:
+    """A policy whose log-odds of keeping are this many times those of a fresh actor, and shifted."""
+    policy = untrained(scale)
+    with torch.no_grad():
+        policy.actor.last.bias[-1] += shift
+    return policy
+
+
+def test_thresholds_far_out_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    """Logits of training that ran away, which no threshold from -40 to 40 divides."""
+    backbone = toy(NAME)
+    game, images = TokenGame(backbone, (1, 2, 3)), OwnLabels(32).images
+    target = 0.7 * game.cost.dense()
+    usual = calibrate_threshold(game, scaled_policy(1.0), [images], target)
+    macs = play(game, usual, images).outcome.macs.mean()
+    for policy in (scaled_policy(1.0, shift=500.0), scaled_policy(1.0, shift=-500.0)):
+        found = calibrate_threshold(game, policy, [images], target)
+        assert abs(found.threshold) > 400
+        torch.testing.assert_close(play(game, found, images).outcome.macs.mean(), macs, rtol=5e-3, atol=0)
+    assert not caplog.records
+
+
+def test_what_cannot_be_calibrated_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = toy(NAME)
+    game, images = TokenGame(backbone, (1, 2, 3)), OwnLabels(32).images
+    target = 0.7 * game.cost.dense()
+    for scale in (0.0, float("nan")):  # all tokens alike, and none a number
+        caplog.clear()
+        calibrate_threshold(game, scaled_policy(scale), [images], target)
+        assert "no threshold comes closer" in caplog.text
+    for wrong in ({"target_macs": float("nan")}, {"tolerance": 1.0}, {"tolerance": float("nan")}):
+        given: dict[str, Any] = {"target_macs": target, **wrong}
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            calibrate_threshold(game, scaled_policy(1.0), [images], **given)
+    with pytest.raises(ValueError, match="threshold: expected a number"):
+        scaled_policy(1.0).with_threshold(float("nan"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_are_finite_numbers(value: float) -> None:
+    for kind, name in (
+        (MAPPOConfig, "lr"),
+        (MAPPOConfig, "entropy"),
+        (FinetuneConfig, "weight_decay"),
+        (Share, "price_rate"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            kind(**{name: value})
+    with pytest.raises(ValueError, match="min_lr"):
+        FinetuneConfig(lr=1e-5, min_lr=1e-4)

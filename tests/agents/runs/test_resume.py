@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_other_images_in_the_same_number_are_not_resumed(tmp_path: Path) -> None
 
 
 def test_other_weights_of_the_same_name_are_not_resumed(tmp_path: Path) -> None:
-    short, network = but(TINY, updates=1).arguments, toy(NAME)
+    short, network = but(TINY, updates=1).arguments, deepcopy(toy(NAME))
     train(network, DATA, **short, progress=False, output=tmp_path)
     with torch.no_grad():
         next(network.model.blocks.parameters()).view(-1)[0] += 1
