@@ -65,6 +65,8 @@ def test_the_others_merge_or_are_fused(policy: Any) -> None:
     assert fused.merge_into.tolist() == [[0, 1, 2, 1]]
     assert torch.allclose(fused.weight, torch.tensor([[1, 3 / 4, 1, 1 / 4]]))
     assert (fused.macs, fused.count) == (None, 3)
+    biases = [policy.leaving(leave).attention_bias for leave in ("drop", "merge", "fuse")]
+    assert biases == [None, "log_size", "log_size"], "a token counts as often as its patches"
 
 
 def test_the_macs_of_choice_and_way_out_add_up() -> None:
