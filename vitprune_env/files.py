@@ -108,7 +108,7 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     shapes = {name: (str(value.dtype), list(value.shape)) for name, value in sorted(tensors.items())}
     found = sha256(json.dumps([sorted(metadata.items()), shapes]).encode())
     for name in shapes:
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
