@@ -13,6 +13,7 @@ from pettingzoo.utils.conversions import aec_wrapper_fn
 from torch import Tensor, nn
 
 from vitprune_env.data import Digits, ImageDataset, fetch
+from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.action_game import ActionGame
 from vitprune_env.envs.actions import ActionKind, action_kind
@@ -315,13 +316,32 @@ def parallel_env(
         action_space: an `ActionKind`, or the name of a built-in one: `"keep"`, `"keep_or_merge"`, `"keep_or_fuse"`,
             `"drop_merge_keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
+
+    Raises:
+        ValueError: for what `TokenPruningEnv` refuses, or no dataset beside a network that the built-in task does not
+            fit.
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
+    images = _built_in_images(network) if dataset is None else dataset
     network = network if device is None else network.to(device)
     kind = action_kind(action_space)
     game = TokenGame(network, sites, reward, needs | kind.needs, attention_bias or kind.attention_bias)
-    images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
     return TokenPruningEnv(game, images, on_prune, render_mode, kind)
+
+
+def _built_in_images(backbone: Backbone) -> Digits:
+    """Training scenes of the built-in task.
+
+    Raises:
+        ValueError: for a network that takes other images, or knows fewer classes.
+    """
+    task, taken = [3, DIGITS.canvas, DIGITS.canvas], [backbone.in_chans, *backbone.image_size]
+    if task != taken or backbone.num_classes < len(Digits.classes):
+        raise ValueError(
+            f"dataset: expected images {taken} of up to {backbone.num_classes} classes for {backbone.name}, got None; "
+            f"the built-in task has images {task} of {len(Digits.classes)} classes"
+        )
+    return Digits("train", size=BUILT_IN_IMAGES)
 
 
 raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); takes the arguments of parallel_env
