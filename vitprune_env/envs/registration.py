@@ -11,7 +11,8 @@ ENV_ID = "vitprune/TokenPruning-v0"
 def register_envs() -> None:
     """Register the environments under `ENV_ID`; further calls do nothing.
 
-    `pettingzoo.make("parallel", ENV_ID)`, `pettingzoo.make("aec", ENV_ID)` and `gymnasium.make(ENV_ID)` then work.
+    `pettingzoo.make("parallel", ENV_ID)`, `pettingzoo.make("aec", ENV_ID)`, `gymnasium.make(ENV_ID)` and
+    `gymnasium.make_vec(ENV_ID, num_envs)` then work.
     PettingZoo before 1.27 has no `make`; there `parallel_env` and `vitprune_env.envs.parallel.env` are the way.
     """
     if hasattr(pettingzoo, "register"):
@@ -20,4 +21,8 @@ def register_envs() -> None:
         if ENV_ID not in pettingzoo.aec_registry:
             pettingzoo.register("aec", ENV_ID, entry_point="vitprune_env.envs.parallel:env")
     if ENV_ID not in gymnasium.registry:
-        gymnasium.register(ENV_ID, entry_point="vitprune_env.envs.gym:SingleAgentEnv")
+        gymnasium.register(
+            ENV_ID,
+            entry_point="vitprune_env.envs.gym:SingleAgentEnv",
+            vector_entry_point="vitprune_env.envs.gym_vector:SingleAgentVectorEnv",
+        )
