@@ -189,6 +189,12 @@ def test_actions_of_agents_that_have_left_are_ignored(sent: Any) -> None:
         second_step({"patch_2": 1})
 
 
+def test_torchrls_masked_mode() -> None:
+    envs = pytest.importorskip("torchrl.envs")
+    wrapped = envs.PettingZooWrapper(make_env(on_prune="terminate"), use_mask=True, done_on_any=False)
+    envs.check_env_specs(wrapped)
+
+
 def test_bad_arguments_are_refused() -> None:
     backbone = toy(CLASS_TOKEN)
     with pytest.raises(ValueError, match=r"on_prune: expected one of .*, got 'leave'"):

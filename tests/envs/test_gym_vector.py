@@ -78,7 +78,7 @@ def test_each_row_is_the_game_of_one(name: str, action_space: Any) -> None:
 
 def test_the_step_after_the_end_begins_new_games() -> None:
     envs = RecordEpisodeStatistics(make())
-    envs.reset(seed=0)
+    _, infos = envs.reset(seed=0)
     paid = np.zeros(3)
     for step in range(3):
         _, rewards, _, _, infos = envs.step(drawn(make(), step))
