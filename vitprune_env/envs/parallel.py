@@ -13,6 +13,7 @@ from pettingzoo.utils.conversions import aec_wrapper_fn
 from torch import Tensor, nn
 
 from vitprune_env.data import Digits, ImageDataset, fetch
+from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.action_game import ActionGame
 from vitprune_env.envs.actions import ActionKind, action_kind
@@ -53,7 +54,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     `on_prune="terminate"`: pruned agents leave at once. *This is another game*: PettingZoo pays no agent after it has
     left, so an agent that leaves is paid at once for a counterfactual outcome, that of finishing the pass from here
     without further pruning. Only the agents that act at the last site are paid for the real outcome. The episode ends
-    early when all agents have left.
+    early when all agents have left. Actions for agents that have left are ignored, whatever they are.
 
     Waiting tokens are alive in both modes: their agents stay listed and act at every site.
 
@@ -111,7 +112,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         count = self.actions.count(game.num_agents)
         self.action_spaces = {agent: Discrete(count) for agent in self.possible_agents}
         self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
-        self.np_random = np.random.default_rng()
+        self.np_random: np.random.Generator | None = None  # made by the first reset, so that copies do not share it
         self._viewer = Viewer(render_mode, self.metadata["name"])
         self._slots = np.arange(0)  # patch numbers of `agents`
         self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
@@ -128,13 +129,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """Draw an image and begin a game with it.
 
         Args:
-            seed: of the environment's own random stream, which draws the images; None: go on with it.
+            seed: of the environment's own random stream, which draws the images; None: go on with it, or begin an
+                unpredictable one.
             options: `{"index": i}` plays item i of the dataset instead.
 
         Raises:
             ValueError: for an index outside the dataset, or an image or label that does not fit the model.
         """
-        if seed is not None:
+        if seed is not None or self.np_random is None:
             self.np_random = np.random.default_rng(seed)
         index = (options or {}).get("index")
         if index is None:
@@ -151,14 +153,15 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """Take the actions of all agents and run the network up to the next site, or to the end.
 
         Args:
-            actions: one for each of `agents`; in mode noop those of pruned tokens are ignored.
+            actions: one for each of `agents`; those of pruned tokens are ignored, also where they have left.
 
         Returns:
             Observations, rewards, terminations, truncations and infos of the agents that acted; empty dicts when the
             episode is over.
 
         Raises:
-            ValueError: for a missing or unknown agent or an action outside its space, naming the agent.
+            ValueError: for an agent that is missing or was never in the game, or an action outside its space, naming
+                the agent.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}
@@ -197,14 +200,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """
         if self._images is None:
             raise RuntimeError("state: no game has begun; call reset() first")
-        tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
-        table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
-        for part in (tokens, tokens.parked):  # the state of the waiting tokens has no prefix tokens
-            if part is not None:
-                rows = np.concatenate([np.arange(part.num_prefix), num_prefix + part.token.cpu().numpy()])
-                table[rows, :-1] = _rows(part.x[None])
-                table[rows, -1] = 1
-        return table.flatten()
+        return self._play.state().flatten().cpu().numpy()
 
     def observation(self) -> Observation:
         """The `Observation` that a `Policy` decides on, with B = 1."""
@@ -258,18 +254,21 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         return dict(zip(agents, facts, strict=True))
 
     def _read(self, actions: Mapping[str, Action]) -> list[int]:
-        """The actions of a dict in the order of the agents.
+        """The actions of a dict in the order of the agents; frameworks also send some for agents that have left.
 
         Raises:
-            ValueError: for a missing or unknown agent or an action outside the space, naming the agent.
+            ValueError: for an agent that is missing or was never in the game, or an action outside the space, naming
+                the agent.
         """
-        for agent in actions.keys() ^ set(self.agents):
-            problem = "is missing" if agent in self.agents else "is not in the game, or not any more"
-            raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
         num_agents = self.game.num_agents
-        for agent, action in actions.items():
-            if not _is_below(action, self.actions.count(num_agents)):
-                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {action!r} for {agent}")
+        for agent in actions.keys() - self.action_spaces.keys():
+            raise ValueError(f"actions: expected one for each of env.agents; {agent} was never in the game")
+        for agent in self.agents:
+            if agent not in actions:
+                raise ValueError(f"actions: expected one for each of env.agents; {agent} is missing")
+            if not _is_below(actions[agent], self.actions.count(num_agents)):
+                got = f"{actions[agent]!r} for {agent}"
+                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {got}")
         return [int(actions[agent]) for agent in self.agents]
 
     def _settled(self, reward: Tensor, left: Tensor) -> Tensor:
@@ -310,13 +309,51 @@ def parallel_env(
         action_space: an `ActionKind`, or the name of a built-in one: `"keep"`, `"keep_or_merge"`, `"keep_or_fuse"`,
             `"drop_merge_keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
+
+    Raises:
+        ValueError: for what `TokenPruningEnv` refuses, or no dataset beside a network that the built-in task does not
+            fit.
+    """
+    game, images, kind = make_game(backbone, dataset, sites, reward, needs, device, action_space, attention_bias)
+    return TokenPruningEnv(game, images, on_prune, render_mode, kind)
+
+
+def make_game(
+    backbone: Backbone | nn.Module | str | None,
+    dataset: ImageDataset | None,
+    sites: Sequence[int | str | Site] | None,
+    reward: RewardFn | None,
+    needs: frozenset[str],
+    device: str | torch.device | None,
+    action_space: ActionKind | str,
+    attention_bias: str | None,
+) -> tuple[TokenGame, ImageDataset, ActionKind]:
+    """Game, images and action kind from the arguments of `parallel_env`.
+
+    Raises:
+        ValueError: for no dataset beside a network that the built-in task does not fit.
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
+    images = _built_in_images(network) if dataset is None else dataset
     network = network if device is None else network.to(device)
     kind = action_kind(action_space)
     game = TokenGame(network, sites, reward, needs | kind.needs, attention_bias or kind.attention_bias)
-    images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
-    return TokenPruningEnv(game, images, on_prune, render_mode, kind)
+    return game, images, kind
+
+
+def _built_in_images(backbone: Backbone) -> Digits:
+    """Training scenes of the built-in task.
+
+    Raises:
+        ValueError: for a network that takes other images, or knows fewer classes.
+    """
+    task, taken = [3, DIGITS.canvas, DIGITS.canvas], [backbone.in_chans, *backbone.image_size]
+    if task != taken or backbone.num_classes < len(Digits.classes):
+        raise ValueError(
+            f"dataset: expected images {taken} of up to {backbone.num_classes} classes for {backbone.name}, got None; "
+            f"the built-in task has images {task} of {len(Digits.classes)} classes"
+        )
+    return Digits("train", size=BUILT_IN_IMAGES)
 
 
 raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); takes the arguments of parallel_env
