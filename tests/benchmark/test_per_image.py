@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from helpers import random_images, toy
 from vitprune_env.agents import AdaptivePolicy, TokenActor, TokenPolicy
-from vitprune_env.baselines import LTMP, EvoViT, EViT, RandomDrop, ToMe, TopK, diversity_score
+from vitprune_env.baselines import LTMP, EViT, EvoViT, RandomDrop, ToMe, TopK, diversity_score
 from vitprune_env.benchmarking import interval
 from vitprune_env.benchmarking.contestants import Task, contestants_of
 from vitprune_env.benchmarking.per_image import diversity_points, lives_of, rank_correlation, record

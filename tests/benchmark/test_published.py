@@ -66,19 +66,23 @@ def test_numbers_of_papers_are_labelled_wherever_they_stand(tmp_path: Path) -> N
     assert (tmp_path / "published.md").read_text() == table
     assert {path.name for path in tmp_path.iterdir()} == {"published.md", "published.png", "published.pdf"}
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    here, there = rows[:2], rows[2:]
-    assert all("here, " in line for line in here)
-    assert all("| published (" in line and "other images" in line for line in there)
+    ours, theirs = rows[:2], rows[2:]
+    assert all("here, " in line for line in ours)
+    assert all("| published (" in line and "other images" in line for line in theirs)
     assert {row.method for row in rows_beside(RESULT)} == {"none", "EViT"}, "methods that were not compared stay out"
     learned = replace(OURS, name="MAPPO", group="learned")
     assert set(LEARNED) < {row.method for row in rows_beside(replace(RESULT, rows=(*RESULT.rows, learned)))}
-    axes = beside_figure(RESULT).axes[0]
-    legend = axes.get_legend()
-    assert legend is not None
-    assert all(text.get_text().startswith("published (") for text in legend.get_texts())
-    hollow = [marks for marks in axes.collections if str(marks.get_label()).startswith("published")]
-    assert sum(len(marks.get_offsets()) for marks in hollow) == len(published_rows("DeiT-S", "evit"))
-    assert all(len(marks.get_facecolor()) == 0 for marks in hollow)
+    figure = beside_figure(RESULT)
+    here, there = figure.legends
+    assert (here.get_title().get_text(), [text.get_text() for text in here.get_texts()]) == ("measured here", ["evit"])
+    assert "other images" in there.get_title().get_text()
+    assert {text.get_text() for text in there.get_texts()} == {row.source for row in published_rows("DeiT-S", "evit")}
+    marks = figure.axes[0].collections
+    assert len(marks) == len(published_rows("DeiT-S", "evit"))
+    assert all(len(mark.get_facecolor()) == 0 for mark in marks), "hollow"
+    share, change = marks[0].get_offsets()[0]  # 79.2 at 3.5 GMACs, of 79.9 at 4.6
+    assert (share, change) == pytest.approx((3.5 / 4.6, -0.7))
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([-15.0]), "80 of 95 %"
 
 
 def test_networks_that_no_paper_has_are_refused() -> None:

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from vitprune_env.cli import main
 
@@ -17,6 +18,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and their files are there; drawing takes seconds."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_every_view_is_a_figure_with_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--policy", "evit:fuse=False", "--keep-rate", "0.7", "--images", "12", "--quick"]
     more = ["--budgets", "0.6", "--beside", "random", "--output", str(tmp_path)]

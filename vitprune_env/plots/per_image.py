@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,32 +21,24 @@ REASONS = {"dropped": COLOURS[1], "merged": COLOURS[2], "waiting": COLOURS[5]}  
 MAX_IMAGES = 8  # more maps would be too small on a page
 
 
-class Part(Protocol):
-    """A mean over some of the images."""
+class Part(NamedTuple):
+    """Images whose x lies in the same part of its range."""
 
-    @property
-    def centre(self) -> float: ...
-    @property
-    def mean(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
+    centre: float  # median of x
+    mean: float  # of y
+    low: float  # of the mean's 95 % interval
+    high: float
+    images: int
 
 
-class Mark(Protocol):
-    """A policy at one budget: mean score of its images, and their accuracy with an interval."""
+class Mark(NamedTuple):
+    """A policy at one budget."""
 
-    @property
-    def share(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
+    share: float  # of the dense GMACs
+    score: float  # mean over images
+    accuracy: float  # 0 to 1
+    low: float  # of the accuracy's 95 % interval
+    high: float
 
 
 def difficulty_figure(
@@ -70,7 +62,7 @@ def difficulty_figure(
         rows = correct == flag
         axes.scatter(difficulty[rows], tokens[rows], s=12, marker=mark, color=colour, alpha=0.45, linewidths=0.9,
                      label=f"{rows.sum()} {label}")  # fmt: skip
-    middle, mean, low, high = np.array([(part.centre, part.mean, part.low, part.high) for part in parts]).T
+    middle, mean, low, high = np.array([part[:4] for part in parts]).T
     axes.errorbar(middle, mean, np.stack([mean - low, high - mean]), color="black", marker="s", markersize=4,
                   linewidth=1.3, capsize=2, label="means of equal parts, 95 %")  # fmt: skip
     axes.set(xlabel=name, ylabel="patch tokens, mean over blocks", ylim=(0, None))
@@ -94,18 +86,17 @@ def diversity_figure(lines: Mapping[str, Sequence[Mark]], parts: Sequence[Part],
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for (label, marks), colour, marker in zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
-        ordered = sorted(marks, key=lambda mark: mark.share)
-        score, accuracy, low, high = np.array([(m.score, m.accuracy, m.low, m.high) for m in ordered]).T
+        score, accuracy, low, high = np.array([mark[1:] for mark in sorted(marks)]).T
         left.errorbar(score, accuracy, np.stack([accuracy - low, high - accuracy]), color=colour, marker=marker,
                       markersize=5, linewidth=1.3, elinewidth=0.7, capsize=2, label=label)  # fmt: skip
-        for mark in ordered:
+        for mark in marks:
             left.annotate(f"{mark.share:.0%}", (mark.score, mark.accuracy), (5, -9), textcoords="offset points",
                           fontsize="x-small", color=colour)  # fmt: skip
     left.set(xlabel="diversity score r(Z) after the last site, mean over images", ylabel="accuracy, 95 %")
     left.set_title("policies at several shares of the dense GMACs", fontsize="medium")
     left.margins(0.12)
     left.legend(frameon=False, fontsize="small", loc="lower right")
-    middle, mean, low, high = np.array([(part.centre, part.mean, part.low, part.high) for part in parts]).T
+    middle, mean, low, high = np.array([part[:4] for part in parts]).T
     right.errorbar(middle, mean, np.stack([mean - low, high - mean]), color="black", marker="s", markersize=4,
                    linewidth=1.3, capsize=2)  # fmt: skip
     right.set(xlabel="score per token of an image", ylabel="accuracy of equally many images, 95 %")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vitprune_env.benchmarking.intervals import CONFIDENCE, Z95, interval
+from vitprune_env.plots.per_image import Part
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 200  # draws whose ranks are computed together
@@ -79,17 +80,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.divide(products, norms, out=np.full(len(x), np.nan), where=norms > 0)
 
 
-class Bin(NamedTuple):
-    """Images whose x lies in the same part of its range."""
-
-    centre: float  # median of x
-    mean: float  # of y
-    low: float  # of the mean's 95 % interval
-    high: float
-    images: int
-
-
-def binned(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, bins: int = 10) -> list[Bin]:
+def binned(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, bins: int = 10) -> list[Part]:
     """Mean of y over parts with equally many images, from the smallest x to the largest.
 
     Args:
@@ -107,7 +98,7 @@ def binned(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, bins:
     for rows in np.array_split(order, max(1, min(bins, len(x) // 5))):
         values, inside = y[rows].astype(float), None if groups is None else groups[rows]
         low, high = interval(values[None], inside) if y.dtype == bool else _around_mean(values, inside)
-        found.append(Bin(float(np.median(x[rows])), float(values.mean()), low, high, len(rows)))
+        found.append(Part(float(np.median(x[rows])), float(values.mean()), low, high, len(rows)))
     return found
 
 

@@ -20,7 +20,7 @@ from vitprune_env.benchmarking.tables import comma_separated
 from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import replace_file
-from vitprune_env.plots.per_image import difficulty_figure, diversity_figure, layers_figure, lives_figure
+from vitprune_env.plots.per_image import Mark, difficulty_figure, diversity_figure, layers_figure, lives_figure
 from vitprune_env.plots.render import label_text
 from vitprune_env.policy import Policy
 
@@ -58,25 +58,24 @@ class Views:
     def images(self) -> str:
         """Write images.csv, a line for each image, with what all views are made of."""
         found = self.records
-        rows = []
-        for index in range(len(found)):
-            rows.append(
-                {
-                    "image": index,
-                    "file": found.names[index] if found.names else None,
-                    "group": None if found.groups is None else int(found.groups[index]),
-                    "label": int(found.label[index]),
-                    "predicted": int(found.predicted[index]),
-                    "dense_predicted": int(found.dense_predicted[index]),
-                    "dense_margin": float(found.margin[index]),
-                    "dense_loss": float(found.loss[index]),
-                    "gmacs": float(found.gmacs[index]),
-                    "tokens": float(found.tokens[index]),
-                    **{f"kept at {site.label}": int(found.kept[index, step]) for step, site in enumerate(found.sites)},
-                    "diversity": float(found.diversity[index]),
-                    "diversity_per_token": float(found.diversity_per_token[index]),
-                }
-            )
+        rows = [
+            {
+                "image": index,
+                "file": found.names[index] if found.names else None,
+                "group": None if found.groups is None else int(found.groups[index]),
+                "label": int(found.label[index]),
+                "predicted": int(found.predicted[index]),
+                "dense_predicted": int(found.dense_predicted[index]),
+                "dense_margin": float(found.margin[index]),
+                "dense_loss": float(found.loss[index]),
+                "gmacs": float(found.gmacs[index]),
+                "tokens": float(found.tokens[index]),
+                **{f"kept at {site.label}": int(found.kept[index, step]) for step, site in enumerate(found.sites)},
+                "diversity": float(found.diversity[index]),
+                "diversity_per_token": float(found.diversity_per_token[index]),
+            }
+            for index in range(len(found))
+        ]
         self._csv("images", rows)
         right, dense = found.correct.mean(), (found.dense_predicted == found.label).mean()
         return (
@@ -103,9 +102,10 @@ class Views:
         found = self.records
         score = found.diversity_per_token
         correlation = rank_correlation(score, found.correct.astype(float), found.groups)
-        lines: dict[str, list[DiversityPoint]] = {}
+        lines: dict[str, list[Mark]] = {}
         for point in points:
-            lines.setdefault(point.policy, []).append(point)
+            mark = Mark(point.share, point.score, point.accuracy, point.low, point.high)
+            lines.setdefault(point.policy, []).append(mark)
         parts = binned(score, found.correct, found.groups, FIFTHS)
         self._figure("diversity", diversity_figure(lines, parts, self.name, f"rank correlation {correlation}"))
         self._csv("diversity", [asdict(point) for point in points])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from vitprune_env.benchmarking.result import BenchmarkResult
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import PathLike, replace_file
-from vitprune_env.plots.published import mark_published
+from vitprune_env.plots.published import PublishedMark, published_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,19 +79,23 @@ def _theirs(row: PublishedRow) -> dict[str, str]:
 
 
 def beside_figure(result: BenchmarkResult) -> Figure:
-    """The comparison's figure with what papers print as hollow grey marks."""
-    rows = [row for row in rows_beside(result) if row.method != DENSE]
-    figure = result.plot()
-    mark_published(figure.axes[0], _points(rows, result.dense.gmacs))
-    return figure
-
-
-def _points(rows: Sequence[PublishedRow], dense_gmacs: float) -> dict[str, list[tuple[float, float]]]:
-    """Shares of the dense GMACs and accuracies from 0 to 1, by the labels of their sources."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """What pruning changes, here and in papers: each against its own dense network, since their images differ."""
+    reached = [row for row in result.rows if row.correct and row.name != "dense"]
+    ours: dict[str, list[tuple[float, float]]] = {}
+    for row in reached:
+        change = 100 * (row.accuracy - result.dense.accuracy)
+        ours.setdefault(row.name, []).append((row.gmacs / result.dense.gmacs, change))
+    rows = rows_beside(result)
+    unpruned = {row.paper: row for row in reversed(rows) if row.method == DENSE}  # the first of each paper
+    learned = next((row.name for row in reached if row.group == "learned"), "")
+    names = {written: name for name, each in METHODS.items() for written in each} | dict.fromkeys(LEARNED, learned)
+    theirs = []
     for row in rows:
-        found.setdefault(row.label, []).append((row.gmacs / dense_gmacs, row.top1 / 100))
-    return found
+        if row.method != DENSE:
+            dense = unpruned[row.paper]
+            change = row.top1 - dense.top1
+            theirs.append(PublishedMark(names[row.method], row.source, row.gmacs / dense.gmacs, change))
+    return published_figure(ours, theirs)
 
 
 def save_beside(result: BenchmarkResult, folder: PathLike) -> str:

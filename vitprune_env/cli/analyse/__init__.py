@@ -6,8 +6,8 @@
     vitprune analyse --policy ltmp --target-share 0.5 --views layers     # thresholds and kept tokens (LTMP)
     vitprune analyse --policy life_regression --target-share 0.5 --views lives    # Chen et al., Fig. 4
 
-Policy, network and images are given as to `vitprune evaluate`. Writes NAME.png, NAME.pdf and NAME.csv for each view, and
-images.csv with a line for each image.
+Policy, network and images are given as to `vitprune evaluate`. Writes NAME.png, NAME.pdf and NAME.csv for each
+view, and images.csv with a line for each image.
 """
 
 from __future__ import annotations
