@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
     from vitprune_env.benchmarking import Fits, Timing, benchmark
+    from vitprune_env.benchmarking.published import check_published, save_beside
     from vitprune_env.data import Digits, RandomViews
 
     policies = entries(args)  # a wrong name ends the command before any network is loaded
@@ -173,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         (args.split, args.images, TEST_SEED),
     )
     if args.published:
-        from vitprune_env.benchmarking.published import check_published, save_beside
         from vitprune_env.engine.cost import CostModel
 
         check_published(backbone.name, CostModel.of(backbone).dense() / 1e9)

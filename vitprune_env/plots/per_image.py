@@ -182,7 +182,7 @@ def lives_figure(
 
     lines = -(-len(images) // 2)
     figure = Figure(figsize=(11.0, max(4.6, 1.75 * lines + 0.6)), layout="constrained")
-    maps, sides = figure.subfigures(1, 2, width_ratios=(3, 2))
+    maps, sides = figure.subfigures(1, 2, width_ratios=(3, 2), squeeze=False)[0]
     table = maps.subplots(lines, 4, squeeze=False)
     rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
     scale: dict[str, Any] = {"vmin": 0, "vmax": depth, "cmap": "viridis"}

@@ -75,8 +75,8 @@ def _all_rows() -> tuple[PublishedRow, ...]:
     """Every row of the file, in its order."""
     kinds: dict[str, Any] = {"gmacs": float, "top1": float, "top5": float, "images_per_s": float, "speedup": float,
                              "epochs": int}  # fmt: skip
-    blank = {field.name: field.default for field in fields(PublishedRow)}
-    text = (files(__package__) / DATA).read_text("utf-8")
+    blank: dict[str, Any] = {field.name: field.default for field in fields(PublishedRow)}
+    text = (files("vitprune_env.benchmarking.published") / DATA).read_text("utf-8")
     return tuple(
         PublishedRow(**{name: kinds.get(name, str)(cell) if cell else blank[name] for name, cell in line.items()})
         for line in csv.DictReader(text.splitlines())
