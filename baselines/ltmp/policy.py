@@ -70,8 +70,7 @@ class LTMP(BasePolicy):
         if self.merge_thresholds is None:
             return Decision(self._important(obs, alone))
         matching = match_bipartite(obs)
-        threshold = 1 - (1 - per_site("merge_thresholds", self.merge_thresholds, obs)) * 10.0**self.offset
-        merges = matching.score > max(0.0, threshold)
+        merges = matching.score > self._moved_merge(per_site("merge_thresholds", self.merge_thresholds, obs))
         merge_into, weight, order = merge_senders(obs, matching, merges)
         keep = self._important(obs, torch.where(merges, merge_into, alone)) & ~merges
         return Decision(keep, merge_into, weight, order, matching.macs)
@@ -82,8 +81,29 @@ class LTMP(BasePolicy):
             return obs.alive
         importance = obs.scatter(obs.evidence["mean_attention"])
         importance = importance.scatter_reduce(1, into, importance, "amax")
-        threshold = per_site("prune_thresholds", self.prune_thresholds, obs) * 10.0**self.offset
-        return (importance > min(1.0, threshold)) & obs.alive
+        threshold = self._moved_prune(per_site("prune_thresholds", self.prune_thresholds, obs))
+        return (importance > threshold) & obs.alive
+
+    def _moved_merge(self, threshold: float) -> float:
+        return max(0.0, 1 - (1 - threshold) * 10.0**self.offset)
+
+    def _moved_prune(self, threshold: float) -> float:
+        return min(1.0, threshold * 10.0**self.offset)
+
+    def thresholds(self, num_sites: int) -> dict[str, list[float]]:
+        """The thresholds that decide at each site, moved by `offset`, by what is compared with them.
+
+        Args:
+            num_sites: T, sites at which the policy acts.
+        """
+        found = {}
+        if self.merge_thresholds is not None:
+            values = _at_every_site(self.merge_thresholds, num_sites)
+            found["similarity (merged above)"] = [self._moved_merge(value) for value in values]
+        if self.prune_thresholds is not None:
+            values = _at_every_site(self.prune_thresholds, num_sites)
+            found["importance (pruned up to)"] = [self._moved_prune(value) for value in values]
+        return found
 
     def at(self, offset: float) -> Self:
         """The same policy with its thresholds moved by `offset` more, to meet a budget."""
@@ -104,6 +124,11 @@ class LTMP(BasePolicy):
         if not isinstance(policy, cls):
             raise CheckpointError(f"{path}: expected a file of {cls.__name__}, got one of {type(policy).__name__}")
         return policy
+
+
+def _at_every_site(value: Any, num_sites: int) -> Sequence[float]:
+    """Checked thresholds as one number for each site."""
+    return value if isinstance(value, tuple) else (value,) * num_sites
 
 
 def _check_thresholds(name: str, value: Any) -> float | tuple[float, ...] | None:

@@ -182,7 +182,8 @@ def test_wheel_and_sdist_carry_real_files(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vitprune_env"}
     with tarfile.open(sdist) as file:
         members = {member.name.partition("/")[2]: member for member in file.getmembers()}
-    for name in ("__init__.py", "py.typed", "agents/__init__.py", "baselines/evit.py", "examples/train_mappo.py"):
+    data = "benchmarking/published/published_results.csv"
+    for name in ("__init__.py", "py.typed", data, "agents/__init__.py", "baselines/evit.py", "examples/train_mappo.py"):
         assert f"vitprune_env/{name}" in names
         assert members[f"vitprune_env/{name}"].isfile()
     weights = {path.name for path in (ROOT / "vitprune_env/models/weights").glob("*") if path.is_file()}

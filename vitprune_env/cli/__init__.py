@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a token policy for a budget, and compare it with what it has to beat",
     "reward-ratio": "train with RL4EViT's reward at several ratios of its weights, and draw how much is kept",
     "evaluate": "measure a trained policy, or a method of the papers, on held-out images",
+    "analyse": "show what a policy does image by image, layer by layer and patch by patch",
     "benchmark": "compare policies at equal cost: tables, intervals, figures",
     "finetune": "fine-tune a network for a policy that prunes it",
     "finetune-backbone": "make a network that bears missing tokens, from pretrained weights and class folders",

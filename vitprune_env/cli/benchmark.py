@@ -101,6 +101,9 @@ class Args:
     """Runs of dense and pruned model for the speed, in turn; None: 9 on the built-in task, 3 on image files."""
     timed_images: int | None = None
     """Images that they run on; None: 128 on the built-in task, 16 on image files."""
+    published: bool = False
+    """Show what papers print of the network and the methods beside the results, with paper and table: published.md,
+    published.png and .pdf. They are numbers of other images."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/benchmark")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
@@ -157,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
     from vitprune_env.benchmarking import Fits, Timing, benchmark
+    from vitprune_env.benchmarking.published import check_published, save_beside
     from vitprune_env.data import Digits, RandomViews
 
     policies = entries(args)  # a wrong name ends the command before any network is loaded
@@ -169,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("train", args.fit_images, common.seed),
         (args.split, args.images, TEST_SEED),
     )
+    if args.published:
+        from vitprune_env.engine.cost import CostModel
+
+        check_published(backbone.name, CostModel.of(backbone).dense() / 1e9)
     warm_up = (FILES if source.reads_files else BUILT_IN)["warm_up"]
     words = sys.argv[2:] if argv is None else argv
     result = benchmark(
@@ -190,4 +198,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings={"split": args.split, "device": common.device, "fit_images": args.fit_images},
         command=shlex.join(["vitprune", "benchmark", *words]),
     )
+    if args.published:
+        print(f"\n{save_beside(result, common.output)}")
     print(f"\n{result.table()}\nresults and figures are in {common.output}/")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -100,14 +100,25 @@ class Args:
         return as_batches(images, self.batch_size, torch.device(self.common.device))
 
 
-def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
+A = TypeVar("A", bound=Args)
+
+
+def parse(
+    argv: Sequence[str] | None, prog: str | None = None, flags: type[A] = Args, description: str | None = __doc__
+) -> A:
     """Read the command line; `--preset` decides the defaults of the other flags.
+
+    Args:
+        argv: command line; None: that of the process.
+        prog: name of the command; None: that of the process.
+        flags: these flags, or those of a command that has them and more.
+        description: shown above the flags by `--help`.
 
     Raises:
         SettingsError: for a preset that does not exist.
     """
-    default = Args()
-    args = read_flags(Args, argv, __doc__, prog)
+    default = flags()
+    args = read_flags(flags, argv, description, prog)
     if args.preset is not None:
         from vitprune_env.benchmarking.presets import PUBLISHED
         from vitprune_env.errors import SettingsError
@@ -117,19 +128,19 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         found = PUBLISHED[args.preset]
         network = ImageFlags(model=found.model, pretrained=found.pretrained, img_size=found.img_size)
         budget = None if found.keep_rate is not None else found.gmacs
-        default = Args(
+        default = flags(
             policy=found.policy,
             keep_rate=found.keep_rate,
             target_gmacs=budget,
             target_share=found.share,
             source=network,
         )
-        args = read_flags(Args, argv, __doc__, prog, default)
+        args = read_flags(flags, argv, description, prog, default)
     args = _with_one_budget(args, default)
     return lowered(args, images=100) if args.common.quick else args
 
 
-def _with_one_budget(args: Args, default: Args) -> Args:
+def _with_one_budget(args: A, default: A) -> A:
     """The flag that sets the cost in place of what a preset has for the others.
 
     Raises:

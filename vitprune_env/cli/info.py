@@ -1,7 +1,8 @@
-"""Show versions, the built-in network, all baselines, or what a saved policy or a weight file is.
+"""Show versions, the built-in network, all baselines, what a saved policy or a weight file is, or what papers print.
 
 vitprune info
 vitprune info --method evit
+vitprune info --published deit_small_patch16_224 --method evit
 vitprune info --checkpoint runs/mappo
 vitprune info --weights runs/finetune/backbone.safetensors
 """
@@ -28,6 +29,9 @@ class Args:
     """Output folder of a training run, or a policy file."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Weights of a network that this package wrote."""
+    published: Annotated[str | None, tyro.conf.arg(metavar="NETWORK")] = None
+    """What papers print of a network, by timm's name or theirs (DeiT-S), or of all networks; with --method of this
+    method alone. Every row names paper and table."""
 
 
 def overview() -> dict[str, Any]:
@@ -94,9 +98,27 @@ def about_network(path: Path) -> dict[str, Any]:
     return {**found, "class_names": "unknown" if names is None else ", ".join(names)}
 
 
+def published(network: str, method: str | None) -> str:
+    """A table of what papers print of a network, or of `all` networks.
+
+    Raises:
+        SettingsError: for a network or a method that no paper reports, or that none reports together.
+    """
+    from vitprune_env.benchmarking.published import published_rows, published_table
+    from vitprune_env.errors import SettingsError
+
+    rows = published_rows(None if network == "all" else network, method)
+    if not rows:
+        raise SettingsError(f"method: expected one that papers report on {network}, got {method!r}")
+    return published_table(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect and print."""
     args = read_flags(Args, argv, __doc__, prog="vitprune info")
+    if args.published is not None:
+        print(published(args.published, args.method))
+        return
     found: dict[str, Any] = {}
     if args.method is not None:
         found |= about_method(args.method)
