@@ -159,7 +159,7 @@ def test_bad_actions_are_refused_by_name() -> None:
     good: dict[str, Any] = dict.fromkeys(environment.agents, 1)
     with pytest.raises(ValueError, match="token_5 is missing"):
         environment.step({agent: 1 for agent in good if agent != "token_5"})
-    with pytest.raises(ValueError, match="patch_5 is not in the game"):
+    with pytest.raises(ValueError, match="patch_5 was never in the game"):
         environment.step(good | {"patch_5": 1})
     for bad in (2, -1, 0.5, None, "keep"):
         with pytest.raises(ValueError, match=r"expected 0 .* or 1 .* for token_7"):
@@ -168,13 +168,23 @@ def test_bad_actions_are_refused_by_name() -> None:
     assert len(environment.game.steps) == 1
 
 
-def test_terminated_agents_may_not_act() -> None:
-    environment = make_env(on_prune="terminate")
-    environment.reset(seed=0)
-    actions = dict.fromkeys(environment.agents, 1)
-    environment.step(actions | {"token_2": 0})
-    with pytest.raises(ValueError, match="token_2 is not in the game, or not any more"):
-        environment.step(actions)
+@pytest.mark.parametrize("sent", [0, 1, -1, None])
+def test_actions_of_agents_that_have_left_are_ignored(sent: Any) -> None:
+    """TorchRL, BenchMARL and AgileRL send an action for every agent in every step."""
+
+    def second_step(actions: dict[str, Any]) -> Any:
+        environment = make_env(on_prune="terminate")
+        environment.reset(seed=0)
+        environment.step(dict.fromkeys(environment.agents, 1) | {"token_2": 0})
+        return environment.step({**dict.fromkeys(environment.agents, 1), "token_3": 0, **actions})
+
+    observations, rewards, *others = second_step({"token_2": sent})
+    without_observations, without_rewards, *without = second_step({})
+    assert "token_2" not in rewards
+    assert (rewards, others) == (without_rewards, without)
+    np.testing.assert_equal(observations, without_observations)
+    with pytest.raises(ValueError, match="patch_2 was never in the game"):
+        second_step({"patch_2": 1})
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from typing import Any, cast
@@ -161,6 +162,13 @@ def test_same_seed_same_episodes() -> None:
     before = torch.get_rng_state()
     assert play_three(3) == play_three(3) != play_three(4)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_copies_of_a_fresh_environment_draw_other_images() -> None:
+    environment = make()
+    twins = environment, copy.deepcopy(environment)
+    first, second = ([twin.reset()[0].tobytes() for _ in range(6)] for twin in twins)
+    assert first != second
 
 
 def test_reset_without_seed_goes_on_with_the_stream() -> None:

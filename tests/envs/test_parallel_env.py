@@ -72,6 +72,31 @@ def test_reset_without_seed_goes_on_with_the_stream() -> None:
     assert first_rows(environment, 6) == images
 
 
+def images_drawn(environment: Any, episodes: int = 6) -> list[bytes]:
+    return [environment.reset()[0]["token_0"].tobytes() for _ in range(episodes)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda environment: pickle.loads(pickle.dumps(environment))])
+def test_copies_of_a_fresh_environment_draw_other_images(copied: Any) -> None:
+    """SuperSuit copies the environment that it is given, and resets the copies without a seed."""
+    environment = make_env()
+    twins = [copied(environment) for _ in range(2)]
+    first, second = map(images_drawn, twins)
+    assert first != second
+    for twin in twins:
+        twin.reset(seed=3)
+    first, second = map(images_drawn, twins)
+    assert first == second
+
+
+def test_four_copies_of_supersuit_play_four_images() -> None:
+    supersuit = pytest.importorskip("supersuit")
+    games = supersuit.concat_vec_envs_v1(supersuit.pettingzoo_env_to_vec_env_v1(make_env()), 4)
+    agents = games.num_envs // 4
+    drawn = [games.reset()[0].reshape(4, agents, -1) for _ in range(6)]
+    assert len({np.stack([batch[i] for batch in drawn]).tobytes() for i in range(4)}) == 4
+
+
 def test_global_random_states_are_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state(), copy.deepcopy(np.random.get_state()), random.getstate()  # noqa: NPY002 - the global one

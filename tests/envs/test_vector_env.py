@@ -198,6 +198,23 @@ def test_same_seed_same_images(kind: str) -> None:
     assert len({tuple(batch) for batch in first}) > 1
 
 
+@pytest.mark.parametrize("kind", ["dataset", "loader"])
+def test_copies_of_a_fresh_environment_draw_other_images(kind: str) -> None:
+    def drawn_by(venv: TokenVectorEnv) -> list[list[int]]:
+        for _ in range(6):
+            venv.reset()
+        return cast(Spy, venv.game).seen
+
+    def twins(seed: int | None) -> tuple[TokenVectorEnv, TokenVectorEnv]:
+        venv = TokenVectorEnv(Spy(toy(NAME)), sources()[kind], num_envs=4, seed=seed)
+        return venv, copy.deepcopy(venv)
+
+    fresh, copied = map(drawn_by, twins(None))
+    assert fresh != copied
+    fresh, copied = map(drawn_by, twins(0))
+    assert fresh == copied
+
+
 @pytest.mark.parametrize("kind", sources())
 def test_reset_with_a_seed_begins_anew(kind: str) -> None:
     game = Spy(toy(NAME))

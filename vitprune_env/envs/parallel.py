@@ -53,7 +53,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
     `on_prune="terminate"`: pruned agents leave at once. *This is another game*: PettingZoo pays no agent after it has
     left, so an agent that leaves is paid at once for a counterfactual outcome, that of finishing the pass from here
     without further pruning. Only the agents that act at the last site are paid for the real outcome. The episode ends
-    early when all agents have left.
+    early when all agents have left. Actions for agents that have left are ignored, whatever they are.
 
     Waiting tokens are alive in both modes: their agents stay listed and act at every site.
 
@@ -111,7 +111,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         count = self.actions.count(game.num_agents)
         self.action_spaces = {agent: Discrete(count) for agent in self.possible_agents}
         self.state_space = Box(-np.inf, np.inf, (rows * (width + 1),), np.float32)
-        self.np_random = np.random.default_rng()
+        self.np_random: np.random.Generator | None = None  # made by the first reset, so that copies do not share it
         self._viewer = Viewer(render_mode, self.metadata["name"])
         self._slots = np.arange(0)  # patch numbers of `agents`
         self._images: Tensor | None = None  # [1, C, H, W] of the current episode; None before the first
@@ -128,13 +128,14 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """Draw an image and begin a game with it.
 
         Args:
-            seed: of the environment's own random stream, which draws the images; None: go on with it.
+            seed: of the environment's own random stream, which draws the images; None: go on with it, or begin an
+                unpredictable one.
             options: `{"index": i}` plays item i of the dataset instead.
 
         Raises:
             ValueError: for an index outside the dataset, or an image or label that does not fit the model.
         """
-        if seed is not None:
+        if seed is not None or self.np_random is None:
             self.np_random = np.random.default_rng(seed)
         index = (options or {}).get("index")
         if index is None:
@@ -151,14 +152,15 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """Take the actions of all agents and run the network up to the next site, or to the end.
 
         Args:
-            actions: one for each of `agents`; in mode noop those of pruned tokens are ignored.
+            actions: one for each of `agents`; those of pruned tokens are ignored, also where they have left.
 
         Returns:
             Observations, rewards, terminations, truncations and infos of the agents that acted; empty dicts when the
             episode is over.
 
         Raises:
-            ValueError: for a missing or unknown agent or an action outside its space, naming the agent.
+            ValueError: for an agent that is missing or was never in the game, or an action outside its space, naming
+                the agent.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}
@@ -258,18 +260,21 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         return dict(zip(agents, facts, strict=True))
 
     def _read(self, actions: Mapping[str, Action]) -> list[int]:
-        """The actions of a dict in the order of the agents.
+        """The actions of a dict in the order of the agents; frameworks also send some for agents that have left.
 
         Raises:
-            ValueError: for a missing or unknown agent or an action outside the space, naming the agent.
+            ValueError: for an agent that is missing or was never in the game, or an action outside the space, naming
+                the agent.
         """
-        for agent in actions.keys() ^ set(self.agents):
-            problem = "is missing" if agent in self.agents else "is not in the game, or not any more"
-            raise ValueError(f"actions: expected one for each of env.agents; {agent} {problem}")
         num_agents = self.game.num_agents
-        for agent, action in actions.items():
-            if not _is_below(action, self.actions.count(num_agents)):
-                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {action!r} for {agent}")
+        for agent in actions.keys() - self.action_spaces.keys():
+            raise ValueError(f"actions: expected one for each of env.agents; {agent} was never in the game")
+        for agent in self.agents:
+            if agent not in actions:
+                raise ValueError(f"actions: expected one for each of env.agents; {agent} is missing")
+            if not _is_below(actions[agent], self.actions.count(num_agents)):
+                got = f"{actions[agent]!r} for {agent}"
+                raise ValueError(f"actions: expected {self.actions.meaning(num_agents)}, got {got}")
         return [int(actions[agent]) for agent in self.agents]
 
     def _settled(self, reward: Tensor, left: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class TokenVectorEnv:
             random order, epoch by epoch. Batches are taken in their order and cut to `num_envs`; what is left of one
             goes to the next `reset`.
         num_envs: B; None: the size of the first batch of an iterable, 32 for a dataset.
-        seed: of the environment's own random stream; None: unpredictable. The global one is left alone.
+        seed: of the environment's own random stream; None: unpredictable, and begun by the first reset, so that copies
+            made before it draw other images. The global one is left alone.
         action_space: an `ActionKind`, or the name of a built-in one: `"keep"` or `"merge"`.
 
     Attributes:
@@ -87,11 +88,11 @@ class TokenVectorEnv:
         self.data = data
         self._play = ActionGame(game, action_space)
         self.actions = self._play.kind
-        self.np_random = np.random.default_rng(seed)
+        self.np_random = None if seed is None else np.random.default_rng(seed)
         self._source = _source(data)
-        if seed is not None:
+        if self.np_random is not None:
             self._source.restart(self.np_random)
-        self.num_envs = num_envs or self._source.natural_size(self.np_random)
+        self.num_envs = num_envs or self._source.natural_size(self.np_random or np.random.default_rng())
         self.single_observation_space = Box(-np.inf, np.inf, (game.num_agents, game.backbone.embed_dim), np.float32)
         self.single_action_space = self.actions.joint_space(game.num_agents)
 
@@ -126,6 +127,8 @@ class TokenVectorEnv:
         if seed is not None:
             self.np_random = np.random.default_rng(seed)
             self._source.restart(self.np_random)
+        elif self.np_random is None:
+            self.np_random = np.random.default_rng()
         indices = (options or {}).get("indices")
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
         return self._play.reset(images, labels), self._play.infos()
