@@ -65,7 +65,9 @@ def main() -> None:
     ][args.warm_up :]
     ratios = [slow / fast for slow, fast in found]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    for name, times in zip(("PettingZooWrapper, 1 image", f"TokenEnv, {args.images} images"), zip(*found), strict=True):
+    for name, times in zip(
+        ("PettingZooWrapper, 1 image", f"TokenEnv, {args.images} images"), zip(*found, strict=True), strict=True
+    ):
         print(f"{name:28} {1e3 * statistics.median(times):8.3f} ms per image-step")
     print(f"ratio {middle:.1f} (quartiles {low:.1f} to {high:.1f}), {args.pairs} pairs, {game.num_agents} agents")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, cast
 
 import pytest
@@ -18,6 +19,7 @@ from torchrl.envs.utils import check_env_specs
 
 from envs import images_for
 from helpers import toy
+from places import DOCS
 from stay_drop_wait import StayDropWait
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.envs.vector import TokenVectorEnv
@@ -153,8 +155,14 @@ def test_a_collector_goes_on_across_the_end_of_games() -> None:
     assert ends.tolist() == [False, False, True, False, False, True, False, False]
 
 
-def test_the_example_learns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_trains() -> None:
     from vitprune_env.examples.frameworks import torchrl_mappo
 
     network = torchrl_mappo.train(iterations=2, images=8)
     assert network(torch.zeros(5, 48)).shape == (5, 2)
+
+
+def test_the_snippet_of_the_docs_runs() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "torchrl.md").read_text("utf-8"), flags=re.DOTALL)
+    (snippet,) = (each for each in snippets if "benchmarl" not in each)
+    exec(snippet, {"__name__": "docs"})

@@ -33,11 +33,10 @@ class TokenEnv(EnvBase):
     |---|---|---|
     | `("tokens", "observation")` | `[B, N, D]` | features; zeros for pruned tokens, and for all once the game is over |
     | `("tokens", "mask")` | `[B, N]` bool | tokens still in the game |
-    | `("tokens", "action_mask")` | `[B, N, A]` bool | actions that make sense: those of the action kind's mask, or all; \
-      for a pruned token only 0, so that it has no part in the gradient of a policy that is masked |
+    | `("tokens", "action_mask")` | `[B, N, A]` bool | actions that make sense: all, or those of the action kind's \
+      mask; for a pruned token only 0, so that it has no part in the gradient of a masked policy |
     | `"state"` | `[B, (P + N) * (D + 1)]` | features and alive flags of all tokens; only where it is asked for |
-    | `("tokens", "action")` | `[B, N]` int64 | 0 to A - 1, as the action kind defines them; those of pruned tokens are \
-      ignored |
+    | `("tokens", "action")` | `[B, N]` int64 | 0 to A - 1, as the action kind defines them; ignored for pruned tokens |
     | `("tokens", "reward")` | `[B, N, 1]` | |
     | `"done"`, `"terminated"` | `[B, 1]` bool | true for all games after T steps |
     | `("tokens", "done")`, `("tokens", "terminated")` | `[B, N, 1]` bool | the same for every agent |
@@ -45,8 +44,8 @@ class TokenEnv(EnvBase):
     | `("outcome", "macs")` | `[B, 1]` float64 | at the end of the game; 0 before |
     | `("outcome", "n_kept")` | `[B, T]` int64 | at the end of the game; 0 before |
 
-    All games begin and end together, so a reset begins all of them anew. `set_seed` restarts the stream of images at the
-    next reset; no global random state is used. `reset(options={"indices": [B]})` plays these items of a dataset.
+    All games begin and end together, so a reset begins all of them anew. `set_seed` restarts the stream of images at
+    the next reset; no global random state is used. `reset(options={"indices": [B]})` plays these items of a dataset.
 
     Example:
         >>> venv = TokenVectorEnv(TokenGame(load_backbone()), Digits("train", size=512), num_envs=16)
