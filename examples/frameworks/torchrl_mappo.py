@@ -8,12 +8,9 @@ sees a token and the mean of its image's tokens. Returns are undiscounted sums o
 pruned tokens out of the advantages.
 """
 
-from __future__ import annotations
-
 import torch
 import tyro
 from tensordict.nn import TensorDictModule
-from torch import nn
 from torchrl.collectors import Collector
 from torchrl.modules import MLP, ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
@@ -24,15 +21,14 @@ from vitprune_env.data import Digits
 from vitprune_env.integrations.torchrl import TokenEnv
 
 
-def policy_of(network: nn.Module, *group: str) -> ProbabilisticActor:
+def policy_of(network: torch.nn.Module, *group: str) -> ProbabilisticActor:
     """The network as TorchRL's policy; its keys are those of a group, or of single rows."""
     seen, logits, action, log_prob = ((*group, key) for key in ("observation", "logits", "action", "action_log_prob"))
-    keys = {"in_keys": [logits], "out_keys": [action], "log_prob_key": log_prob, "return_log_prob": True}
-    categorical = torch.distributions.Categorical
-    return ProbabilisticActor(TensorDictModule(network, [seen], [logits]), distribution_class=categorical, **keys)
+    drawn = {"distribution_class": torch.distributions.Categorical, "return_log_prob": True, "log_prob_key": log_prob}
+    return ProbabilisticActor(TensorDictModule(network, [seen], [logits]), [logits], [action], **drawn)
 
 
-def train(iterations: int = 40, seed: int = 0, images: int = 128) -> nn.Module:
+def train(iterations: int = 40, seed: int = 0, images: int = 128) -> torch.nn.Module:
     """Train, and return the network that gives tokens `[rows, D]` their logits `[rows, 2]`."""
     torch.manual_seed(seed)
     game = TokenGame(load_backbone(), reward=SharedOutcome(price=0.03))
@@ -42,9 +38,8 @@ def train(iterations: int = 40, seed: int = 0, images: int = 128) -> nn.Module:
     critic = TensorDictModule(MLP(2 * width, 1, num_cells=(64, 64)), ["observation", "image"], ["state_value"])
     loss = ClipPPOLoss(policy_of(network), critic, entropy_coeff=0.01, normalize_advantage=True)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-3)
-    for games in Collector(
-        env, policy_of(network, "tokens"), frames_per_batch=frames, total_frames=iterations * frames
-    ):
+    player = policy_of(network, "tokens")
+    for games in Collector(env, player, frames_per_batch=frames, total_frames=iterations * frames):
         tokens, rewards = games["tokens"], games["next", "tokens", "reward"]
         print(f"mean return {rewards.sum(dim=1).mean():.3f}")
         tokens["image"] = tokens["observation"].mean(dim=2, keepdim=True).expand_as(tokens["observation"])
@@ -52,9 +47,8 @@ def train(iterations: int = 40, seed: int = 0, images: int = 128) -> nn.Module:
         live = tokens[tokens["mask"]]
         live["advantage"] = (live["value_target"] - critic(live.clone())["state_value"]).detach()
         for rows in (rows for _ in range(4) for rows in live[torch.randperm(len(live))].split(4096)):
-            losses = loss(rows)
             optimizer.zero_grad()
-            (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+            sum(loss(rows).select("loss_objective", "loss_critic", "loss_entropy").values()).backward()
             optimizer.step()
     return network
 

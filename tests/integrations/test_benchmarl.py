@@ -1,4 +1,4 @@
-"""Token pruning is a task that BenchMARL's algorithms play: centralised and independent, with masks and with a state."""
+"""Token pruning is a task that BenchMARL's algorithms play, centralised and independent, with and without a state."""
 
 from __future__ import annotations
 

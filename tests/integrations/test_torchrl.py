@@ -65,7 +65,6 @@ def test_torchrls_own_check_passes(kind: ActionKind, state: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_it_is_the_game_of_token_game(kind: ActionKind) -> None:
     env = make(kind, state=True)
-    env.reset(seed=0)
     indices = [5, 1, 8, 2]
     start = env.reset(options={"indices": indices})
     played = cast(TensorDict, env.rollout(STEPS, auto_reset=False, tensordict=start))

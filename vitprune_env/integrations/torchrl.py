@@ -98,7 +98,7 @@ class TokenEnv(EnvBase):
         self.reward_spec = Composite({GROUP: reward}, shape=images).to(self.device)
         self.done_spec = done.to(self.device)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase | None = None, options: dict[str, Any] | None = None) -> TensorDictBase:
         """Begin games with the next images.
 
         Raises:
@@ -108,7 +108,7 @@ class TokenEnv(EnvBase):
         if asked is not None and not asked.all():
             raise ValueError(f"_reset: expected all {asked.numel()} games, which end together, got {int(asked.sum())}")
         seed, self._seed = self._seed, None
-        features, infos = self.venv.reset(seed=seed, **options)
+        features, infos = self.venv.reset(seed=seed, options=options)
         return self._seen(features, infos).update(self.full_done_spec.zero())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
