@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from vitprune_env.benchmarking.tables import booktabs, comma_separated, escape, 
 from vitprune_env.files import PathLike, read_file, replace_file, write_file
 from vitprune_env.plots.figures import fates_figure, save_figure
 from vitprune_env.plots.pareto import Point, best_of, pareto_figure
-from vitprune_env.types import every_block
+from vitprune_env.types import Site, every_block
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,13 +274,14 @@ class BenchmarkResult:
         return _written(booktabs(groups, ["policy", "sites", *columns], note), path)
 
     def _places(self, name: str) -> str:
-        """Where a policy acts; for each budget where that depends on it."""
+        """Where a policy acts, with the budgets where that depends on them."""
         depth = self.settings.get("depth")
         rows = [row for share in self.shares for row in self.at(share) if row.name == name]
-        places = {share: sites_text(row.sites, depth) for row in rows if (share := row.share) is not None}
-        if len(set(places.values())) <= 1:
-            return next(iter(places.values()), "")
-        return "; ".join(f"{100 * share:g} %: {place}" for share, place in places.items())
+        places: dict[str, list[str]] = {}
+        for row in rows:
+            places.setdefault(sites_text(row.sites, depth), []).append(f"{100 * (row.share or 0):g}")
+        alone = len(places) == 1
+        return "; ".join(where if alone else f"{where} ({', '.join(at)} %)" for where, at in places.items())
 
     def plot(self) -> Figure:
         """Accuracy over GMACs of all policies, at most eight of them in colour, and the front."""
@@ -374,7 +376,9 @@ def sites_text(sites: Sequence[str], depth: int | None = None) -> str:
     """Where a policy acts, in few words."""
     if depth is not None and tuple(sites) == tuple(every_block(depth)):
         return "in every block"
-    return ", ".join(sites) if len(sites) <= MAX_NAMED_SITES else f"{sites[0]} to {sites[-1]}"
+    halves = [Site.parse(site).half for site in sites]
+    is_run = all(later - earlier == 2 for earlier, later in pairwise(halves))
+    return f"{sites[0]} to {sites[-1]}" if is_run and len(sites) > MAX_NAMED_SITES else ", ".join(sites)
 
 
 def _written(text: str, path: PathLike | None) -> str:
