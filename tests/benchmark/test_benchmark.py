@@ -160,7 +160,7 @@ def test_latex_is_a_booktabs_table_with_the_best_in_bold() -> None:
 
 
 def test_figures_show_ours_and_the_best_at_equal_sites() -> None:
-    rows = [row(f"method {index}", 0.5, 0.5 + index / 100) for index in range(9)]
+    rows = [row(f"method {index}", 0.5, 0.5 + index / 20) for index in range(9)]
     rows += [row("evit (published sites)", 0.5, 0.9), row("random", 0.5, 1.0, "control")]
     rows += [row("mine", 0.5, 0.1, "own"), row("MAPPO", 0.5, 0.2, "learned")]
     shown = BenchmarkResult((DENSE, *rows)).shown()

@@ -173,7 +173,7 @@ def test_published_sites_are_a_second_row_where_they_are_others(task: Task) -> N
     assert names["life_regression"] == "life_regression (published sites)"
     assert [name for name, line in names.items() if line is not None] == ["evit", "ats", "life_regression"]
     assert second["evit"] is not None
-    assert list(second["evit"].sites(task) or ()) == ["3.attn", "5.attn", "7.attn"]  # 4, 7 and 10 of 12
+    assert list(map(str, second["evit"].sites(task) or ())) == ["3.attn", "5.attn", "7.attn"]  # 4, 7 and 10 of 12
 
 
 def compare(backbone: Any, output: Path, **options: Any) -> BenchmarkResult:

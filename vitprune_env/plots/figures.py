@@ -6,7 +6,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -239,7 +239,8 @@ def save_figure(figure: Figure, path: PathLike) -> None:
     import matplotlib as mpl
 
     with mpl.rc_context({"pdf.fonttype": 42}):
-        for suffix, options in ((".png", {}), (".pdf", {"metadata": {"CreationDate": None}})):
+        kinds: dict[str, Any] = {".png": {}, ".pdf": {"metadata": {"CreationDate": None}}}  # the same bytes every time
+        for suffix, options in kinds.items():
             content = io.BytesIO()
             figure.savefig(content, format=suffix[1:], dpi=DPI, **options)
             replace_file(Path(f"{path}{suffix}"), content.getvalue())
