@@ -92,10 +92,13 @@ def recipe_sites(
     recipe: Recipe[Any], backbone: Backbone, sites: Sites | Literal["published"] | None
 ) -> tuple[Site, ...]:
     """Where a method is trained to act: as asked, at its published sites, or where it acts by default (None)."""
-    if sites is None or sites == "published":
-        published = getattr(recipe, "published_sites", recipe.default_sites)
-        sites = (recipe.default_sites if sites is None else published)(backbone)
-    return parse_sites(sites, backbone.depth)
+    if sites is None:
+        where = recipe.default_sites(backbone)
+    elif sites == "published":
+        where = getattr(recipe, "published_sites", recipe.default_sites)(backbone)
+    else:
+        where = sites
+    return parse_sites(where, backbone.depth)
 
 
 def fit_policy(
