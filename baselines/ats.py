@@ -41,6 +41,10 @@ class ATS(BasePolicy):
         self.samples = None if self.samples is None else whole_numbers("samples", self.samples, least=1)
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Inside every block, between attention and MLP."""
+        return every_block(depth)
+
+    def published_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Every block from the fourth of 12 on, between attention and MLP."""
         return every_block(depth)[min(depth - 1, round(depth / 4)) :]
 

@@ -20,7 +20,7 @@ from ..errors import BudgetError
 from ..game.rollout import play
 from ..game.token_game import TokenGame
 from ..policy import Policy
-from ..types import Site, parse_sites
+from ..types import Site
 
 P = TypeVar("P", bound=Policy)
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -91,7 +91,7 @@ def calibrate_policy(
     target_gmacs: float,
     backbone: Backbone,
     data: ImageDataset | Batches,
-    sites: Sequence[int | str | Site] | None = None,
+    sites: Sequence[int | str | Site] | Literal["published"] | None = None,
     steps: int = 18,
     tolerance: float = 0.0,
     knob: Knob = KEEP_RATE,
@@ -103,7 +103,7 @@ def calibrate_policy(
         target_gmacs: mean GMACs per image, policy and evidence included.
         backbone: the network.
         data: images to measure the cost on, a data set or a list of batches with labels.
-        sites: where to prune; None: where the policy wants to.
+        sites: where to prune, see `Backbone.sites_for`; None: where the policy is made to act, else the network's own.
         steps: bisection steps.
         tolerance: stop as soon as the budget is exceeded by this share of it or less.
         knob: what is turned.
@@ -166,12 +166,10 @@ class _Dial(Generic[P]):
         build: Callable[[Setting], P],
         knob: Knob,
         backbone: Backbone,
-        sites: Sequence[int | str | Site] | None,
+        sites: Sequence[int | str | Site] | Literal["published"] | None,
     ) -> None:
         self.build, self.knob, self.backbone = build, knob, backbone
-        if sites is None:
-            sites = build(knob.setting(1.0, backbone.num_patches, 1)).default_sites(backbone.depth)
-        self.sites = parse_sites(backbone.default_sites if sites is None else sites, backbone.depth)
+        self.sites = backbone.sites_for(build(knob.setting(1.0, backbone.num_patches, 1)), sites)
 
     def setting(self, position: float) -> Setting:
         return self.knob.setting(position, self.backbone.num_patches, len(self.sites))

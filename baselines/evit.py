@@ -43,7 +43,7 @@ class EViT(Selection):
         check_flag("fuse", self.fuse)
         check_leave(self.leave)
 
-    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+    def published_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
         return quarter_sites(depth, later=1, inside=True)
 

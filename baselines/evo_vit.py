@@ -50,7 +50,7 @@ class EvoViT(BasePolicy):
         check_flag("layer_wise", self.layer_wise)
         check_range("momentum", self.momentum, 0, 1, open_low=True)
 
-    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+    def published_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """After blocks 4 to 8 of 12, layer-wise 4 to 11: every block whose attention a later selection uses."""
         first, *later = selecting_blocks(depth, self.layer_wise)
         return range(first, (later[-1] if later else first) + 1)

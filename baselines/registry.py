@@ -65,8 +65,8 @@ class Method:
         summary: what it does, in one line.
         source: paper.
         knob: the parameter that sets its cost.
-        sites: where it acts when methods are compared on one network. The published sites are
-            `Policy.default_sites`.
+        sites: where it acts in a network unless other sites are asked for, as its policies' `default_sites` say. Those
+            of its paper are what `policy.published_sites` says, if it has that.
         start: values of other parameters for the untrained method, where none are given.
         recipe: what it brings to be fitted; None: it has nothing to train.
         uncalibrated: settings of a fit that `calibrate` follows, if not the recipe's.
@@ -335,7 +335,7 @@ def calibrate(
     target_gmacs: float,
     backbone: Backbone,
     data: ImageDataset | Batches,
-    sites: Sites | None = None,
+    sites: Sites | Literal["published"] | None = None,
     steps: int = 18,
     tolerance: float = 0.0,
     knob: Knob | None = None,
@@ -352,7 +352,8 @@ def calibrate(
         backbone: the network.
         data: images to measure the cost on, a data set or a list of batches with labels; not those on which accuracy
             is reported.
-        sites: where to prune; None: where the policy wants to.
+        sites: where to prune; None: at the network's own sites, or in every block for methods that are made to act
+            there, as games and deployed models do; "published": where the method's paper has it.
         steps: bisection steps.
         tolerance: stop as soon as the budget is exceeded by this share of it or less.
         knob: what is turned; None: the baseline's own, or a keep rate above 0 and at most 1 for anything else.
@@ -395,7 +396,7 @@ def fit(
     target_gmacs: float,
     *,
     config: Any = None,
-    sites: Sites | None = None,
+    sites: Sites | Literal["published"] | None = None,
     seed: int = 0,
     output: PathLike | None = None,
     resume: bool = False,

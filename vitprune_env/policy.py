@@ -85,7 +85,7 @@ class Policy(Protocol):
         ...
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
-        """Sites where it is meant to act in a network of `depth` blocks; None: the backbone's own."""
+        """Sites where it is made to act in a network of `depth` blocks; None: the backbone's own."""
         ...
 
     def reset(self, batch_size: int, num_agents: int) -> None:
@@ -107,6 +107,22 @@ def check_members(policy: object) -> None:
         members = ("needs", "attention_bias", "default_sites", "reset", "decide")
         missing = ", ".join(name for name in members if not hasattr(policy, name))
         raise TypeError(f"policy: {type(policy).__name__} lacks {missing}; BasePolicy has defaults for all but decide")
+
+
+def published_sites(policy: Policy, depth: int) -> Sequence[int | str | Site] | None:
+    """Where a policy's paper has it, at the same share of the depth; where it is made to act if it says no more.
+
+    A policy says so by a method `published_sites(depth)`. Policies are compared and deployed elsewhere by default: see
+    `Backbone.sites_for`.
+
+    Args:
+        policy: the policy.
+        depth: blocks of the network.
+
+    Returns:
+        Sites; None: the backbone's own.
+    """
+    return getattr(policy, "published_sites", policy.default_sites)(depth)
 
 
 class BasePolicy:

@@ -88,7 +88,7 @@ class DecoupleAndMerge(BasePolicy):
         self.clusters = None if self.clusters is None else whole_numbers("clusters", self.clusters)
         self.pairs = None if self.pairs is None else whole_numbers("pairs", self.pairs)
 
-    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+    def published_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Blocks 4, 7 and 10 of 12, between attention and MLP."""
         return quarter_sites(depth, later=1, inside=True)
 

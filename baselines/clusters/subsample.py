@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...types import Observation
+from ...types import Observation, Site
 from ..argument_checks import whole_number
 from .decouple import DecoupleAndMerge, Merged
 from .mergers import runs
@@ -71,6 +71,7 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         clusters: tokens that the inattentive ones are merged into, one number or one per site; None: a quarter of them.
         pairs: pairs of attentive tokens to merge, likewise; None: as many as `clusters`.
         seed: of the initial weights.
+        sites: where it was trained to act; None: at the published sites, where those of version 0.1 were trained.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         clusters: int | Sequence[int] | None = None,
         pairs: int | Sequence[int] | None = None,
         seed: int = 0,
+        sites: Sequence[int | str | Site] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         DecoupleAndMerge.__init__(self, keep_rate, clusters, pairs)
@@ -90,14 +92,19 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
         embed_dim = whole_number("embed_dim", embed_dim, least=1)
         num_sites = whole_number("num_sites", num_sites, least=1)
         self.embed_dim, self.num_sites, self.kind, self.seed = embed_dim, num_sites, kind, whole_number("seed", seed)
+        self.sites = None if sites is None else [str(Site.parse(site)) for site in sites]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = [SubSample(embed_dim, embed_dim // 2, KERNELS[kind]) for _ in range(num_sites)]
         self.layers = nn.ModuleList(layers)
 
+    def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Where it was trained to act."""
+        return self.published_sites(depth) if self.sites is None else self.sites
+
     def config(self) -> dict[str, Any]:
         """Arguments of the constructor, as JSON values."""
-        names = ("keep_rate", "embed_dim", "num_sites", "kind", "clusters", "pairs", "seed")
+        names = ("keep_rate", "embed_dim", "num_sites", "kind", "clusters", "pairs", "seed", "sites")
         return {name: getattr(self, name) for name in names}
 
     def at(self, value: float) -> Self:

@@ -63,11 +63,13 @@ def merger_recipe(kind: Literal["convolution", "mlp"]) -> KeepRateRecipe[SubSamp
     """The recipe of one kind of trained layers."""
 
     def untrained(problem: Problem) -> SubSampleMerge:
-        return SubSampleMerge(1.0, problem.backbone.embed_dim, len(problem.sites), kind, seed=problem.seed)
+        width, sites = problem.backbone.embed_dim, problem.sites
+        return SubSampleMerge(1.0, width, len(sites), kind, seed=problem.seed, sites=sites)
 
     return KeepRateRecipe(
         config=MergerConfig(),
-        sites=lambda backbone: quarter_sites(backbone.depth, later=1, inside=True),
+        sites=lambda backbone: backbone.default_sites,
+        published=lambda backbone: quarter_sites(backbone.depth, later=1, inside=True),
         untrained=untrained,
         make_task=MergerTask,
         prepared=before_block,

@@ -118,6 +118,7 @@ class KeepRateRecipe(Generic[M]):
         make_task: the task of a policy at the keep rate of the budget.
         prepared: half-blocks of the network that the training inputs have been through, from the first site.
         dense: whether the loss needs the tokens that leave the dense network (`Inputs.dense`).
+        published: the paper's sites in a network; None: `sites`.
     """
 
     config: KeepRateConfig
@@ -126,10 +127,15 @@ class KeepRateRecipe(Generic[M]):
     make_task: Callable[[M, TokenGame, Inputs, Any], KeepRateTask[M]]
     prepared: Callable[[Site], int] = before_site
     dense: bool = False
+    published: Callable[[Backbone], Sites] | None = None
 
     def default_sites(self, backbone: Backbone) -> Sites:
         """Those of the method."""
         return self.sites(backbone)
+
+    def published_sites(self, backbone: Backbone) -> Sites:
+        """Those of the paper."""
+        return (self.published or self.sites)(backbone)
 
     def task(self, problem: Problem) -> KeepRateTask[M]:
         """The task at the keep rate of the budget.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
@@ -26,7 +26,7 @@ P_co = TypeVar("P_co", bound=Policy, covariant=True)
 class FitOptions(TypedDict, total=False):
     """Options of every fit; see `baselines.fit`."""
 
-    sites: Sites | None
+    sites: Sites | Literal["published"] | None
     seed: int
     output: PathLike | None
     resume: bool
@@ -88,6 +88,19 @@ class Recipe(Protocol[P_co]):
         ...
 
 
+def recipe_sites(
+    recipe: Recipe[Any], backbone: Backbone, sites: Sites | Literal["published"] | None
+) -> tuple[Site, ...]:
+    """Where a method is trained to act: as asked, at its published sites, or where it acts by default (None)."""
+    if sites is None:
+        where = recipe.default_sites(backbone)
+    elif sites == "published":
+        where = getattr(recipe, "published_sites", recipe.default_sites)(backbone)
+    else:
+        where = sites
+    return parse_sites(where, backbone.depth)
+
+
 def fit_policy(
     recipe: Recipe[P_co],
     backbone: Backbone,
@@ -95,7 +108,7 @@ def fit_policy(
     target_gmacs: float,
     *,
     config: Any = None,
-    sites: Sites | None = None,
+    sites: Sites | Literal["published"] | None = None,
     seed: int = 0,
     output: PathLike | None = None,
     resume: bool = False,
@@ -103,10 +116,11 @@ def fit_policy(
 ) -> P_co:
     """Train a policy by its recipe; see `baselines.fit`, which does it by name, for arguments, result and errors."""
     config = recipe.config if config is None else config
-    where = parse_sites(recipe.default_sites(backbone) if sites is None else sites, backbone.depth)
+    where = recipe_sites(recipe, backbone, sites)
+    asked = where if sites == "published" else sites
     loop = replace(config if isinstance(config, FitConfig) else config.fit, seed=seed)
     with frozen(backbone):
-        task = recipe.task(Problem(backbone, dataset, target_gmacs, where, sites, seed, config))
+        task = recipe.task(Problem(backbone, dataset, target_gmacs, where, asked, seed, config))
         options: dict[str, Any] = {"output": output, "resume": resume, "progress": progress}
         fit_task(task, task.data, loop, device=device_of(backbone), settings=task.settings, **options)
         return task.fitted()

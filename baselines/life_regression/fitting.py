@@ -139,7 +139,8 @@ def _untrained(problem: Problem) -> LifeRegression:
 
 LIFE_RECIPE = KeepRateRecipe(
     config=LifeConfig(),
-    sites=lambda backbone: quarter_sites(backbone.depth, later=1),
+    sites=lambda backbone: backbone.default_sites,
+    published=lambda backbone: quarter_sites(backbone.depth, later=1),
     untrained=_untrained,
     make_task=_PredictorTask,
 )
@@ -220,7 +221,7 @@ def train_life_regression(
         scheme: `"two_stages"`: the predictor, then the network; `"single_stage"`: both at the same time, by the loop of
             `config.finetune` for as many steps as the two stages have together, each at its own learning rate.
         config: settings; None: the defaults. `seed` replaces the seed in them.
-        sites: where to prune; None: one block after each quarter of the network.
+        sites: where to prune; None: the network's own sites.
         seed: of the initial predictor and the batches.
         output: folder for checkpoints, with one folder for each stage; None: nothing is written.
         resume: whether to continue from the checkpoints in `output`.

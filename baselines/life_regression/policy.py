@@ -67,7 +67,7 @@ class LifeRegression(BasePolicy, nn.Module):
         keep_rate: fraction kept at every site, above 0 and at most 1.
         seed: of the initial W.
         embed_dim: D; None: that of the first network that it acts on.
-        sites: where it was trained to act; None: one block after each quarter of the network.
+        sites: where it was trained to act; None: the backbone's own.
     """
 
     norm: nn.LayerNorm | None
@@ -103,6 +103,10 @@ class LifeRegression(BasePolicy, nn.Module):
         self.weight = nn.Parameter(INITIAL_SPREAD * torch.randn(embed_dim, embed_dim, generator=generator))
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
+        """Where it was trained to act; untrained at the backbone's own sites."""
+        return self.sites
+
+    def published_sites(self, depth: int) -> Sequence[int | str | Site] | None:
         """Where it was trained to act; untrained after blocks 4, 7 and 10 of 12."""
         return quarter_sites(depth, later=1) if self.sites is None else self.sites
 

@@ -29,9 +29,9 @@ def test_golden(golden_backbone: Backbone, golden_images: Tensor) -> None:
             assert episode.keep[step, image].nonzero()[:, 0].tolist() == sorted(tokens[tokens >= 0].tolist())
 
 
-def test_default_sites() -> None:
-    assert ATS().default_sites(12) == [f"{block}.attn" for block in range(4, 13)]
-    assert ATS().default_sites(4) == ["2.attn", "3.attn", "4.attn"]
+def test_published_sites() -> None:
+    assert ATS().published_sites(12) == [f"{block}.attn" for block in range(4, 13)]
+    assert ATS().published_sites(4) == ["2.attn", "3.attn", "4.attn"]
 
 
 def test_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_heights_per_site(golden_backbone: Backbone, golden_images: Tensor) -> N
     n_kept = play(game, policy, golden_images).outcome.n_kept
     assert (n_kept[:, 0] > 10).all()
     assert (n_kept[:, 1] <= 3).all()
-    with pytest.raises(ValueError, match=r"samples: expected one number or one per site \(9\), got 2"):
+    with pytest.raises(ValueError, match=r"samples: expected one number or one per site \(12\), got 2"):
         play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)
 
 

@@ -169,7 +169,7 @@ def test_weights_make_room_for_themselves(golden_backbone: Backbone, golden_imag
     life = LifeRegression(0.7)
     life.load_state_dict({"weight": golden("life_ref")["W"]}, strict=False)
     with torch.no_grad():
-        logits = PrunedViT(golden_backbone, life).eval()(golden_images)
+        logits = PrunedViT(golden_backbone, life, sites="published").eval()(golden_images)
     torch.testing.assert_close(logits, golden("life_ref")["rho07.logits_hard"], atol=1e-4, rtol=0)
 
 

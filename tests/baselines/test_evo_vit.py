@@ -33,7 +33,7 @@ def going_on(episode: Episode) -> Tensor:
 @pytest.mark.parametrize("name", FILES)
 def test_decisions_and_logits_of_the_original(name: str, golden_backbone: Backbone, golden_images: Tensor) -> None:
     file, policy = golden(name), EvoViT(0.5, layer_wise="layer" in name)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     episode = play(game, policy, golden_images, record=True)
     blocks = [site.block for site in game.sites]
     for number, block in enumerate(file["sites"].tolist()):  # before block 4 of 0, 1, ... is after the 4th
@@ -46,7 +46,7 @@ def test_decisions_and_logits_of_the_original(name: str, golden_backbone: Backbo
         torch.testing.assert_close(episode.observations[number].cls, file["cls_out"][:, block - 1], atol=1e-4, rtol=0)
     torch.testing.assert_close(episode.outcome.logits, file["logits_from_cls"], atol=1e-4, rtol=0)
     averaging = read_from_patches(golden_backbone)
-    published = play(TokenGame.for_policy(averaging, policy), policy, golden_images)
+    published = play(TokenGame.for_policy(averaging, policy, sites="published"), policy, golden_images)
     torch.testing.assert_close(published.outcome.logits, file["logits"], atol=1e-4, rtol=0)
     assert torch.equal(published.parked, episode.parked)
 
@@ -62,8 +62,8 @@ def test_there_is_a_golden_file() -> None:
 def test_where_it_selects(depth: int, stages: list[int], layers: range) -> None:
     assert selecting_blocks(depth, layer_wise=False) == stages
     assert selecting_blocks(depth, layer_wise=True) == layers
-    assert EvoViT(0.5).default_sites(depth) == range(stages[0], stages[-1] + 1)
-    assert EvoViT(0.5, layer_wise=True).default_sites(depth) == layers
+    assert EvoViT(0.5).published_sites(depth) == range(stages[0], stages[-1] + 1)
+    assert EvoViT(0.5, layer_wise=True).published_sites(depth) == layers
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])
@@ -71,7 +71,9 @@ def test_where_it_selects(depth: int, stages: list[int], layers: range) -> None:
 def test_the_score_is_a_running_mean_of_the_updated_tokens(layer_wise: bool, momentum: float) -> None:
     """Eq. 3, token by token; who waits keeps its score, and the best int(0.6 * 16) = 9 of all go on."""
     backbone, policy = toy("deit_tiny_patch16_224"), EvoViT(0.6, layer_wise, momentum)
-    episode = play(TokenGame.for_policy(backbone, policy), policy, random_images(backbone, 3), record=True)
+    episode = play(
+        TokenGame.for_policy(backbone, policy, sites="published"), policy, random_images(backbone, 3), record=True
+    )
     score = [[0.0] * 16 for _ in range(3)]
     slow = torch.zeros(3, 16, dtype=torch.bool)
     for step, obs in enumerate(episode.observations):
@@ -90,7 +92,7 @@ def test_the_score_is_a_running_mean_of_the_updated_tokens(layer_wise: bool, mom
 
 def test_the_second_selection_ranks_the_waiting_too() -> None:
     backbone, policy = toy("golden"), EvoViT(0.5)
-    episode = play(TokenGame.for_policy(backbone, policy), policy, random_images(backbone, 8))
+    episode = play(TokenGame.for_policy(backbone, policy, sites="published"), policy, random_images(backbone, 8))
     first, last = going_on(episode)[0], going_on(episode)[-1]
     assert (last & ~first).any()
     assert torch.equal(going_on(episode)[1], first), "between selections the same ones wait"
@@ -101,9 +103,9 @@ def test_the_model_plays_the_game_and_costs_what_is_said(seed: int, layer_wise: 
     backbone, policy = toy("vit_base_patch16_224"), EvoViT(rate, layer_wise)  # reads the mean of the patches
     images = random_images(backbone, 4, seed)
     with FlopCounterMode(display=False) as counter:
-        outcome = play(TokenGame.for_policy(backbone, policy), policy, images).outcome
+        outcome = play(TokenGame.for_policy(backbone, policy, sites="published"), policy, images).outcome
     assert counter.get_total_flops() == 2 * outcome.macs.sum().item()
-    model = PrunedViT(backbone, policy).eval()
+    model = PrunedViT(backbone, policy, sites="published").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(images), outcome.logits, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(model(images[:1]), outcome.logits[:1], atol=1e-5, rtol=1e-5)
@@ -114,7 +116,7 @@ def test_the_model_plays_the_game_and_costs_what_is_said(seed: int, layer_wise: 
 def test_gmacs_are_the_published_ones() -> None:
     """3.0 GMACs for DeiT-S, whose patches come back for free."""
     backbone = load_backbone("deit_small_patch16_224")
-    game = TokenGame.for_policy(backbone, EvoViT(0.5))
+    game = TokenGame.for_policy(backbone, EvoViT(0.5), sites="published")
     macs = game.cost.forward(torch.full((1, len(game.sites)), 98), game.sites)
     assert float(macs) / 1e9 == pytest.approx(3.03, abs=0.005)
 
@@ -129,7 +131,7 @@ def test_sites_of_somebody_elses_choice_select_too() -> None:
 @torch.no_grad()
 def test_exports_with_fixed_shapes() -> None:
     backbone = toy("deit_tiny_patch16_224")
-    model = PrunedViT(backbone, EvoViT(0.5)).eval()
+    model = PrunedViT(backbone, EvoViT(0.5), sites="published").eval()
     images = random_images(backbone, 3)
     exported = export_program(model).module()
     torch.testing.assert_close(exported(images), model(images), atol=1e-5, rtol=1e-5)

@@ -73,7 +73,7 @@ def test_mean_attention_is_the_column_mean_of_the_reference(golden_backbone: Bac
 )
 def test_attention_policies(name: str, policy: EViT | TopK, golden_backbone: Backbone, golden_images: Tensor) -> None:
     file = golden(name)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     assert [site.label for site in game.sites] == [f"{block + 1}.attn" for block in file["sites"].tolist()]
     episode = play(game, policy, golden_images, record=True)
     torch.testing.assert_close(episode.outcome.logits, file["logits"], atol=1e-4, rtol=0)
@@ -100,7 +100,7 @@ def test_attention_policies(name: str, policy: EViT | TopK, golden_backbone: Bac
 
 def test_scores_of_a_fused_token_are_those_of_the_original(golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy, file = EViT(0.7, fuse=True), golden("evit_kr07_fuse")
-    episode = play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images, record=True)
+    episode = play(TokenGame.for_policy(golden_backbone, policy, sites="published"), policy, golden_images, record=True)
     for step in (1, 2):  # entering order of the original: kept tokens as listed, then the fused one
         scores = episode.observations[step].evidence["cls_attention"].view(8, -1)
         expected = file[f"cls_attn_{step}"]

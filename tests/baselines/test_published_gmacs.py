@@ -39,7 +39,7 @@ from vitprune_env.baselines import (
     TopK,
     TriLevel,
 )
-from vitprune_env.policy import Policy
+from vitprune_env.policy import Policy, published_sites
 from vitprune_env.types import Decision, Site
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}  # D of a DeiT; its heads have 64 channels, its blocks are 12
@@ -127,7 +127,7 @@ def check(row: Row, sites: tuple[int, ...] | None = None) -> float:
     name, width = f"deit_{row.size}_patch16_224", WIDTHS[row.size]
     outcome = played(row.policy, name, sites)
     left = outcome.n_kept[0].tolist()
-    halves = [Site.parse(site).half for site in sites or row.policy.default_sites(12) or (3, 6, 9)]
+    halves = [Site.parse(site).half for site in sites or published_sites(row.policy, 12) or (3, 6, 9)]
     decisions = DECISIONS[type(row.policy)](row.policy, width, [196, *left[:-1]])
     assert int(outcome.policy_macs) == decisions
     assert int(outcome.macs) == network_macs(width, halves, left) + decisions
@@ -281,7 +281,7 @@ def test_a_network_with_weights_computes_as_much(policy: Policy, deit_t: Backbon
     """Products that ran, counted by torch, are those of the game on the hollow network."""
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        outcome = play(TokenGame.for_policy(deit_t, policy), policy, image).outcome
+        outcome = play(TokenGame.for_policy(deit_t, policy, sites="published"), policy, image).outcome
     assert counter.get_total_flops() == 2 * int(outcome.macs)
     assert int(outcome.macs) == int(played(policy, deit_t.name).macs)
 
@@ -301,7 +301,7 @@ def test_lv_vit_s_at_the_sites_of_the_code_and_at_the_printed_ones(
 
 def test_on_lv_vit_s_methods_of_layers_4_7_and_10_act_where_the_printed_gmacs_are() -> None:
     for policy in (EViT(0.7), TriLevel(0.7), TopK(0.7), DPCMerge(0.7)):
-        assert policy.default_sites(16) == ["5.attn", "9.attn", "13.attn"]
+        assert policy.published_sites(16) == ["5.attn", "9.attn", "13.attn"]
 
 
 def test_dynamicvit_on_lv_vit_s() -> None:

@@ -29,8 +29,8 @@ def problem(network: str) -> tuple[Backbone, list[Any]]:
     return backbone, [(random_images(backbone, 8), random_images(backbone, 8)[:, 0, 0, 0].long() * 0)]
 
 
-def share_of(backbone: Backbone, policy: Any, batches: list[Any]) -> float:
-    game = TokenGame.for_policy(backbone, policy)
+def share_of(backbone: Backbone, policy: Any, batches: list[Any], sites: Any = None) -> float:
+    game = TokenGame.for_policy(backbone, policy, sites=sites)
     return evaluate(game, policy, batches).macs / game.cost.dense()
 
 
@@ -70,14 +70,14 @@ def test_a_late_first_site_is_named_with_the_range() -> None:
     backbone, batches = problem("digits")
     dense = CostModel.of(backbone).dense() / 1e9
     with pytest.raises(BudgetError) as refused:
-        calibrate(EvoViT, 0.3 * dense, backbone, batches)
+        calibrate(EvoViT, 0.3 * dense, backbone, batches, "published")
     why = r"up to the first site \(3, of 8 blocks\) all tokens run, which takes (\S+) % alone"
     found = re.search(rf"that is (\S+) to (\S+) % of dense, got 30 %; {why}", str(refused.value))
     assert found is not None
     cheapest, dearest, floor = map(float, found.groups())
-    game = TokenGame.for_policy(backbone, EvoViT(0.5))
+    game = TokenGame.for_policy(backbone, EvoViT(0.5), sites="published")
     assert floor == pytest.approx(100 * game.cost.floor(game.sites) / game.cost.dense(), abs=0.05)
-    assert floor < cheapest == pytest.approx(100 * share_of(backbone, EvoViT(1e-6), batches), abs=0.06)
+    assert floor < cheapest == pytest.approx(100 * share_of(backbone, EvoViT(1e-6), batches, "published"), abs=0.06)
     assert dearest == pytest.approx(100, abs=0.5)
 
 

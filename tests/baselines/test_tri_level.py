@@ -15,7 +15,7 @@ from vitprune_env.game.token_game import TokenGame
 
 def test_it_keeps_what_evit_keeps(golden_backbone: Backbone, golden_images: Tensor) -> None:
     file, policy = golden("evit_kr05_nofuse"), TriLevel(0.5)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     assert [site.label for site in game.sites] == ["4.attn", "7.attn", "10.attn"]
     episode = play(game, policy, golden_images)
     torch.testing.assert_close(episode.outcome.logits, file["logits"], atol=1e-4, rtol=0)
@@ -28,7 +28,9 @@ def test_published_counts() -> None:
     # ceil(0.7 * 196), and so on: 138, 97, 68 patches after the three sites
     backbone = Backbone(make_model("deit_tiny_patch16_224", img_size=224, depth=12))
     policy = TriLevel(0.7)
-    outcome = play(TokenGame.for_policy(backbone, policy), policy, random_images(backbone, 1)).outcome
+    outcome = play(
+        TokenGame.for_policy(backbone, policy, sites="published"), policy, random_images(backbone, 1)
+    ).outcome
     assert outcome.n_kept.tolist() == [[138, 97, 68]]
 
 

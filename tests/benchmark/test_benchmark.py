@@ -23,6 +23,7 @@ from vitprune_env.benchmarking.contestants import Contestant, Task, contestants_
 from vitprune_env.benchmarking.images import set_aside
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import Store, write_json
+from vitprune_env.cli import main
 from vitprune_env.data import Digits, batches_of
 from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
 
@@ -139,20 +140,31 @@ def test_latex_is_a_booktabs_table_with_the_best_in_bold() -> None:
         DENSE,
         row("random", 0.25, 1.0, "control"),
         row("a_b", 0.25, 0.9),
-        row("other", 0.25, 0.5),
+        row("other", 0.25, 0.5, sites=("1", "3", "5", "7")),
         row("other", 0.5, 0.95),
     )
     text = BenchmarkResult(rows).latex()
     lines = text.splitlines()
-    assert (lines[0], lines[1], lines[-2]) == (r"\begin{tabular}{lccc}", r"\toprule", r"\bottomrule")
+    assert lines[:3] == [r"% needs \usepackage{booktabs}", r"\begin{tabular}{lccc}", r"\toprule"]
+    assert lines[-3] == r"\bottomrule"
+    note = lines.pop(-2)
+    assert note.startswith(r"\multicolumn{4}{l}{\footnotesize Accuracy in per cent with its 95\,\% interval")
     assert r"25\,\% (0.0075 GMACs)" in text
     assert r"a\_b & 1, 3 & \textbf{90.0} {\scriptsize (" in text
     assert r"\emph{random} & 1, 3 & 100.0 " in text  # a control is never the best
-    assert r"other & 1, 3 & 50.0 " in text
+    assert r"other & 1, 3, 5, 7 (25 \%); 1, 3 (50 \%) & 50.0 " in text
     assert r"\textbf{95.0}" in text
     assert text.count(r"\midrule") == 3
     body = [line for line in lines if line.endswith(r"\\")]
     assert {line.count("&") for line in body} == {3}
+
+
+def test_figures_show_ours_and_the_best_at_equal_sites() -> None:
+    rows = [row(f"method {index}", 0.5, 0.5 + index / 20) for index in range(9)]
+    rows += [row("evit (published sites)", 0.5, 0.9), row("random", 0.5, 1.0, "control")]
+    rows += [row("mine", 0.5, 0.1, "own"), row("MAPPO", 0.5, 0.2, "learned")]
+    shown = BenchmarkResult((DENSE, *rows)).shown()
+    assert shown == ["MAPPO", "mine", *(f"method {index}" for index in range(8, 2, -1))]
 
 
 def test_pareto_figure_has_a_line_per_method() -> None:
@@ -393,8 +405,15 @@ def test_a_whole_comparison_is_written_resumed_and_extended(
     assert [(found.name, found.share) for found in again.rows[5:]] == [("MAPPO", 0.8)]
     assert (tmp_path / "table.md").read_text() == again.report()
     assert (tmp_path / "table.tex").read_text() == again.latex()
-    for name in ("pareto.png", "tokens-80.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("pareto", "tokens-80"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    figure = tmp_path / "tokens-80.png"
+    before = figure.read_bytes()
+    figure.unlink()
+    main(["benchmark", "--redraw", "--output", str(tmp_path)])
+    assert figure.read_bytes() == before, "images and rows came back from the folder"
+    assert (tmp_path / "table.md").read_text() == again.report()
     loaded = BenchmarkResult.load(tmp_path / "results.json")
     assert (loaded.rows, loaded.table()) == (again.rows, again.table())
     with pytest.raises(ValueError, match="scenes: expected a result with images"):

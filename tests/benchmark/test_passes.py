@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -172,7 +173,7 @@ def test_published_sites_are_a_second_row_where_they_are_others(task: Task) -> N
     assert names["life_regression"] == "life_regression (published sites)"
     assert [name for name, line in names.items() if line is not None] == ["evit", "ats", "life_regression"]
     assert second["evit"] is not None
-    assert list(second["evit"].sites(task) or ()) == ["3.attn", "5.attn", "7.attn"]  # 4, 7 and 10 of 12
+    assert list(map(str, second["evit"].sites(task) or ())) == ["3.attn", "5.attn", "7.attn"]  # 4, 7 and 10 of 12
 
 
 def compare(backbone: Any, output: Path, **options: Any) -> BenchmarkResult:
@@ -232,7 +233,7 @@ class KeepLoud(BasePolicy):
 """
 
 
-def test_policies_of_ones_own_are_files(tmp_path: Path) -> None:
+def test_policies_of_ones_own_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "my_policy.py"
     file.write_text(OWN)
     found = command.entries(
@@ -244,6 +245,13 @@ def test_policies_of_ones_own_are_files(tmp_path: Path) -> None:
     changed = contestants_of({"two": load_object(f"{file}:KeepLoud")})[-1]
     assert line.origin != changed.origin  # an edited policy is measured again
     assert load_object("vitprune_env.baselines:EViT") is EViT
+    package = tmp_path / "somebodys_package"
+    package.mkdir()
+    (package / "policies.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    (found,) = contestants_of(["somebodys_package.policies:KeepLoud"], controls=False)
+    assert (found.name, found.group) == ("KeepLoud", "own"), "from the working folder"
     for text, message in (
         ("my_policy.py", "expected FILE.py:NAME or module:NAME, got 'my_policy.py'"),
         (f"{tmp_path}/none.py:KeepLoud", "no such file"),

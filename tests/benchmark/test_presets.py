@@ -98,7 +98,7 @@ def test_printed_budgets_lie_within_the_reach_of_the_real_network(name: str) -> 
     needed: dict[str, Any] = {key: value for key, value in sizes.items() if key in required}
     needed[method.knob.name] = method.knob.setting(1.0, backbone.num_patches, backbone.depth)
     policy = method(**{**method.start, **needed})
-    sites = TokenGame(backbone, policy.default_sites(backbone.depth)).sites
+    sites = backbone.sites_for(policy, "published")
     cost = CostModel.of(backbone)
     assert preset.gmacs is not None
     assert cost.floor(sites) < 1e9 * preset.gmacs < cost.dense()

@@ -84,3 +84,15 @@ def test_a_budget_in_gmacs(tmp_path: Path) -> None:
     policy, backbone = evaluate.load(args)
     found = play_all(TokenGame.for_policy(backbone, policy), policy, args.tuning(backbone))
     assert found.gmacs == pytest.approx(0.02, rel=0.05)
+
+
+def test_methods_stand_at_equal_sites_but_for_printed_numbers(tmp_path: Path) -> None:
+    for flags, expected in (
+        (("--policy", "evit"), None),
+        (("--preset", "evit-deit-s-half"), None),
+        (("--preset", "evit-deit-s-0.7"), "published"),
+        (("--preset", "evit-deit-s-0.7", "--sites", "backbone"), None),
+        (("--policy", "evit", "--sites", "2", "4.attn"), ("2", "4.attn")),
+        (("--checkpoint", "runs/mappo", "--sites", "published"), None),  # where it was trained
+    ):
+        assert evaluate.sites_of(options(tmp_path, *flags)) == expected, flags

@@ -61,7 +61,7 @@ def trained(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracies(table: Path) -> dict[str, float]:
     rows = [line.split("|") for line in table.read_text().splitlines() if line.startswith("|")]
-    return {row[1].strip(): float(row[2].split("±")[0]) for row in rows[2:]}
+    return {row[1].strip(): float(row[2].split("(")[0]) for row in rows[2:]}
 
 
 def test_the_network_knows_its_classes_and_is_as_good_as_reported(trained: Path, place: Path) -> None:

@@ -299,5 +299,5 @@ def test_published_settings_cost_what_was_printed(name: str) -> None:
         n = -int(-n * published.keep_rate // 1) + 1
         counts.append(n)
     depth = cost.num_halves // 2
-    found = float(cost.forward(torch.tensor([counts]), parse_sites(policy.default_sites(depth), depth))) / 1e9
+    found = float(cost.forward(torch.tensor([counts]), parse_sites(policy.published_sites(depth), depth))) / 1e9
     assert found == pytest.approx(published.gmacs, rel=0.02)

@@ -73,7 +73,6 @@ def test_a_policy_that_lacks_something_is_refused() -> None:
 def test_for_policy_takes_wishes_and_lets_the_caller_win() -> None:
     backbone, policy = toy("golden"), EViT(0.5)
     game = TokenGame.for_policy(backbone, policy)
-    assert [site.label for site in game.sites] == ["4.attn", "7.attn", "10.attn"]
     assert game.needs == policy.needs
     assert TokenGame.for_policy(backbone, policy, sites=(3,), grad=True).sites == TokenGame(backbone, (3,)).sites
     assert TokenGame.for_policy(backbone, KeepAll()).sites == backbone.default_sites

@@ -50,7 +50,7 @@ def test_it_is_a_plain_timm_vit(tiny: Backbone) -> None:
     assert all(type(block) is Block for block in tiny.model.blocks)
     assert tiny.num_patches == 16
     assert load_backbone("lv_vit_s", **(TINY | {"depth": 16})).default_sites[2].block == 12
-    assert list(EViT(0.7).default_sites(16)) == ["5.attn", "9.attn", "13.attn"]
+    assert list(EViT(0.7).published_sites(16)) == ["5.attn", "9.attn", "13.attn"]
 
 
 def test_the_game_plays_it(tiny: Backbone) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from vitprune_env.plots.figures import fates_figure
-from vitprune_env.plots.pareto import COLOURS, Point, pareto_figure
+from vitprune_env.plots.figures import fates_figure, save_figure
+from vitprune_env.plots.pareto import COLOURS, Point, front_of, pareto_figure
 from vitprune_env.plots.render import COVER, TINT, tint
 
 LINES = {"good": [Point(0.5, 0.9, 0.88, 0.92), Point(0.25, 0.8, 0.77, 0.83)], "random": [Point(0.25, 0.3, 0.25, 0.35)]}
@@ -26,40 +29,59 @@ def test_tint_covers_the_pruned_and_colours_the_merged() -> None:
     assert (image == 0.5).all()
 
 
-def test_pareto_figure_enlarges_what_is_near_the_reference() -> None:
-    figure = pareto_figure(LINES, reference=("dense", 0.95), muted={"random"}, title="task")
+def names(figure: Any) -> dict[str, Any]:
+    """The names beside the lines, after the figure is laid out."""
     figure.canvas.draw()
-    whole, near = figure.axes
-    assert whole.get_ylim()[0] < 0.3
-    assert near.get_ylim() == pytest.approx((0.85, 0.97))
-    assert (whole.get_title(), near.get_title()) == ("task", "near dense")
-    assert {text.get_text() for text in whole.texts} == {"dense 95.0%", "good", "random"}
-    assert len(pareto_figure(LINES, reference=("dense", 0.999), muted={"random"}).axes) == 2
-    assert len(pareto_figure({"random": LINES["random"]}, reference=("dense", 0.95)).axes) == 1
-    assert len(pareto_figure(LINES).axes) == 1
+    return {text.get_text(): text for text in figure.axes[0].texts}
 
 
-def test_pareto_figure_names_every_line_where_it_can_be_read() -> None:
-    """Thirty methods, many of them equally accurate: the best have colours of their own, no name covers another."""
+def test_pareto_figure_holds_all_points_and_intervals() -> None:
+    lines = {**LINES, "perfect": [Point(0.5, 1.0, 0.98, 1.0)], "hopeless": [Point(0.2, 0.0, 0.0, 0.02)]}
+    figure = pareto_figure(lines, reference=("dense", 0.95), muted={"random"}, title="task")
+    assert set(names(figure)) == {"dense 95.0%", *lines}
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert low < 0 < 1 < high
+    assert axes.get_title() == "task"
+    ticks = [axes.transData.transform((0.3, tick))[1] for tick in (0.85, 0.9, 0.95)]
+    assert ticks[2] - ticks[1] > 1.5 * (ticks[1] - ticks[0]), "the same step counts more close to the reference"
+
+
+def test_pareto_figure_names_the_best_and_lists_the_others() -> None:
+    """Thirty methods, many of them equally accurate, one of them ours, and three controls."""
     lines = {f"method {index}": [Point(0.35, 0.5 + index // 10 / 100, 0.4, 0.6)] for index in range(30)}
-    figure = pareto_figure(lines)
-    figure.canvas.draw()
-    texts = figure.axes[0].texts
-    assert {text.get_text() for text in texts} == set(lines)
-    coloured = {text.get_text(): text.get_color() for text in texts if text.get_fontweight() == "bold"}
-    assert set(coloured) == {f"method {index}" for index in range(20, 27)}
-    assert len(set(coloured.values())) == len(COLOURS)
+    controls = {f"control {index}": [Point(0.35, 0.3, 0.2, 0.4)] for index in range(3)}
+    figure = pareto_figure({**lines, **controls}, muted=controls, ours={"method 0"})
+    texts = names(figure)
+    expected = {"method 0", *(f"method {index}" for index in range(20, 27)), "control 0", "control 1"}
+    assert set(texts) == expected
+    assert len({texts[name].get_color() for name in expected if name in lines}) == len(COLOURS) == 8
+    assert [name for name, text in texts.items() if text.get_fontweight() == "bold"] == ["method 0"]
+    below = figure.texts[0].get_text()
+    assert not [name for name in {*lines, *controls} - expected if name not in below.replace("\n", " ")]
+    drawn = {str(container.get_label()) for container in figure.axes[0].containers}
+    assert drawn == expected, "all that have names have intervals"
     height = figure.axes[0].get_window_extent().height
-    places = sorted(height * text.get_position()[1] for text in texts)
-    letters = float(texts[0].get_fontsize()) * figure.dpi / 72
+    places = sorted(height * text.get_position()[1] for text in texts.values())
+    letters = 8 * figure.dpi / 72
     assert 0 <= places[0] < places[-1] <= height
     assert all(upper - lower > letters for lower, upper in zip(places, places[1:], strict=False))
+    assert all(text.get_position()[0] < 0 and text.get_ha() == "right" for text in texts.values()), "beside the lines"
+
+
+def test_the_front_has_what_nothing_cheaper_beats() -> None:
+    accuracies = {0.25: 0.5, 0.35: 0.8, 0.351: 0.7, 0.4: 0.6, 0.5: 0.9, 0.505: 0.95}
+    points = [Point(share, accuracy, 0, 1) for share, accuracy in accuracies.items()]
+    assert [point.share for point in front_of(points)] == [0.25, 0.35, 0.505], "0.5 and 0.505 are the same cost"
 
 
 @pytest.mark.parametrize("lines", [{}, {"none": []}])
 def test_pareto_figure_wants_points(lines: dict) -> None:
     with pytest.raises(ValueError, match="lines: expected methods with points"):
         pareto_figure(lines)
+    many = {str(index): [Point(0.5, 0.5, 0.4, 0.6)] for index in range(9)}
+    with pytest.raises(ValueError, match="shown: expected at most 8 methods, got 9"):
+        pareto_figure(many, shown=list(many))
 
 
 def test_fates_figure_has_a_row_per_method_and_marks_mistakes() -> None:
@@ -69,9 +91,8 @@ def test_fates_figure_has_a_row_per_method_and_marks_mistakes() -> None:
     table = np.array(figure.axes, dtype=object).reshape(3, 3)
     assert [row[0].get_ylabel() for row in table] == ["image", "a", "b"]
     assert [panel.get_title() for panel in table[0]] == ["class 4", "class 5", "class 6"]
-    assert [panel.get_xlabel() for panel in table[2]] == ["4", "0", "0"]
-    colours = [panel.xaxis.label.get_color() for panel in table[2]]
-    assert colours == ["black", "tab:red", "tab:red"]
+    assert [panel.get_xlabel() for panel in table[2]] == ["", "0", "0"], "only mistakes are written"
+    assert [panel.spines["left"].get_visible() for panel in table[2]] == [False, True, True]
 
 
 def test_classes_are_written_by_name() -> None:
@@ -79,12 +100,18 @@ def test_classes_are_written_by_name() -> None:
     figure = fates_figure(torch.randn(2, 3, 8, 12), {"a": torch.arange(6).expand(2, 6)}, (2, 3), [1, 2], {"a": [1, 0]},
                           class_names=names)  # fmt: skip
     image, other, right, wrong = figure.axes
-    assert [panel.get_title() for panel in (image, other)] == ["crocodile head", "a class of a very\nlong name"]
-    assert [panel.get_xlabel() for panel in (right, wrong)] == ["crocodile head", "ant"]
-    assert wrong.xaxis.label.get_color() == "tab:red"
-    width, height = figure.get_size_inches()
-    assert width / 2 > 1.5
-    assert height / 2 > 1.5
+    assert [panel.get_title() for panel in (image, other)] == ["crocodile head", "a class of a\nvery long name"]
+    assert [panel.get_xlabel() for panel in (right, wrong)] == ["", "ant"]
+
+
+def test_figures_fit_a_page_and_are_written_for_screens_and_papers(tmp_path: Path) -> None:
+    sources = {str(index): torch.arange(6).expand(8, 6) for index in range(8)}
+    figure = fates_figure(torch.randn(8, 3, 16, 24), sources, (2, 3))
+    assert (figure.get_size_inches() <= (7.01, 9.0)).all()
+    save_figure(figure, tmp_path / "tokens-35")
+    assert (tmp_path / "tokens-35.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tokens-35.pdf").read_bytes().startswith(b"%PDF")
+    assert all(path.stat().st_size < 2**20 for path in tmp_path.iterdir())
 
 
 def test_fates_figure_refuses_what_does_not_fit() -> None:

@@ -68,10 +68,9 @@ def played(
     Args:
         policy: plays.
         name: of the network.
-        sites: None: where the policy wants to act.
+        sites: None: where the policy's paper has it.
         image_size: height and width in pixels.
     """
     backbone = hollow(name, image_size)
-    where = {} if sites is None else {"sites": sites}
     image = torch.zeros(1, backbone.in_chans, *backbone.image_size)
-    return play(TokenGame.for_policy(backbone, policy, **where), policy, image).outcome
+    return play(TokenGame.for_policy(backbone, policy, sites=sites or "published"), policy, image).outcome

@@ -22,7 +22,8 @@ from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
 from vitprune_env.types import Site
 
-Group = Literal["control", "baseline", "learned"]
+Group = Literal["control", "baseline", "learned", "own"]
+"""Rows are controls, baselines of the package, trained policies, or policies of the user's own."""
 Sites = Sequence[int | str | Site]
 SHOWN = 8  # images whose tokens are kept for a figure, evenly spread
 
@@ -140,7 +141,7 @@ def measure(
         backbone: the network.
         policies: the policy, or one per run, such as the same method with different seeds.
         test: labelled images.
-        sites: where to prune; None: where the policy wants to, else the backbone's own sites.
+        sites: where to prune, see `Backbone.sites_for`.
         timing: how to measure speed, with the first policy; None: not at all.
         **facts: further fields of the row.
     """
@@ -179,9 +180,9 @@ def _groups_of(test: Batches) -> list[int]:
     return [] if groups is None else groups.tolist()
 
 
-def game_of(backbone: Backbone, policy: Policy, sites: Sites | None = None) -> TokenGame:
-    """The game of a policy, at the given sites or where the policy wants to act."""
-    return TokenGame.for_policy(backbone, policy, **({} if sites is None else {"sites": sites}))
+def game_of(backbone: Backbone, policy: Policy, sites: Sites | Literal["published"] | None = None) -> TokenGame:
+    """The game of a policy, at the given sites or where it acts by default."""
+    return TokenGame.for_policy(backbone, policy, sites=sites)
 
 
 @torch.inference_mode()

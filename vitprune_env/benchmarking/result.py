@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
@@ -11,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vitprune_env.benchmarking.contestants.task import PUBLISHED
 from vitprune_env.benchmarking.intervals import difference
 from vitprune_env.benchmarking.measurement import Row
-from vitprune_env.benchmarking.store import json_text, read_results, results_content
+from vitprune_env.benchmarking.store import RESULTS, json_text, read_results, results_content
 from vitprune_env.benchmarking.tables import booktabs, comma_separated, escape, markdown
-from vitprune_env.files import PathLike, replace_file
-from vitprune_env.plots.figures import fates_figure
-from vitprune_env.plots.pareto import Point, pareto_figure
-from vitprune_env.types import every_block
+from vitprune_env.files import PathLike, read_file, replace_file, write_file
+from vitprune_env.plots.figures import fates_figure, save_figure
+from vitprune_env.plots.pareto import Point, best_of, pareto_figure
+from vitprune_env.types import Site, every_block
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SCENES = "scenes.safetensors"
 MAX_NAMED_SITES = 3
+MAX_METHODS = 8  # in a figure of tokens
 SITES_TEXT = {
     "backbone": "the network's own; inside every block for methods that act there",
     "published": "those of each paper, at the same share of the depth",
@@ -42,6 +47,30 @@ class Scenes:
     std: Sequence[float]
     class_names: Sequence[str] | None = None
 
+    def write(self, path: Path) -> None:
+        """Write them to a file for `read`.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        look = {name: getattr(self, name) for name in ("grid_size", "mean", "std", "class_names")}
+        header = {name: value if value is None else list(value) for name, value in look.items()}
+        tensors = {"images": self.images.contiguous(), "labels": self.labels}
+        write_file(path, tensors, {"format": 1, "kind": "scenes", **header})
+
+    @classmethod
+    def read(cls, path: Path) -> Scenes:
+        """What `write` wrote.
+
+        Raises:
+            CheckpointError: if the file is damaged or something else.
+        """
+        tensors, header = read_file(path, "scenes", {1: ("scenes",)})
+        rows, columns = header["grid_size"]
+        return cls(
+            **tensors, grid_size=(rows, columns), **{name: header[name] for name in ("mean", "std", "class_names")}
+        )
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
@@ -50,7 +79,7 @@ class BenchmarkResult:
     Attributes:
         rows: one per policy and budget; the first is the dense model.
         settings: what the numbers depend on.
-        scenes: a few of the images, for `plot_tokens`; None for results read from a file.
+        scenes: a few of the images, for `plot_tokens`; None for results read from a results.json alone.
         about: what else is known of the run: command, processor, threads, versions.
     """
 
@@ -61,13 +90,19 @@ class BenchmarkResult:
 
     @classmethod
     def load(cls, path: PathLike) -> BenchmarkResult:
-        """Read what `json` or a run with `output` wrote.
+        """Read what `save`, `json` or a run with `output` wrote; nothing is measured.
+
+        Args:
+            path: the folder, with the images of the token figures if there are any, or the results.json alone.
 
         Raises:
-            CheckpointError: if the file cannot be read.
+            CheckpointError: if a file cannot be read.
         """
-        settings, about, rows = read_results(Path(path))
-        return cls(tuple(rows), settings, about=about)
+        path = Path(path)
+        scenes = path / SCENES if path.is_dir() else None
+        settings, about, rows = read_results(path / RESULTS if path.is_dir() else path)
+        read = Scenes.read(scenes) if scenes is not None and scenes.is_file() else None
+        return cls(tuple(rows), settings, read, about)
 
     @property
     def dense(self) -> Row:
@@ -165,13 +200,12 @@ class BenchmarkResult:
         return [*lines, *(f"- {row.name}: {row.out_of_reach}" for row in missing), ""]
 
     def _cells(self, row: Row, rivals: Sequence[Row | None]) -> dict[str, str]:
-        low, high = row.interval
         over = {f"over {rival.name} (95 %)": gain_text(row, rival) for rival in rivals if rival is not None}
         speed = "" if row.images_per_s is None else f"{row.images_per_s:.0f} / {row.dense_images_per_s:.0f}"
         return {
             "method": f"*{row.name}*" if row.group == "control" else row.name,
             "sites": "" if row.name == "dense" else sites_text(row.sites, self.settings.get("depth")),
-            "accuracy % (95 %)": f"{100 * row.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+            "accuracy % (95 %)": accuracy_text(row),
             **over,
             "GMACs": f"{row.gmacs:.5f}",
             "of dense %": f"{100 * row.gmacs / self.dense.gmacs:.1f}",
@@ -200,7 +234,8 @@ class BenchmarkResult:
     def latex(self, path: PathLike | None = None) -> str:
         """A booktabs table: a line per policy, a column per budget with accuracy and interval in per cent.
 
-        The most accurate policy of each budget is bold, controls are italic; written to a file if a path is given.
+        The most accurate policy of each budget is bold, controls are italic. The last line says what the numbers are.
+        Written to a file if a path is given.
         """
         best = {share: max((row.accuracy for row in self.at(share) if row.group != "control"), default=2.0)
                 for share in self.shares}  # fmt: skip
@@ -220,7 +255,7 @@ class BenchmarkResult:
             name = rf"\emph{{{name}}}" if row.group == "control" else name
             return [
                 name,
-                escape(sites_text(row.sites, self.settings.get("depth"))),
+                escape(self._places(row.name)),
                 *(cell(row.name, share) for share in self.shares),
             ]
 
@@ -233,27 +268,62 @@ class BenchmarkResult:
             [line(row) for row in first.values() if row.group != "control"],
         ]
         columns = [rf"{100 * share:g}\,\% ({share * self.dense.gmacs:.3g} GMACs)" for share in self.shares]
-        return _written(booktabs(groups, ["policy", "sites", *columns]), path)
+        note = (
+            r"Accuracy in per cent with its 95\,\% interval, at mean costs per image as shares of the dense network's."
+        )
+        return _written(booktabs(groups, ["policy", "sites", *columns], note), path)
+
+    def _places(self, name: str) -> str:
+        """Where a policy acts, with the budgets where that depends on them."""
+        depth = self.settings.get("depth")
+        rows = [row for share in self.shares for row in self.at(share) if row.name == name]
+        places: dict[str, list[str]] = {}
+        for row in rows:
+            places.setdefault(sites_text(row.sites, depth), []).append(f"{100 * (row.share or 0):g}")
+        alone = len(places) == 1
+        return "; ".join(where if alone else f"{where} ({', '.join(at)} %)" for where, at in places.items())
 
     def plot(self) -> Figure:
-        """Accuracy over GMACs of all policies."""
+        """Accuracy over GMACs of all policies, at most eight of them in colour, and the front."""
+        controls = {row.name for row in self.rows if row.group == "control"}
+        return pareto_figure(
+            self._lines(),
+            ("dense", self.dense.accuracy),
+            controls,
+            self.title,
+            ours=self._ours(),
+            shown=self.shown(),
+        )
+
+    def shown(self) -> list[str]:
+        """The policies that figures show: trained ones and the user's own, then the most accurate on average.
+
+        Eight at most; neither controls nor second rows at published sites.
+        """
+        second = {row.name for row in self.rows if row.group == "control" or row.name.endswith(PUBLISHED)}
+        return best_of({name: line for name, line in self._lines().items() if name not in second}, self._ours())
+
+    def _ours(self) -> set[str]:
+        return {row.name for row in self.rows if row.group in ("learned", "own")}
+
+    def _lines(self) -> dict[str, list[Point]]:
         lines: dict[str, list[Point]] = {}
         for row in self.rows:
             if row.correct and row.name != "dense":
                 point = Point(row.gmacs / self.dense.gmacs, row.accuracy, *row.interval)
                 lines.setdefault(row.name, []).append(point)
-        controls = {row.name for row in self.rows if row.group == "control"}
-        return pareto_figure(lines, reference=("dense", self.dense.accuracy), muted=controls, title=self.title)
+        return lines
 
     def plot_tokens(self, share: float) -> Figure:
-        """What every policy leaves of the same images at one budget.
+        """What dropping at random and the first policies of `shown`, eight in all, leave of images at one budget.
 
         Raises:
-            ValueError: for results that were read from a file, which has no images.
+            ValueError: for results that were read from a results.json alone, which has no images.
         """
         if self.scenes is None:
             raise ValueError("scenes: expected a result with images, got one that was read from a file")
-        shown = [row for row in self.at(share) if row.source]
+        names = ["random", *self.shown()][:MAX_METHODS]
+        shown = [row for row in self.at(share) if row.source and row.name in names]
         return fates_figure(
             self.scenes.images,
             {row.name: torch.tensor(row.source) for row in shown},
@@ -266,7 +336,9 @@ class BenchmarkResult:
         )
 
     def save(self, folder: PathLike) -> None:
-        """Write table.md, table.tex, results.csv, results.json, pareto.png and a token figure for each budget.
+        """Write table.md, table.tex, results.csv, results.json, and as PNG and PDF pareto and tokens for each budget.
+
+        The images of the token figures are written to scenes.safetensors, so that `load` can draw them again.
 
         Raises:
             StorageError: if the folder cannot be written.
@@ -275,12 +347,21 @@ class BenchmarkResult:
         _written(self.report(), folder / "table.md")
         self.latex(folder / "table.tex")
         self.csv(folder / "results.csv")
-        self.json(folder / "results.json")
+        self.json(folder / RESULTS)
+        if self.scenes is not None:
+            self.scenes.write(folder / SCENES)
         if any(row.correct for row in self.rows if row.name != "dense"):
-            self.plot().savefig(folder / "pareto.png", dpi=150)
+            save_figure(self.plot(), folder / "pareto")
         for share in self.shares:
             if self.scenes is not None and self.at(share):
-                self.plot_tokens(share).savefig(folder / f"tokens-{100 * share:g}.png", dpi=150)
+                save_figure(self.plot_tokens(share), folder / f"tokens-{100 * share:g}")
+
+
+def accuracy_text(row: Row) -> str:
+    """The accuracy of a row in per cent, with its 95 % interval where there is one."""
+    low, high = row.interval
+    interval = "" if math.isnan(low) else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * row.accuracy:.1f}{interval}"
 
 
 def gain_text(row: Row, rival: Row) -> str:
@@ -295,7 +376,9 @@ def sites_text(sites: Sequence[str], depth: int | None = None) -> str:
     """Where a policy acts, in few words."""
     if depth is not None and tuple(sites) == tuple(every_block(depth)):
         return "in every block"
-    return ", ".join(sites) if len(sites) <= MAX_NAMED_SITES else f"{sites[0]} to {sites[-1]}"
+    halves = [Site.parse(site).half for site in sites]
+    is_run = all(later - earlier == 2 for earlier, later in pairwise(halves))
+    return f"{sites[0]} to {sites[-1]}" if is_run and len(sites) > MAX_NAMED_SITES else ", ".join(sites)
 
 
 def _written(text: str, path: PathLike | None) -> str:

@@ -28,22 +28,24 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def booktabs(groups: Sequence[Sequence[Sequence[str]]], heading: Sequence[str]) -> str:
+def booktabs(groups: Sequence[Sequence[Sequence[str]]], heading: Sequence[str], note: str = "") -> str:
     """A LaTeX table in the style of booktabs.
 
     Args:
         groups: blocks of rows, set apart by a rule; cells are LaTeX already (see `escape`).
         heading: LaTeX of the column headings; the first column is set flush left, the others centred.
+        note: LaTeX of a small line below the table.
     """
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(cells) + r" \\"
 
     body = "\n\\midrule\n".join("\n".join(map(line, group)) for group in groups if group)
+    below = [rf"\multicolumn{{{len(heading)}}}{{l}}{{\footnotesize {note}}} \\"] if note else []
     columns = "l" + "c" * (len(heading) - 1)
     return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heading), r"\midrule", body, r"\bottomrule",
-         r"\end{tabular}", ""]
+        [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heading), r"\midrule",
+         body, r"\bottomrule", *below, r"\end{tabular}", ""]
     )  # fmt: skip
 
 

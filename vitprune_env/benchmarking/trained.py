@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from vitprune_env.benchmarking.contestants import Contestant, Fits, Task, of_met
 from vitprune_env.benchmarking.images import Batches, Images, shown_images
 from vitprune_env.benchmarking.measurement import SHOWN, Group, Row, Sites, Timing, game_of, measure
 from vitprune_env.benchmarking.prepared import PreparedImages
+from vitprune_env.benchmarking.result import accuracy_text
 from vitprune_env.benchmarking.store import versions
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.data import data_config
@@ -245,13 +246,13 @@ def _further_rows(result: TrainResult, test: Batches) -> list[Row]:
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """Rows beside the first of them, the dense model, as a markdown table."""
+    """Rows beside the first of them, the dense model, as a markdown table; accuracies with their 95 % intervals."""
     dense = rows[0].gmacs
 
     def cells(row: Row) -> dict[str, str]:
         return {
             "policy": row.name,
-            "accuracy %": f"{100 * row.accuracy:.1f} ± {100 * row.stderr:.1f}",
+            "accuracy % (95 %)": accuracy_text(row),
             "GMACs": f"{row.gmacs:.5f}",
             "of dense %": f"{100 * row.gmacs / dense:.1f}",
             "without policy %": f"{100 * (row.gmacs - row.policy_gmacs) / dense:.1f}",
@@ -262,22 +263,25 @@ def comparison_table(rows: Sequence[Row]) -> str:
     blank = dict.fromkeys(cells(rows[0]), "")
     return markdown(
         [
-            {**blank, "policy": row.name, "accuracy %": "out of reach"} if row.out_of_reach else cells(row)
+            {**blank, "policy": row.name, "accuracy % (95 %)": "out of reach"} if row.out_of_reach else cells(row)
             for row in rows
         ]
     )
 
 
-def figure_of_tokens(backbone: Backbone, policy: Policy, test: Batches) -> Figure:
+def figure_of_tokens(
+    backbone: Backbone, policy: Policy, test: Batches, sites: Sites | Literal["published"] | None = None
+) -> Figure:
     """Eight images, of different classes where there are as many, and what is left of them after each site.
 
     Args:
         backbone: the network.
         policy: decides which tokens stay.
         test: labelled images, normalised; true classes are written beside them, and mistakes.
+        sites: where it acts, see `Backbone.sites_for`.
     """
     images, labels = shown_images(test, SHOWN)
-    game = game_of(backbone, policy)
+    game = game_of(backbone, policy, sites)
     episode = play(game, policy, images, labels)
     predicted = episode.outcome.logits.argmax(dim=1)
     names = backbone.class_names or getattr(test, "class_names", None)

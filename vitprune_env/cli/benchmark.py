@@ -3,15 +3,16 @@
     vitprune benchmark                                      # all baselines at 25, 35 and 50 % of dense
     vitprune benchmark --methods evit tome --budgets 0.3
     vitprune benchmark --checkpoints runs/mappo runs/other  # trained policies join
-    vitprune benchmark --policies my_policy.py:KeepLoud     # your own join
+    vitprune benchmark --policy my_policy.py:KeepLoud       # your own join, also as package.module:KeepLoud
     vitprune benchmark --resume                             # goes on where it was interrupted
+    vitprune benchmark --redraw                             # tables and figures again, nothing is measured
     vitprune benchmark --data-dir DIR --model deit_small_patch16_224 --pretrained     # your images, your network
 
 Policies are calibrated on training images and compared on images that nothing was chosen on: the validation split
 while developing, `--split test` for the final numbers. What has to be trained of a method is trained first. Controls
 stay in every table: the dense model, dropping at random, an actor that never learned, and trained methods before their
 training. The output folder holds table.md (command, settings and tables), table.tex, results.csv, results.json,
-pareto.png (accuracy over GMACs) and one token figure per budget.
+pareto.png and .pdf (accuracy over GMACs) and one token figure per budget.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+import tyro
+
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, named_sites, read_flags
 
 Amp = Literal["off", "auto", "bf16", "fp16"]  # that of engine.kernels, which would import torch
 
@@ -62,14 +65,14 @@ class Args:
     """What to compare, and on what."""
 
     methods: tuple[str, ...] = ()
-    """Baselines to compare; none: all. The controls take part in any case. Parameters may follow a name, as in
-    dpc:strategy=cluster or evit:fuse=False."""
+    """Baselines to compare; none: all; random: the controls alone, which take part in any case. Parameters may follow a
+    name, as in dpc:strategy=cluster or evit:fuse=False."""
     checkpoints: tuple[str, ...] = ()
     """Output folders of training runs, or policy files; LABEL=PATH names the line (default MAPPO). Those of one label
     share a line: at each budget the ones trained for the nearest budget play, their thresholds calibrated to it."""
-    policies: tuple[str, ...] = ()
-    """Policies of your own, FILE.py:NAME or module:NAME; LABEL=... names the line. NAME is a policy, or a class or
-    function that makes one, from a keep rate if it takes an argument."""
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--policy"])] = ()
+    """Policies of your own, FILE.py:NAME or package.module:NAME; LABEL=... names the line. NAME is a policy, or a class
+    or function that makes one, from a keep rate if it takes an argument."""
     budgets: tuple[float, ...] = ()
     """Mean GMACs per image as shares of the dense model's, policy included; none: 0.25 0.35 0.5 on the built-in task,
     0.7 0.5 0.35 on image files."""
@@ -104,6 +107,8 @@ class Args:
     published: bool = False
     """Show what papers print of the network and the methods beside the results, with paper and table: published.md,
     published.png and .pdf. They are numbers of other images."""
+    redraw: bool = False
+    """Write the tables and figures of the output folder again from its results.json; nothing is measured."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/benchmark")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
@@ -152,17 +157,20 @@ def entries(args: Args) -> dict[str, Any]:
 
 def sites_of(args: Args) -> Any:
     """The sites of the flags as `benchmark` takes them."""
-    word = args.sites[0] if len(args.sites) == 1 else ""
-    return word if word in ("backbone", "published", "both") else args.sites
+    return named_sites(args.sites, "backbone", "published", "both")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what has not been measured yet, then report."""
     args = parse(argv, prog="vitprune benchmark")
-    from vitprune_env.benchmarking import Fits, Timing, benchmark
+    from vitprune_env.benchmarking import BenchmarkResult, Fits, Timing, benchmark
     from vitprune_env.benchmarking.published import check_published, save_beside
     from vitprune_env.data import Digits, RandomViews
 
+    if args.redraw:
+        BenchmarkResult.load(args.common.output).save(args.common.output)
+        print(f"tables and figures are in {args.common.output}/")
+        return
     policies = entries(args)  # a wrong name ends the command before any network is loaded
     common, source = args.common, args.source
     common.prepare(built_in=not source.reads_files)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, named_sites, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
@@ -50,6 +50,10 @@ class Args:
     None: as trained."""
     target_gmacs: float | None = None
     """The same in GMACs per image."""
+    sites: tuple[str, ...] = ("backbone",)
+    """Where a named policy acts: `backbone` for the network's own sites, and inside every block for methods that are
+    made to act there; `published` for those of its paper, as presets of printed numbers have it; or sites, such as
+    3 6 9. A saved policy acts where it was trained."""
     split: str | None = None
     """Which images; None: test of the built-in task, validation of image files."""
     images: int | None = None
@@ -129,6 +133,7 @@ def parse(
         network = ImageFlags(model=found.model, pretrained=found.pretrained, img_size=found.img_size)
         budget = None if found.keep_rate is not None else found.gmacs
         default = flags(
+            sites=("backbone",) if found.share is not None else ("published",),
             policy=found.policy,
             keep_rate=found.keep_rate,
             target_gmacs=budget,
@@ -195,6 +200,12 @@ def budget_of(args: Args, backbone: Backbone) -> float | None:
     return args.target_share * CostModel.of(backbone).dense() / 1e9
 
 
+def sites_of(args: Args) -> Any:
+    """Where the policy of the flags acts, as games and models take it; None: where the policy says."""
+    sites = named_sites(args.sites, "backbone", "published")
+    return None if args.policy is None or sites == "backbone" else sites
+
+
 def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
     """A baseline at the keep rate or the budget of the flags, trained first if it has something to train."""
     import torch
@@ -204,12 +215,13 @@ def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
     from vitprune_env.errors import SettingsError
 
     (method, parameters), budget, common = parsed(name), budget_of(args, backbone), args.common
+    sites = sites_of(args)
     if budget is None:
         if method.recipe is not None or method.knob.name != "keep_rate":
             raise SettingsError(f"target_share: {name} needs a budget, --target-share or --target-gmacs; got none")
         return method(**{"keep_rate": 0.7 if args.keep_rate is None else args.keep_rate, **parameters})
     if method.recipe is None:
-        return calibrate(method.name, budget, backbone, cast(Any, args.tuning(backbone)), **parameters)
+        return calibrate(method.name, budget, backbone, cast(Any, args.tuning(backbone)), sites, **parameters)
     if other := sorted(set(parameters) - {"leave"}):
         raise SettingsError(f"policy: expected no parameter but leave of {method.name}, which is trained, got {other}")
     config = method.fit_config()
@@ -220,12 +232,13 @@ def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
             args.training(backbone),
             budget,
             config=config.quick() if common.quick else config,
+            sites=sites,
             seed=common.seed,
             output=common.output / "fit",
             resume=common.resume,
         )
     policy = policy.leaving(**parameters) if parameters else policy
-    policy = calibrate(policy.at, budget, backbone, cast(Any, args.tuning(backbone)), knob=method.fitted_knob)
+    policy = calibrate(policy.at, budget, backbone, cast(Any, args.tuning(backbone)), sites, knob=method.fitted_knob)
     save_policy(policy, common.output / "policy.safetensors")
     return policy
 
@@ -270,8 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = args.held_out(backbone, args.budgeted and not isinstance(policy, AdaptivePolicy))
         timing = Timing(3, 16) if args.common.quick else Timing(9, args.batch_size)
         dense = replace(measure("dense", backbone, KeepAll(), test), speedup=1.0)
-        pruned = measure(args.policy or "policy", backbone, policy, test, timing=timing)
-        figure = figure_of_tokens(backbone, policy, test)
+        sites = sites_of(args)
+        pruned = measure(args.policy or "policy", backbone, policy, test, sites=sites, timing=timing)
+        figure = figure_of_tokens(backbone, policy, test, sites)
     figure.savefig(args.common.output / "tokens.png", dpi=150)
     report(args, [dense, pruned], policy, list(getattr(test, "skipped", [])))
 
@@ -290,6 +304,7 @@ def report(args: Args, rows: Sequence[Row], policy: Policy, skipped: Sequence[st
     }
     write_json(args.common.output / "evaluation.json", results)
     print(comparison_table(rows))
+    print(f"{rows[-1].name}: tokens leave at {', '.join(rows[-1].sites)}")
     for row in rows:
         print(f"{row.name}: top-1 {100 * row.accuracy:.2f} %, top-5 {100 * row.top5:.2f} %")
     if skipped:

@@ -192,20 +192,13 @@ def budget_of(args: Args, backbone: Backbone) -> float:
     return args.target_share * TokenGame(backbone).cost.dense() / 1e9
 
 
-def sites_of(args: Args, backbone: Backbone) -> Sites | None:
-    """Where a baseline acts; None: where it wants to."""
-    if args.sites:
-        return args.sites
-    return backbone.default_sites if describe(args.policy).knob.name == "keep_rate" else None
-
-
 def pruner(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None]:
     """The policy and its sites; baselines that act at a few sites act at the network's own."""
     if args.checkpoint is not None:
         path = args.checkpoint / POLICY_FILE if args.checkpoint.is_dir() else args.checkpoint
         policy = load_policy(path, args.common.device)
         return policy, policy.default_sites(backbone.depth)
-    method, sites = describe(args.policy), sites_of(args, backbone)
+    method, sites = describe(args.policy), args.sites or None
     if method.recipe is not None:
         train = args.source.open(backbone, "train", args.train_images, args.common.seed)
         options = {"seed": args.common.seed, "output": args.common.output / "fit", "resume": args.common.resume}
@@ -235,7 +228,7 @@ def on_what_is_left(args: Args, backbone: Backbone) -> tuple[Policy, Sites | Non
 
 def by_scheme(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Backbone]:
     """Life regression, its sites, and the network, trained as in the paper."""
-    common, sites = args.common, sites_of(args, backbone)
+    common, sites = args.common, args.sites or None
     assert args.life.scheme is not None
     policy, network = train_life_regression(
         backbone,

@@ -1,8 +1,9 @@
 """Policies on disk, alone or with the network that they prune: one safetensors file, whose header is JSON.
 
 The header holds `{"format": 2, "kind": "policy", "versions": {...}, "policy": {...}, "backbone": {...}}`, see
-`descriptions`; the tensors are called `policy.*` and `backbone.*`. `PrunedViT.save_pretrained` writes the same
-description and the same tensors as a folder. Nothing is unpickled, and no code that a file names is imported.
+`descriptions`, and beside a network `"sites": [...]`, where the policy acts in it. The tensors are called `policy.*`
+and `backbone.*`. `PrunedViT.save_pretrained` writes the same description and the same tensors as a folder. Nothing is
+unpickled, and no code that a file names is imported.
 """
 
 from __future__ import annotations
@@ -103,8 +104,11 @@ def describe(policy: Policy, backbone: Backbone | None) -> tuple[dict[str, Any],
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: expected a state of tensors alone, got a {type(value).__name__}")
-    description = {"policy": describe_policy(policy)}
-    return description if backbone is None else {**description, "backbone": describe_backbone(backbone)}, tensors
+    description: dict[str, Any] = {"policy": describe_policy(policy)}
+    if backbone is not None:
+        sites = [site.label for site in backbone.sites_for(policy)]
+        description |= {"backbone": describe_backbone(backbone), "sites": sites}
+    return description, tensors
 
 
 def build(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -23,7 +23,7 @@ from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.errors import CheckpointError
 from vitprune_env.files import PathLike
 from vitprune_env.policy import Policy, check_members
-from vitprune_env.types import Decision, Site, parse_sites
+from vitprune_env.types import Decision, Site
 
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
@@ -42,7 +42,8 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     Args:
         backbone: the network to prune, a `Backbone` or a timm model.
         policy: decides; a `Module` among policies moves and saves along with the network.
-        sites: where to prune; None: where the policy wants to, else the backbone's own.
+        sites: where to prune; None: where the policy is made to act, else the backbone's own; "published": where its
+            paper has it (see `Backbone.sites_for`).
         execution: how ragged images attend: `"packed"` (CPU), `"varlen"` (CUDA, half precision), `"nested"`,
             `"flex"`, `"masked"` (slow, to compare with), or `"auto"` to choose by device and dtype at every call.
 
@@ -62,17 +63,16 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         self,
         backbone: Backbone | nn.Module,
         policy: Policy,
-        sites: Sequence[int | str | Site] | None = None,
+        sites: Sequence[int | str | Site] | Literal["published"] | None = None,
         execution: str = "auto",
     ) -> None:
         super().__init__()
         check_members(policy)
         backbone = as_backbone(backbone)
         check_needs(policy.needs, backbone)
-        wanted = policy.default_sites(backbone.depth) if sites is None else sites
         self.backbone = backbone
         self.policy = policy
-        self.sites = parse_sites(backbone.default_sites if wanted is None else wanted, backbone.depth)
+        self.sites = backbone.sites_for(policy, sites)
         self.execution = execution
         self._how = Execution(AttendPacked(kernel(execution)))
 
@@ -219,6 +219,7 @@ def _assemble(description: Mapping[str, Any], tensors: Mapping[str, Tensor], ori
     if backbone is None:
         raise CheckpointError(f"{origin}: expected a policy with its network, got a policy alone; see load_policy")
     try:
-        return PrunedViT(backbone, policy, description.get("sites"), description.get("execution", "auto")).eval()
+        sites = description.get("sites", "published")  # files without sites are older: policies acted there
+        return PrunedViT(backbone, policy, sites, description.get("execution", "auto")).eval()
     except TypeError as error:
         raise CheckpointError(f"{origin}: expected sites and execution of a model, got others ({error})") from error

@@ -7,7 +7,7 @@ is in `families`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.engine.families import family_of
 from vitprune_env.engine.reduction import recall
 from vitprune_env.engine.tokens import TokenState, segment_mean, start_state
+from vitprune_env.policy import Policy, published_sites
 from vitprune_env.types import Site, parse_sites, quarter_sites
 
 
@@ -79,6 +80,24 @@ class Network(nn.Module):
         if names is not None and (len(names) != self.num_classes or len(set(names)) != len(names)):
             raise ValueError(f"{wanted}, got {len(names)}, {len(set(names))} of them different")
         self._class_names = names
+
+    def sites_for(
+        self, policy: Policy, sites: Sequence[int | str | Site] | Literal["published"] | None = None
+    ) -> tuple[Site, ...]:
+        """Where a policy acts in this network: the one answer for games, deployed models and calibration.
+
+        Args:
+            policy: the policy.
+            sites: the sites that are asked for; "published": those of the policy's paper, at the same share of the
+                depth; None: where the policy itself is made to act, else the network's own (`default_sites`).
+
+        Raises:
+            SiteError: for sites outside the network.
+        """
+        if sites is None or sites == "published":
+            where = policy.default_sites if sites is None else lambda depth: published_sites(policy, depth)
+            sites = where(self.depth)
+        return parse_sites(self.default_sites if sites is None else sites, self.depth)
 
     def block(self, number: int) -> Any:
         """Block `number`, 1-based."""

@@ -86,16 +86,17 @@ class TokenGame:
         Args:
             backbone: the network to prune, a `Backbone` or a timm model.
             policy: the policy that will play.
-            **kwargs: further arguments of `TokenGame`; they replace what the policy says.
+            **kwargs: further arguments of `TokenGame`; they replace what the policy says. `sites="published"` stands
+                for those of the policy's paper, and None for the policy's own, else the backbone's (see
+                `Backbone.sites_for`).
 
         Raises:
             TypeError: for a policy that lacks a member of the protocol.
         """
         check_members(policy)
         backbone = as_backbone(backbone)
-        sites = policy.default_sites(backbone.depth)
-        own = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
-        return cls(backbone, **{**own, **kwargs})
+        own = {"needs": policy.needs, "attention_bias": policy.attention_bias}
+        return cls(backbone, **{**own, **kwargs, "sites": backbone.sites_for(policy, kwargs.get("sites"))})
 
     @property
     def num_steps(self) -> int:

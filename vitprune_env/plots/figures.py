@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from vitprune_env.files import PathLike, replace_file
 from vitprune_env.plots.render import Scene, class_name, draw_row, label_text, panel_size, tint, to_rgb
 from vitprune_env.types import Site
 
@@ -21,6 +24,11 @@ HELD_OUT = "as deployed, held-out images"
 PALE = "#a9bfd6"  # of what is less important than the line in front of it
 LINE = 20  # characters of a line of text beside or above a panel
 MAX_IMAGES = 8  # more images in a figure would be too small on a page
+DPI = 200  # of figures in PNG files
+PAGE, NAMES, OVER, UNDER = 7.0, 1.0, 0.3, 0.12  # inches: width, names beside panels, classes above and below them
+MAX_PANEL = 1.4  # inches
+NAME_LETTERS, PANEL_LETTERS = 17, 16  # in a line beside or above a panel
+WRONG = "#D55E00"
 
 
 def tokens_figure(
@@ -128,7 +136,7 @@ def learning_curve_figure(
         lower.plot(updates, target, color="black", linestyle="--", linewidth=1.2, zorder=4, label=label)
     elif budget is not None:
         lower.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.0%}")
-    upper.set(ylabel="accuracy", title=title)
+    upper.set(ylabel="accuracy", title=title, ylim=(None, min(upper.get_ylim()[1], 1.005)))  # 100 % is the most
     lower.set(ylabel="GMACs, share of dense", xlabel="updates", ylim=(0, None))
     for axes in (upper, lower):
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
@@ -162,7 +170,8 @@ def fates_figure(
 ) -> Figure:
     """The tokens that several methods leave of the same images: the images, then one row per method.
 
-    Pruned patches are white. Patches that were merged into one token have the same tint.
+    Pruned patches are white. Patches that were merged into one token have the same tint. Images that are read as
+    another class have a red frame, and that class below them. The figure is as wide as the text of a page.
 
     Args:
         images: `[B, C, H, W]`, at most 8 of them.
@@ -170,7 +179,7 @@ def fates_figure(
             `Outcome`'s `source`).
         grid_size: rows and columns of patches, N in all.
         labels: true classes, written above the images.
-        predicted: for each method the predicted classes, written below the panels, wrong ones in red.
+        predicted: for each method the predicted classes; wrong ones are written below the panels.
         mean: of the images' normalisation, see `to_rgb`.
         std: likewise.
         class_names: of the classes, to write in place of their numbers.
@@ -188,20 +197,50 @@ def fates_figure(
     from matplotlib.figure import Figure
 
     rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
-    figure = Figure(figsize=(1.5 * len(images) + 1.6, 1.7 * (len(sources) + 1) + 0.4), layout="constrained")
-    table = figure.subplots(len(sources) + 1, len(images), squeeze=False)
-    for panel in table.flat:
-        panel.set(xticks=[], yticks=[])
+    rows, columns = len(sources) + 1, len(images)
+    panel = min(MAX_PANEL, (PAGE - NAMES) / columns)
+    width, height = NAMES + columns * panel, rows * (panel * rgb.shape[1] / rgb.shape[2] + UNDER) + OVER
+    figure = Figure(figsize=(width, height))
+    edges = {"left": NAMES / width, "right": 1 - 0.02 / width, "top": 1 - OVER / height, "bottom": UNDER / height}
+    table = figure.subplots(
+        rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.05, "hspace": UNDER / panel}
+    )
+    for axes in table.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     for name, row in zip(("image", *sources), table, strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        words = textwrap.fill(name.replace("_", " "), NAME_LETTERS)
+        row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=7)
     for column, image in enumerate(rgb):
         label = None if labels is None else labels[column]
         table[0, column].imshow(image)
-        table[0, column].set_title("" if label is None else _lines(label_text(label, class_names)), fontsize="small")
-        for panel, (name, source) in zip(table[1:, column], sources.items(), strict=True):
-            panel.imshow(tint(image, source[column].cpu().numpy(), grid_size))
+        text = "" if label is None else textwrap.fill(label_text(label, class_names), PANEL_LETTERS)
+        table[0, column].set_title(text, fontsize=6, pad=2)
+        for axes, (name, source) in zip(table[1:, column], sources.items(), strict=True):
+            axes.imshow(tint(image, source[column].cpu().numpy(), grid_size))
             guess = None if predicted is None else predicted[name][column]
-            colour = "black" if label in (None, guess) else "tab:red"
-            text = "" if guess is None else _lines(class_name(guess, class_names))
-            panel.set_xlabel(text, fontsize="small", color=colour, labelpad=1)
+            if label is not None and guess is not None and guess != label:
+                text = textwrap.shorten(class_name(guess, class_names), PANEL_LETTERS, placeholder="...")
+                axes.set_xlabel(text, fontsize=6, color=WRONG, labelpad=1)
+                axes.spines[:].set(visible=True, color=WRONG, linewidth=1.2)
     return figure
+
+
+def save_figure(figure: Figure, path: PathLike) -> None:
+    """Write a figure as PNG, for screens, and as PDF, for papers, beside each other; fonts are embedded in the PDF.
+
+    Args:
+        figure: to be written.
+        path: without a suffix.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"pdf.fonttype": 42}):
+        kinds: dict[str, Any] = {".png": {}, ".pdf": {"metadata": {"CreationDate": None}}}  # the same bytes every time
+        for suffix, options in kinds.items():
+            content = io.BytesIO()
+            figure.savefig(content, format=suffix[1:], dpi=DPI, **options)
+            replace_file(Path(f"{path}{suffix}"), content.getvalue())

@@ -38,7 +38,7 @@ def test_golden(golden_backbone: Backbone, golden_images: Tensor, given_numbers:
     file = golden(GOLDEN)
     numbers = {"clusters": file["n_clusters"].tolist(), "pairs": file["n_pairs"].tolist()} if given_numbers else {}
     policy = DPCMerge(0.7, **numbers)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     assert [site.block - 1 for site in game.sites] == file["sites"].tolist()
     policy.reset(len(golden_images), 64)
     obs: Observation | None = game.reset(golden_images)
@@ -112,8 +112,8 @@ def test_plans_by_hand(policy: DPCMerge, tokens: int, plan: tuple[int, ...]) -> 
 
 def test_preserving_is_evit_without_fusion(golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy, other = DPCMerge(0.6, strategy="preserve"), EViT(0.6, fuse=False)
-    first = play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)
-    second = play(TokenGame.for_policy(golden_backbone, other), other, golden_images)
+    first = play(TokenGame.for_policy(golden_backbone, policy, sites="published"), policy, golden_images)
+    second = play(TokenGame.for_policy(golden_backbone, other, sites="published"), other, golden_images)
     assert torch.equal(first.keep, second.keep)
     assert torch.equal(first.outcome.logits, second.outcome.logits)
     assert torch.equal(first.outcome.macs, second.outcome.macs)
@@ -176,4 +176,4 @@ def test_bad_parameters_are_refused_by_name(name: str, arguments: dict[str, Any]
 def test_numbers_for_other_sites_are_refused(golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy = DPCMerge(0.7, clusters=[4, 3])
     with pytest.raises(ValueError, match=r"clusters: expected one number or one per site \(3\), got 2"):
-        play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)
+        play(TokenGame.for_policy(golden_backbone, policy, sites="published"), policy, golden_images)

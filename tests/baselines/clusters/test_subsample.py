@@ -60,8 +60,8 @@ def test_layers_are_convolutions(kernel: int, is_ragged: bool) -> None:
 def test_fresh_layers_are_average_pooling(kind: Any, golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy, pooling = SubSampleMerge(0.6, 48, 3, kind), PoolMerge(0.6)
     with torch.no_grad():
-        first = play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)
-    second = play(TokenGame.for_policy(golden_backbone, pooling), pooling, golden_images)
+        first = play(TokenGame.for_policy(golden_backbone, policy, sites="published"), policy, golden_images)
+    second = play(TokenGame.for_policy(golden_backbone, pooling, sites="published"), pooling, golden_images)
     assert torch.equal(first.keep, second.keep)
     torch.testing.assert_close(first.outcome.logits, second.outcome.logits)
 
@@ -89,7 +89,7 @@ def test_training_helps_and_meets_the_budget(kind: Any) -> None:
     policy = fit_merger(backbone, data, 0.5 * dense, kind=kind, config=config)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.requires_grad for parameter in backbone.parameters())
-    fresh = SubSampleMerge(policy.keep_rate, backbone.embed_dim, policy.num_sites, kind)
+    fresh = SubSampleMerge(policy.keep_rate, backbone.embed_dim, policy.num_sites, kind, sites=policy.sites)
     images = [(data.images, data.labels)]
     with torch.no_grad():
         found = [evaluate(TokenGame.for_policy(backbone, p), p, images) for p in (policy, fresh)]
@@ -163,7 +163,7 @@ def test_bad_parameters_are_refused_by_name(name: str, arguments: dict[str, Any]
 def test_other_games_and_budgets_are_refused(golden_backbone: Backbone, golden_images: Tensor) -> None:
     policy = SubSampleMerge(0.5, 48, 2)
     with pytest.raises(ValueError, match="made for 2 sites of width 48, got 3 of width 48"):
-        play(TokenGame.for_policy(golden_backbone, policy), policy, golden_images)
+        play(TokenGame.for_policy(golden_backbone, policy, sites="published"), policy, golden_images)
     with pytest.raises(BudgetError):
         fit_merger(toy(NAME), OwnLabels(8), 1e-9, config=MergerConfig().quick())
     with pytest.raises(ValueError, match="logit_weight: expected at least 0"):
@@ -175,5 +175,5 @@ def test_keeping_all_costs_nothing_extra(kind: Any) -> None:
     backbone = toy(NAME)
     images, policy = random_images(backbone, 2), SubSampleMerge(1.0, 48, 3, kind)
     with torch.no_grad():
-        outcome = play(TokenGame.for_policy(backbone, policy), policy, images).outcome
+        outcome = play(TokenGame.for_policy(backbone, policy, sites="published"), policy, images).outcome
     torch.testing.assert_close(outcome.logits, play(TokenGame(backbone), KeepAll(), images).outcome.logits)

@@ -44,7 +44,7 @@ def test_lives_decisions_and_logits_of_the_reference(
     prefix = f"rho0{round(10 * keep_rate)}."
     file = {key.removeprefix(prefix): value for key, value in golden("life_ref").items() if key.startswith(prefix)}
     policy = reference(keep_rate)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     assert [site.label for site in game.sites] == ["4", "7", "10"]
     episode = play(game, policy, golden_images)
     torch.testing.assert_close(episode.outcome.logits, file["logits_hard"], atol=1e-4, rtol=0)
@@ -133,9 +133,9 @@ def test_mistakes_are_named(golden_backbone: Backbone, golden_images: Tensor) ->
         LifeRegression(0.5, embed_dim=0)
     wide = LifeRegression(0.5, embed_dim=64)
     with pytest.raises(ValueError, match="made for width 64, got 48"):
-        play(TokenGame.for_policy(golden_backbone, wide), wide, golden_images)
+        play(TokenGame.for_policy(golden_backbone, wide, sites="published"), wide, golden_images)
     policy = LifeRegression(0.5)
-    game = TokenGame.for_policy(golden_backbone, policy)
+    game = TokenGame.for_policy(golden_backbone, policy, sites="published")
     game.reset(golden_images)
     obs = game.step(policy.decide(game.observation()))[0]
     policy.reset(8, 64)
@@ -212,7 +212,7 @@ def test_copies_from_before_the_predictor_is_made_share_it(golden_backbone: Back
     policy = LifeRegression(0.7)
     first, second = copy(policy), copy(policy)
     for other in (first, second, policy):
-        play(TokenGame.for_policy(golden_backbone, other), other, golden_images[:1])
+        play(TokenGame.for_policy(golden_backbone, other, sites="published"), other, golden_images[:1])
     assert policy.weight is not None
     assert policy.weight is first.weight is second.weight
     assert policy.norm is first.norm is second.norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from vitprune_env.baselines import available
 from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.contestants.methods import is_method, of_method
+from vitprune_env.benchmarking.contestants.own_files import load_object
 from vitprune_env.benchmarking.contestants.policies import as_it_is, of_factory, of_policy
 from vitprune_env.benchmarking.contestants.task import Contestant
 from vitprune_env.benchmarking.contestants.trained import POLICY_FILE, UNTRAINED, Trained, load, of_trained
@@ -31,6 +33,7 @@ def contestants_of(policies: Entries, controls: bool = True) -> list[Contestant]
         policies: what to compare. In a sequence, or as values of a mapping from labels:
 
             - the name of a baseline, with parameters if it reads `name:parameter=value,...`,
+            - a policy of one's own in a module, `package.module:NAME` or `FILE.py:NAME`,
             - a policy object,
             - a class or function that makes a policy, from a keep rate if it takes an argument,
             - the path of a saved policy, or of a run folder with one,
@@ -41,6 +44,7 @@ def contestants_of(policies: Entries, controls: bool = True) -> list[Contestant]
     Raises:
         UnknownNameError: for the name of no baseline.
         ParameterError: for a parameter that the baseline does not have.
+        SettingsError: for a policy of one's own that cannot be imported.
         CheckpointError: for a saved policy that cannot be read, or has a fine-tuned network of its own.
         ValueError: for two lines with the same label.
         TypeError: for what is no policy.
@@ -65,16 +69,30 @@ def _label(entry: Any) -> str:
     """The name of a line for which none was given."""
     if isinstance(entry, str) and is_method(entry):
         return entry
+    if _names_object(entry):
+        return str(entry).rpartition(":")[2]
     if isinstance(entry, str | Path):
         path = Path(entry)
         return path.parent.name if path.name == POLICY_FILE else path.stem or str(path)
     return entry.__name__ if callable(entry) and hasattr(entry, "__name__") else type(entry).__name__
 
 
+def _names_object(entry: Any) -> bool:
+    """Whether an entry reads `package.module:NAME`, and is neither a baseline with parameters nor a path."""
+    if not isinstance(entry, str) or is_method(entry) or Path(entry).exists():
+        return False
+    place, _, name = entry.rpartition(":")
+    return (
+        bool(place) and name.isidentifier() and (place.endswith(".py") or "." in place or find_spec(place) is not None)
+    )
+
+
 def _entered(label: str, entry: Any) -> Iterable[Contestant]:
     """The lines of one entry: one, or two for a method that is compared with its untrained self."""
     if isinstance(entry, str) and is_method(entry):
         return of_method(label, entry)
+    if _names_object(entry):
+        entry = load_object(entry)
     if isinstance(entry, str | Path):
         path = Path(entry)
         if isinstance(entry, str) and not path.exists() and len(path.parts) == 1 and not path.suffix:

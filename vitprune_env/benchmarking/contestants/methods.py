@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 
 from vitprune_env.baselines import Method, available, fit, parsed
+from vitprune_env.baselines.fitting.recipe import recipe_sites
 from vitprune_env.benchmarking.contestants.search import at_budget
-from vitprune_env.benchmarking.contestants.task import Contestant, Task, own_sites
+from vitprune_env.benchmarking.contestants.task import Contestant, Task
 from vitprune_env.benchmarking.measurement import Sites
 from vitprune_env.errors import BudgetError
 from vitprune_env.policy import Policy
@@ -61,9 +62,9 @@ def of_method(label: str, text: str) -> list[Contestant]:
 def _published(method: Method, task: Task) -> Sites:
     """Where the paper has it, at the same share of the depth."""
     if method.recipe is not None:
-        return method.recipe.default_sites(task.backbone)
+        return recipe_sites(method.recipe, task.backbone, "published")
     setting = method.knob.setting(1.0, task.backbone.num_patches, 1)
-    return own_sites(method(**{**method.start, method.knob.name: setting}), task)
+    return task.backbone.sites_for(method(**{**method.start, method.knob.name: setting}), "published")
 
 
 def _calibrated(method: Method, task: Task, budget: float, sites: Sites, parameters: dict[str, Any]) -> list[Policy]:

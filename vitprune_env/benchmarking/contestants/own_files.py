@@ -21,6 +21,8 @@ def load_object(text: str) -> Any:
     place, _, name = text.rpartition(":")
     if not place or not name.isidentifier():
         raise SettingsError(f"policies: expected FILE.py:NAME or module:NAME, got {text!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # as with `python -m`
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = _module_of(Path(place)) if place.endswith(".py") else import_module(place)
     except (ImportError, OSError, SyntaxError) as error:

@@ -10,7 +10,7 @@ import torch
 from vitprune_env.baselines.calibration import KEEP_RATE
 from vitprune_env.baselines.registry import METHODS
 from vitprune_env.benchmarking.contestants.search import at_budget
-from vitprune_env.benchmarking.contestants.task import Contestant, Task, own_sites
+from vitprune_env.benchmarking.contestants.task import Contestant, Task
 from vitprune_env.benchmarking.contestants.trained import Trained, of_trained
 from vitprune_env.benchmarking.images import digest
 from vitprune_env.benchmarking.measurement import Group, Sites
@@ -21,7 +21,7 @@ def as_it_is(label: str, group: Group, make: Callable[[], Policy], origin: str =
     """A policy that has nothing to turn."""
 
     def sites(task: Task) -> Sites:
-        return task.where(task.backbone.default_sites, own_sites(make(), task))
+        return task.where_for(make())
 
     return Contestant(label, group, lambda _task, _budget: [make()], sites, origin=origin, fixed=True)
 
@@ -31,17 +31,17 @@ def of_factory(label: str, make: Callable[..., Policy]) -> Contestant:
     parameters = list(inspect.signature(make).parameters)
     origin = _code(make)
     if not parameters:
-        return as_it_is(label, "baseline", make, origin)
+        return as_it_is(label, "own", make, origin)
 
     def sites(task: Task) -> Sites:
-        return task.where(task.backbone.default_sites, own_sites(make(1.0), task))
+        return task.where_for(make(1.0))
 
     def at(task: Task, budget: float) -> list[Policy]:
         seeds = [{"seed": task.seed + index} for index in range(task.seeds)] if "seed" in parameters else [{}]
         where = sites(task)
         return [at_budget(lambda rate, more=more: make(rate, **more), KEEP_RATE, budget, task, where) for more in seeds]
 
-    return Contestant(label, "baseline", at, sites, parameters[0], origin)
+    return Contestant(label, "own", at, sites, parameters[0], origin)
 
 
 def _code(make: Callable[..., Policy]) -> str:
@@ -61,16 +61,16 @@ def of_policy(label: str, policy: Policy, origin: str = "") -> Contestant:
     trained = hasattr(policy, "at")  # methods of this package that are trained: their weights go with their sites
     knob = KEEP_RATE if method is None else method.fitted_knob if trained else method.knob
     make = getattr(policy, "at", None) or knob.turner(policy)
+    group = "own" if method is None and not trained else "baseline"
     if make is None:
-        return as_it_is(label, "baseline", lambda: policy, origin)
+        return as_it_is(label, group, lambda: policy, origin)
 
     def sites(task: Task) -> Sites | None:
         if trained:
             return None
-        usual = task.backbone.default_sites if method is None else method.sites(task.backbone)
-        return task.where(usual, own_sites(policy, task))
+        return task.where_for(policy)
 
     def at(task: Task, budget: float) -> list[Policy]:
         return [at_budget(make, knob, budget, task, sites(task))]
 
-    return Contestant(label, "baseline", at, sites, knob.name, origin)
+    return Contestant(label, group, at, sites, knob.name, origin)

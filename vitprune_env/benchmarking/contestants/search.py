@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vitprune_env.baselines import Knob
 from vitprune_env.baselines.calibration import Setting, out_of_reach
-from vitprune_env.benchmarking.contestants.task import Task, own_sites
+from vitprune_env.benchmarking.contestants.task import Task
 from vitprune_env.benchmarking.measurement import Sites
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
-from vitprune_env.types import parse_sites
 
 P = TypeVar("P", bound=Policy)
 
@@ -47,13 +46,13 @@ def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Ta
         knob: what is turned.
         budget: mean GMACs per image, policy and evidence included.
         task: network and images.
-        sites: where the policy acts; None: where it wants to.
+        sites: where the policy acts; None: where it is made to act.
 
     Raises:
         BudgetError: for a budget that no setting meets; the message gives the range.
     """
     backbone = task.backbone
-    where = own_sites(build(knob.setting(1.0, backbone.num_patches, 1)), task) if sites is None else sites
+    where = backbone.sites_for(build(knob.setting(1.0, backbone.num_patches, 1)), sites)
     few = task.tune.spread(FEW)
 
     @cache
@@ -83,7 +82,7 @@ def at_budget(build: Callable[[Setting], P], knob: Knob, budget: float, task: Ta
         low, high = (float(of_few(end).mean()) / 1e9 if same else of_all(end) for end in (0.0, 1.0))
         if not low <= budget <= high:
             name = type(build(setting(1.0))).__name__
-            raise out_of_reach(f"{name} reaches", low, high, budget, backbone, parse_sites(where, backbone.depth))
+            raise out_of_reach(f"{name} reaches", low, high, budget, backbone, where)
     elif len(of_few(position).unique()) == 1:
         return build(setting(position))
     tried, aim = {position: of_all(position)}, budget

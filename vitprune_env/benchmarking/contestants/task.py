@@ -81,6 +81,10 @@ class Task:
             return usual
         return published if isinstance(self.sites, str) else self.sites
 
+    def where_for(self, policy: Policy) -> Sites:
+        """Where a policy acts that says itself where it is made to act and where it was published."""
+        return self.where(self.backbone.sites_for(policy), self.backbone.sites_for(policy, "published"))
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -127,9 +131,3 @@ class Contestant:
             at=lambda task, budget: self.at(replace(task, sites="published"), budget),
             sites=lambda task: self.sites(replace(task, sites="published")),
         )
-
-
-def own_sites(policy: Policy, task: Task) -> Sites:
-    """Where a policy is meant to act in the network of the comparison."""
-    sites = policy.default_sites(task.backbone.depth)
-    return task.backbone.default_sites if sites is None else sites

@@ -9,6 +9,7 @@ from vitprune_env.cli.flags.common import (
     TaskName,
     in_flags,
     lowered,
+    named_sites,
     read_flags,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "TaskName",
     "in_flags",
     "lowered",
+    "named_sites",
     "read_flags",
 ]

@@ -235,6 +235,11 @@ def lowered(flags: T, **most: Any) -> T:
     return replace(cast(Any, flags), **less)
 
 
+def named_sites(sites: tuple[str, ...], *words: str) -> Any:
+    """What `--sites` stands for: one of these words by itself, or sites."""
+    return sites[0] if len(sites) == 1 and sites[0] in words else sites
+
+
 def read_flags(
     flags: type[T],
     argv: Sequence[str] | None,
