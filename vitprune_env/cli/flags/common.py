@@ -88,8 +88,8 @@ class ImageFlags:
     workers: int = 2
     """Processes (or threads) that decode images."""
     model: str | None = None
-    """Network to prune: vit_digits, lv_vit_s, or any plain ViT of timm; None: that of the weight file or of the policy,
-    or vit_digits."""
+    """Network to prune: vit_digits, lv_vit_s, any plain ViT of timm, or hf:FOLDER for one that transformers saved;
+    None: that of the weight file or of the policy, or vit_digits."""
     pretrained: bool = False
     """Let timm download the network's weights, unless a file is given."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -115,7 +115,7 @@ class ImageFlags:
         import torch
 
         from vitprune_env.errors import SettingsError
-        from vitprune_env.models.load import about_weights, is_registered, is_timm_name, load_backbone
+        from vitprune_env.models.load import about_weights, folder_of, is_registered, is_timm_name, load_backbone
 
         written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
         name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
@@ -127,7 +127,7 @@ class ImageFlags:
         options = {"img_size": self.img_size, "num_classes": self.num_classes}
         given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
         pretrained = self.pretrained and self.weights is None
-        if not pretrained and self.weights is None and name != "vit_digits":
+        if not pretrained and self.weights is None and name != "vit_digits" and folder_of(name) is None:
             print(f"note: {name} has random weights; --pretrained downloads them, --weights reads a file")
         torch.manual_seed(seed)
         return load_backbone(name, pretrained, self.weights, **given).to(device)

@@ -1,0 +1,133 @@
+"""Models of transformers, converted: the same numbers as transformers' own forward, then pruned, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vitprune_env import KeepAll, PrunedViT, TokenGame, load_backbone, play, save_backbone
+from vitprune_env.baselines import RandomDrop
+from vitprune_env.errors import CheckpointError, UnsupportedBackboneError
+
+hf: Any = pytest.importorskip("transformers")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+WIDE = SIZES | {"intermediate_size": 52}
+CASES: dict[str, Any] = {  # name -> configuration, with options far from the defaults
+    "ViTModel": lambda: hf.ViTConfig(**WIDE, qkv_bias=False, hidden_act="relu"),
+    "ViTForImageClassification": lambda: hf.ViTConfig(**WIDE, num_labels=5),
+    "Dinov2Model": lambda: hf.Dinov2Config(**SIZES, use_swiglu_ffn=True),
+    "Dinov2ForImageClassification": lambda: hf.Dinov2Config(**SIZES, num_labels=5),
+    "Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=2),
+    "Dinov2WithRegistersForImageClassification": lambda: hf.Dinov2WithRegistersConfig(**SIZES, num_labels=5),
+    "CLIPVisionModel": lambda: hf.CLIPVisionConfig(**WIDE),
+    "CLIPVisionModelWithProjection": lambda: hf.CLIPVisionConfig(**WIDE, projection_dim=7),
+    "CLIPModel": lambda: hf.CLIPConfig(vision_config=WIDE, text_config=TEXT, projection_dim=7),
+    "CLIPForImageClassification": lambda: hf.CLIPConfig(vision_config=WIDE, text_config=TEXT, num_labels=5),
+    "SiglipVisionModel": lambda: hf.SiglipVisionConfig(**WIDE),
+    "SiglipModel": lambda: hf.SiglipConfig(vision_config=WIDE, text_config=TEXT),
+    "SiglipForImageClassification": lambda: hf.SiglipConfig(vision_config=WIDE, text_config=TEXT, num_labels=5),
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 50,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def random_model(name: str, **changes: Any) -> nn.Module:
+    """A small model of transformers whose every parameter matters."""
+    config = CASES[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = getattr(hf, name)(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def expected(model: Any, images: Tensor) -> Tensor:
+    """What transformers computes: logits, the projection, or the pooled features."""
+    if hasattr(model, "get_image_features"):
+        found = model.get_image_features(images)
+        return found if isinstance(found, Tensor) else found.pooler_output
+    found = model(images)
+    if type(model).__name__ == "ViTModel":
+        return found.last_hidden_state[:, 0]  # its pooler is a layer for masked image modelling
+    return next(getattr(found, part) for part in ("logits", "image_embeds", "pooler_output") if hasattr(found, part))
+
+
+def some_images() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_the_same_numbers_as_transformers_and_a_game(name: str, tmp_path: Path) -> None:
+    model, images = random_model(name), some_images()
+    backbone = load_backbone(model)
+    wanted = expected(model, images)
+    torch.testing.assert_close(backbone(images), wanted, rtol=1e-5, atol=1e-5)
+    assert backbone.num_classes == wanted.shape[1]
+    game = TokenGame(backbone, ("1.attn", 2))
+    torch.testing.assert_close(play(game, KeepAll(), images).outcome.logits, wanted, rtol=1e-4, atol=1e-5)
+    pruned = PrunedViT(backbone, RandomDrop(0.5, 0), ("1.attn", 2)).eval()
+    logits = pruned(images)
+    assert not torch.allclose(logits, wanted, atol=1e-3)
+    torch.testing.assert_close(logits, play(game, RandomDrop(0.5, 0), images).outcome.logits)
+    pruned = PrunedViT(backbone, KeepAll(), (1,)).eval()
+    pruned.save_pretrained(tmp_path / "model")  # is built again from its sizes, without transformers
+    assert torch.equal(PrunedViT.from_pretrained(tmp_path / "model").eval()(images), pruned(images))
+    saved = save_backbone(backbone, tmp_path / "backbone.safetensors")
+    assert torch.equal(load_backbone(backbone.name, checkpoint=saved)(images), backbone(images))
+
+
+@torch.no_grad()
+def test_folder_of_save_pretrained(tmp_path: Path) -> None:
+    model, images = random_model("CLIPVisionModelWithProjection"), some_images()
+    model.save_pretrained(tmp_path)
+    processor = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "resample": 2, "do_center_crop": true, '
+    (tmp_path / "preprocessor_config.json").write_text(
+        processor + '"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}'
+    )
+    for where in (f"hf:{tmp_path}", str(tmp_path)):
+        torch.testing.assert_close(load_backbone(where)(images), expected(model, images), rtol=1e-5, atol=1e-5)
+    prepared = load_backbone(f"hf:{tmp_path}").model.pretrained_cfg
+    assert (prepared["mean"], prepared["interpolation"], prepared["crop_pct"]) == ((0.1, 0.2, 0.3), "bilinear", 0.8)
+
+
+@torch.no_grad()
+def test_another_head_and_another_image_size(tmp_path: Path) -> None:
+    model = random_model("Dinov2WithRegistersModel")
+    backbone = load_backbone(model, num_classes=4, img_size=48)
+    assert backbone(torch.randn(1, 3, 48, 48)).shape == (1, 4)
+    assert (backbone.num_patches, backbone.num_prefix) == (36, 3)
+    features = save_backbone(load_backbone(model), tmp_path / "features.safetensors")
+    again = load_backbone("converted_vit", checkpoint=features, new_head=True, num_classes=6)
+    assert again(some_images()).shape == (3, 6)
+    with pytest.raises(ValueError, match="num_classes: expected 24, the features of a network without a head, got 6"):
+        load_backbone("converted_vit", checkpoint=features, num_classes=6)
+
+
+def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
+    beit = hf.BeitModel(hf.BeitConfig(**WIDE))
+    with pytest.raises(UnsupportedBackboneError, match=r"model: expected one of ViTModel, .*got BeitModel"):
+        load_backbone(beit)
+    with pytest.raises(UnsupportedBackboneError, match="hidden_act='mish'"):
+        load_backbone(random_model("ViTModel", hidden_act="mish"))
+    with pytest.raises(UnsupportedBackboneError, match="vision_use_head=False"):
+        load_backbone(random_model("SiglipVisionModel", vision_use_head=False))
+    with pytest.raises(ValueError, match="pretrained: expected False"):
+        load_backbone(random_model("ViTModel"), pretrained=True)
+    with pytest.raises(CheckpointError, match="expected a folder that save_pretrained of transformers wrote"):
+        load_backbone(f"hf:{tmp_path}/nowhere")
+    (tmp_path / "config.json").write_text('{"architectures": ["Trainer"]}')
+    with pytest.raises(UnsupportedBackboneError, match="got Trainer in"):
+        load_backbone(f"hf:{tmp_path}")
