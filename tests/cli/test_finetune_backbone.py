@@ -89,7 +89,7 @@ def test_a_finished_network_is_not_overwritten(run: Run, trained: Path, capsys: 
     with pytest.raises(SystemExit) as stopped:
         run(trained)
     assert stopped.value.code == 2
-    assert "without a finished network" in capsys.readouterr().err
+    assert "which holds a finished run" in capsys.readouterr().err
     run(trained, "--resume")
     after = load_file(trained / "backbone.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())

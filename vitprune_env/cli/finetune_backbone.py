@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from vitprune_env.agents import BackboneConfig, TokenDropping, finetune_backbone
-from vitprune_env.agents.finetuning.loop import WEIGHTS_FILE
+from vitprune_env.agents.finetuning.loop import STATE_FILE, WEIGHTS_FILE
 from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import measure
@@ -203,11 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fit the head, let the blocks learn, report."""
     args = parse(argv, prog="vitprune finetune-backbone")
     common, source, config = args.common, args.source, args.config
-    common.prepare(built_in=False)
-    if (common.output / WEIGHTS_FILE).exists() and not common.resume:
-        raise SettingsError(
-            f"output: expected a folder without a finished network, got {common.output} (--resume continues a run)"
-        )
+    common.prepare(False, ("table.md", WEIGHTS_FILE, STATE_FILE))
     backbone = new_network(args)
     train = cast(ImageFiles, source.open(backbone, "train", None, common.seed))
     held_out = source.held_out_split(None)

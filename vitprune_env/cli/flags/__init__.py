@@ -11,6 +11,7 @@ from vitprune_env.cli.flags.common import (
     lowered,
     read_flags,
 )
+from vitprune_env.cli.flags.run_folder import make_way
 
 __all__ = [
     "TEST_SEED",
@@ -21,5 +22,6 @@ __all__ = [
     "TaskName",
     "in_flags",
     "lowered",
+    "make_way",
     "read_flags",
 ]
