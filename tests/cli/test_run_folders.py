@@ -73,14 +73,8 @@ def test_resume_takes_the_flags_that_the_run_was_started_with(tmp_path: Path) ->
     folder = ("--output", str(tmp_path))
     args = parse(["--preset", "rl4evit", f"--output={tmp_path}", "--updates", "7", "--seed", "3"])
     args.common.prepare(results=RESULTS)
-    assert json.loads((tmp_path / "flags.json").read_text())["flags"] == [
-        "--preset",
-        "rl4evit",
-        "--updates",
-        "7",
-        "--seed",
-        "3",
-    ]
+    stored = json.loads((tmp_path / "flags.json").read_text())["flags"]
+    assert stored == ["--preset", "rl4evit", "--updates", "7", "--seed", "3"]
     again = parse([*folder, "--resume", "--updates", "9"])
     assert (again.preset, again.training.run.updates, again.common.seed) == ("rl4evit", 9, 3)
     assert again.common.resume

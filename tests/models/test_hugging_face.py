@@ -70,20 +70,29 @@ def some_images() -> Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_the_same_numbers_as_transformers_and_a_game(name: str, tmp_path: Path) -> None:
+def test_the_same_numbers_as_transformers(name: str) -> None:
     model, images = random_model(name), some_images()
-    backbone = load_backbone(model)
-    wanted = expected(model, images)
+    backbone, wanted = load_backbone(model), expected(model, images)
     torch.testing.assert_close(backbone(images), wanted, rtol=1e-5, atol=1e-5)
     assert backbone.num_classes == wanted.shape[1]
-    game = TokenGame(backbone, ("1.attn", 2))
+    game = TokenGame(backbone, ("1.attn",))
     torch.testing.assert_close(play(game, KeepAll(), images).outcome.logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+# Every way of reading the tokens: class token beside their mean, a projection, attention pooling.
+@pytest.mark.parametrize(
+    "name", ["Dinov2WithRegistersForImageClassification", "CLIPVisionModelWithProjection", "SiglipVisionModel"]
+)
+@torch.no_grad()
+def test_it_is_pruned_and_saved_and_loaded_without_transformers(name: str, tmp_path: Path) -> None:
+    backbone, images = load_backbone(random_model(name)), some_images()
+    game, wanted = TokenGame(backbone, ("1.attn", 2)), backbone(images)
     pruned = PrunedViT(backbone, RandomDrop(0.5, 0), ("1.attn", 2)).eval()
     logits = pruned(images)
     assert not torch.allclose(logits, wanted, atol=1e-3)
     torch.testing.assert_close(logits, play(game, RandomDrop(0.5, 0), images).outcome.logits)
     pruned = PrunedViT(backbone, KeepAll(), (1,)).eval()
-    pruned.save_pretrained(tmp_path / "model")  # is built again from its sizes, without transformers
+    pruned.save_pretrained(tmp_path / "model")  # is built again from its sizes
     assert torch.equal(PrunedViT.from_pretrained(tmp_path / "model").eval()(images), pruned(images))
     saved = save_backbone(backbone, tmp_path / "backbone.safetensors")
     assert torch.equal(load_backbone(backbone.name, checkpoint=saved)(images), backbone(images))
