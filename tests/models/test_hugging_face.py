@@ -40,7 +40,7 @@ TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_model(name: str, **changes: Any) -> nn.Module:
+def random_model(name: str, **changes: Any) -> Any:
     """A small model of transformers whose every parameter matters."""
     config = CASES[name]()
     for key, value in changes.items():
@@ -123,6 +123,24 @@ def test_another_head_and_another_image_size(tmp_path: Path) -> None:
     assert again(some_images()).shape == (3, 6)
     with pytest.raises(ValueError, match="num_classes: expected 24, the features of a network without a head, got 6"):
         load_backbone("converted_vit", checkpoint=features, num_classes=6)
+
+
+@torch.no_grad()
+def test_text_embeddings_are_a_head_without_training(tmp_path: Path) -> None:
+    """The recipe of docs/deploy.md answers as CLIP does: by the text that is most similar."""
+    clip, images, texts = random_model("CLIPModel"), some_images(), torch.randn(4, 7)
+    network = load_backbone(clip).model
+    texts = texts / texts.norm(dim=1, keepdim=True)
+    head = nn.Linear(24, 4)
+    head.weight.copy_(texts @ network.head.weight)
+    head.bias.zero_()
+    network.head, network.num_classes = head, 4
+    backbone = load_backbone(network, class_names=["cat", "dog", "bird", "fish"])
+    embeds = expected(clip, images)
+    torch.testing.assert_close(backbone(images), embeds @ texts.T, rtol=1e-4, atol=1e-5)
+    again = load_backbone("converted_vit", checkpoint=save_backbone(backbone, tmp_path / "zero_shot.safetensors"))
+    assert again.class_names == ("cat", "dog", "bird", "fish")
+    assert torch.equal(again(images), backbone(images))
 
 
 def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/deploy.md"])
 def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)

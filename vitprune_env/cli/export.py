@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -89,13 +90,16 @@ def compare_int8(args: Args, model: PrunedViT, path: Path, max_batch: int | None
     split = args.source.held_out_split(None)
     images = args.source.batches(model.backbone, split, count, TEST_SEED, 1, args.common.device)
     sessions = {file.name: OnnxModel(file, max_batch) for file in (path, target)}
-    correct, seconds = dict.fromkeys(sessions, 0), dict.fromkeys(sessions, 0.0)
-    for number, (image, label) in enumerate(images):
+    correct = dict.fromkeys(sessions, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for image, label in images:
         for name, session in sessions.items():
             start = time.perf_counter()
             logits = session(image.cpu())
-            seconds[name] += (time.perf_counter() - start) * (number > 0)  # the first one makes plans
+            seconds[name].append(time.perf_counter() - start)
             correct[name] += int(logits.argmax(dim=1).eq(label.cpu()).sum())
-    for name, file in ((path.name, path), (target.name, target)):
-        size, each = file.stat().st_size / 1e6, 1e3 * seconds[name] / max(1, number)
-        print(f"{name}: {correct[name] / (number + 1):.1%} of {number + 1} images, {each:.2f} ms each, {size:.1f} MB")
+    for file in (path, target):
+        times = seconds[file.name]
+        each, size = 1e3 * median(times), file.stat().st_size / 1e6
+        share = correct[file.name] / len(times)
+        print(f"{file.name}: {share:.1%} of {len(times)} images, {each:.2f} ms each (median), {size:.1f} MB")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.mlp import Mlp, SwiGLUPacked
@@ -82,7 +82,7 @@ class ConvertedViT(VisionTransformer):
         super().__init__(
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),  # pyright: ignore[reportArgumentType]  # timm takes any
             act_layer=act,  # pyright: ignore[reportArgumentType]  # timm resolves names here
-            mlp_layer=SwiGLUPacked if swiglu else Mlp,
+            mlp_layer=cast(Any, SwiGLUPacked if swiglu else Mlp),
             global_pool="token" if both else global_pool,  # pyright: ignore[reportArgumentType]
             num_classes=classes if has_head and not both else 0,
             **options,
@@ -115,5 +115,5 @@ def converted_vit(pretrained: bool = False, **options: Any) -> ConvertedViT:
     if pretrained:
         raise ValueError(f"pretrained: expected False, got True; the weights of {ARCHITECTURE} come from a file")
     model = ConvertedViT(**{name: value for name, value in options.items() if name not in TIMMS_OWN})
-    model.pretrained_cfg = default_cfgs[ARCHITECTURE].default.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+    cast(Any, model).pretrained_cfg = default_cfgs[ARCHITECTURE].default.to_dict()
     return model

@@ -160,7 +160,7 @@ def convert(model: nn.Module, **options: Any) -> ConvertedViT:
         classes, state = {}, {key: value for key, value in state.items() if not key.startswith("head.")}
     network = converted_vit(**{**_sizes(config, kind, state), **classes, **options})
     mean, std = kind.mean_std
-    network.pretrained_cfg |= {"mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bicubic"}
+    cast(Any, network).pretrained_cfg |= {"mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bicubic"}
     heads = {key: value for key, value in network.state_dict().items() if key.startswith("head.")}
     network.load_state_dict({**heads, **checkpoint_filter_fn(dict(state), network)}, strict=True)
     return network.eval()
@@ -198,7 +198,7 @@ def read_folder(folder: Path, **options: Any) -> ConvertedViT:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model: expected a {architecture} in {folder}, got one that fails ({error})") from error
     network = convert(model, **options)
-    network.pretrained_cfg |= _preparation(folder / "preprocessor_config.json")
+    cast(Any, network).pretrained_cfg |= _preparation(folder / "preprocessor_config.json")
     return network
 
 
@@ -280,7 +280,9 @@ def _preparation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     settings = json.loads(path.read_text())
-    found = {name: tuple(settings[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in settings}
+    found: dict[str, Any] = {
+        name: tuple(settings[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in settings
+    }
     if settings.get("resample") in RESAMPLING:
         found["interpolation"] = RESAMPLING[settings["resample"]]
     size, crop = (settings.get(name) for name in ("size", "crop_size"))

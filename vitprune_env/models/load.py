@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
 from vitprune_env.files import PathLike, checksum, encode, read_tensors, replace_file
-from vitprune_env.models.converted import ARCHITECTURE, OPTIONS
+from vitprune_env.models.converted import ARCHITECTURE, OPTIONS, ConvertedViT
 from vitprune_env.models.hugging_face import convert, folder_of, is_hugging_face, read_folder
 from vitprune_env.models.lv_vit import LvVit, filter_checkpoint
 from vitprune_env.models.lv_vit import default_cfgs as lv_vit_cfgs
@@ -131,7 +131,7 @@ def load_backbone(
     elif isinstance(model, nn.Module):
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
-        network, name = model, type(model).__name__
+        network, name = model, ARCHITECTURE if isinstance(model, ConvertedViT) else type(model).__name__
     elif model in _BUILDERS:
         if timm_options:
             given = ", ".join(timm_options)
