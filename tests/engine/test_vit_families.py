@@ -26,6 +26,7 @@ REFUSED = {
     "vit_d[wl]*_gap_*": "attention of type DiffAttention",
     "test_vit": "dynamic_img_size=True",
     "test_vit[24]": "dynamic_img_size=True",
+    "test_vit3": "pooling over the prefix tokens",
     "vit_intern300m_*": "dynamic_img_size=True",
     "eva02_enormous_*": "a block of type EvaBlockPostNorm",
     "vit_*_dinov3*": "dynamic_img_size=True",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vitprune_env import KeepAll, PrunedViT, TokenGame, load_backbone, play, save_backbone
 from vitprune_env.baselines import RandomDrop
 from vitprune_env.errors import CheckpointError, UnsupportedBackboneError
+from vitprune_env.models.hugging_face import KINDS, _timm_state
 
 hf: Any = pytest.importorskip("transformers")
 
@@ -141,6 +143,21 @@ def test_text_embeddings_are_a_head_without_training(tmp_path: Path) -> None:
     again = load_backbone("converted_vit", checkpoint=save_backbone(backbone, tmp_path / "zero_shot.safetensors"))
     assert again.class_names == ("cat", "dog", "bird", "fish")
     assert torch.equal(again(images), backbone(images))
+
+
+def test_names_of_version_4() -> None:
+    """Parameters of ViTs and DINOv2 had other names in transformers 4."""
+    older = {
+        "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense",
+    }  # fmt: skip
+    in_vit = {"vit.layers": "vit.encoder.layer", ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense."}
+    for name, changed in (("ViTForImageClassification", older | in_vit), ("Dinov2ForImageClassification", older)):
+        state, kind = random_model(name).state_dict(), KINDS[name]
+        before = {reduce(lambda key, pair: key.replace(*pair), changed.items(), key): state[key] for key in state}
+        assert before.keys() != state.keys()
+        found, wanted = (_timm_state(each, kind) for each in (before, state))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int |
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Leave out Python's warnings, and what packages log below errors.
+    """Leave out Python's warnings, and what packages log below errors; handlers that they add to the root go again.
 
     Args:
         *names: of the packages' loggers.
     """
     logs = [logging.getLogger(name) for name in names]
-    levels = [log.level for log in logs]
+    levels, handlers = [log.level for log in logs], list(logging.root.handlers)
     for log in logs:
         log.setLevel(logging.ERROR)
     try:
@@ -119,6 +119,7 @@ def quiet(*names: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.root.handlers[:] = handlers
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
 
