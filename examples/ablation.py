@@ -292,7 +292,7 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, report."""
     args = check(read_flags(Args, argv, __doc__))
-    args.prepare(built_in=not args.source.reads_files)
+    args.prepare(not args.source.reads_files, ("table.md", "results.json"))
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = [Job(variant, share, seed, args) for seed in seeds for share in args.shares for variant in args.variants]
     settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick", "sites")}

@@ -35,7 +35,7 @@ class Args(CommonFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Name the policies, compare, report."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("table.md", "results.json"))
     backbone = load_backbone("vit_digits").to(args.device)
 
     policies = {

@@ -49,7 +49,7 @@ register_backbone("my_vit", my_vit)
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, prune, save, load, compare the answers."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("my_vit.safetensors",))
     torch.manual_seed(args.seed)
     backbone = load_backbone("my_vit", sites=(2, 4)).to(args.device)  # sites: where tokens are pruned by default
 

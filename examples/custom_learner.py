@@ -107,7 +107,7 @@ class Args(CommonFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train to the budget, and measure on held-out scenes."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("policy.safetensors", "training.safetensors"))
     run = RunConfig(args.updates, seed=args.seed)
     if args.quick:
         run = RunConfig(3, 16, args.seed, cache_images=64, calibration_images=64)

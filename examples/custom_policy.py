@@ -56,7 +56,7 @@ class KeyNorms(BasePolicy):
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the policy, then compare it with others at the same sites and the same cost."""
     args = read_flags(CommonFlags, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("table.md", "results.json"))
     backbone = load_backbone("vit_digits").to(args.device)
     images = 24 if args.quick else 2000
     test, tune = Digits("validation", images, TEST_SEED), Digits("train", min(images, 256), TUNE_SEED)

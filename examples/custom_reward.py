@@ -40,7 +40,7 @@ class Confidence:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with it to 35 % of the dense MACs, and print how the price moves."""
     args = read_flags(CommonFlags, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("policy.safetensors", "training.safetensors"))
     run = RunConfig(seed=args.seed)
     if args.quick:
         run = RunConfig(4, 16, args.seed, cache_images=64, calibration_images=64)

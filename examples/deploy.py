@@ -34,7 +34,7 @@ class Args(CommonFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Every step from a network to an exported program."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("policy.safetensors", "training.safetensors"))
 
     backbone = load_backbone("vit_digits").to(args.device)
     data = Digits("train", size=64 if args.quick else 2048, seed=args.seed)

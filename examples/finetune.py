@@ -39,7 +39,7 @@ class Args(CommonFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate, fine-tune, compare."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare()
+    args.prepare(results=("backbone.safetensors", "finetuning.safetensors"))
     backbone = load_backbone("vit_digits").to(args.device)
     method, train = describe(args.policy), Digits("train", size=64 if args.quick else 4096, seed=args.seed)
     sites = method.sites(backbone)

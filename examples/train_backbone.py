@@ -33,7 +33,7 @@ from vitprune_env import Backbone, BasePolicy, Decision, KeepAll, Observation, P
 from vitprune_env.baselines import EViT, RandomDrop
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import read_flags
+from vitprune_env.cli.flags import make_way, read_flags
 from vitprune_env.data import Digits, DigitsConfig, batches_of
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.errors import CheckpointError, NumericalError
@@ -61,6 +61,8 @@ class Config:
     """CPU threads; the result depends on it in the last bits."""
     resume: bool = False
     """Go on from the checkpoint in the output folder, if there is one."""
+    overwrite: bool = False
+    """Replace the weights that lie in the output folder."""
     quick: bool = False
     """A tiny run (seconds, useless weights) to see that everything works."""
     steps: int = 4500
@@ -216,7 +218,7 @@ class Training:
 
 def recipe(config: Config) -> dict[str, Any]:
     """The settings that decide the weights."""
-    free = {"output", "resume", "quick", "checkpoint_every", "eval_images", "check", "weights"}
+    free = {"output", "resume", "overwrite", "quick", "checkpoint_every", "eval_images", "check", "weights"}
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
@@ -417,6 +419,8 @@ def report(config: Config, training: Training) -> dict[str, Any]:
 def train(config: Config) -> dict[str, Any]:
     """Train, or go on; weights and report are in the output folder."""
     config.output.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        make_way(config.output, ("vit_digits.safetensors", "checkpoint.pt"), config.overwrite, config.quick)
     training, checkpoint = Training(config), config.output / "checkpoint.pt"
     if config.resume and checkpoint.exists():
         training.load(checkpoint)

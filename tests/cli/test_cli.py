@@ -252,6 +252,8 @@ def test_a_pruned_model_is_exported(checkpoint: Path, tmp_path: Path, monkeypatc
     vitprune("export", "--to", "onnx", "--checkpoint", checkpoint, "--output", tmp_path)
     vitprune("export", "--to", "onnx", "--policy", "evit", "--output", tmp_path)
     assert asked == [(tmp_path / "model.onnx", 1), (tmp_path / "model.onnx", None)]  # ragged: one image at a time
+    with pytest.raises(SystemExit):
+        vitprune("export", "--int8", "--policy", "evit", "--output", tmp_path)  # not of a folder
 
 
 def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

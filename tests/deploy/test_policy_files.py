@@ -396,7 +396,7 @@ def test_names_of_networks_are_checked() -> None:
         {"options": {"img_size": [48, 48, 48]}},
         {"options": {"num_classes": -1}},
         {"options": {"in_chans": True}},
-        {"options": {"global_pool": "map"}},
+        {"options": {"global_pool": "max"}},
         {"options": ["pretrained"]},
         {"pretrained_cfg": {"file": "weights.pth"}},
         {"pretrained_cfg": {"mean": ["a"]}},

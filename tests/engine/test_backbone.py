@@ -39,7 +39,7 @@ SITES = ["1.attn", "2", "3.attn", "3"]
     ("name", "options", "part"),
     [
         ("vit_small_patch16_18x2_224", {"depth": 2}, "a block of type ParallelThingsBlock"),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "global_pool='map'"),
+        ("vit_tiny_patch16_224", {"global_pool": "prr"}, "global_pool='prr'"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool='max'"),
         ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}, "pooling over the prefix tokens"),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "dynamic_img_size=True"),

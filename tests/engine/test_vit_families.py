@@ -18,11 +18,6 @@ TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads"
 OVERRIDES: dict[str, dict[str, Any]] = {"vit_base_mci_224": {"embed_dim": 768, "num_heads": 12}}
 # pattern of the name -> why it is refused; the first that matches counts
 REFUSED = {
-    "vit_*_siglip_gap_*": None,  # pooled by averaging
-    "vit_*_siglip_*": "global_pool='map'",
-    "vit_giantopt_*_siglip_*": "global_pool='map'",
-    "vit_so150m_*_map_*": "global_pool='map'",
-    "test_vit3": "global_pool='map'",
     "vit_*_18x2_*": "a block of type ParallelThingsBlock",
     "vit_*_rpn_*": "a block of type ResPostBlock",
     "vit_*_xp_*": "a block of type ParallelScalingBlock",
@@ -31,6 +26,7 @@ REFUSED = {
     "vit_d[wl]*_gap_*": "attention of type DiffAttention",
     "test_vit": "dynamic_img_size=True",
     "test_vit[24]": "dynamic_img_size=True",
+    "test_vit3": "pooling over the prefix tokens",
     "vit_intern300m_*": "dynamic_img_size=True",
     "eva02_enormous_*": "a block of type EvaBlockPostNorm",
     "vit_*_dinov3*": "dynamic_img_size=True",

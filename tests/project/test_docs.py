@@ -20,6 +20,7 @@ from vitprune_env.engine import evidence, families
 from vitprune_env.models import load
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+EXECUTED = ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/analysis.md", "docs/deploy.md"]
 PATHS = re.compile(r"(?<![\w/])(?:vitprune_env|agents|baselines|examples|tests)/[\w/]+(?:\.\w+)?")
 GLOSSARY = (DOCS / "glossary.md").read_text("utf-8")
 CONTAINERS = ("Observation", "Decision", "Step", "Outcome", "Episode")
@@ -45,7 +46,7 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/analysis.md"])
+@pytest.mark.parametrize("page", EXECUTED)
 def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)

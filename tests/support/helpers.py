@@ -53,6 +53,7 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_medium_patch16_gap_240": {},  # average pooling, no class token
     "vit_base_patch16_224": {"global_pool": "avg"},  # average pooling beside a class token, as MAE fine-tunes
     "vit_base_patch16_clip_224": {},  # norm before the blocks
+    "vit_base_patch16_siglip_224": {},  # attention pooling, no class token
     "eva02_tiny_patch14_224": {"img_size": 56},  # rotary positions, separate projections, SwiGLU, average pooling
     "vit_small_patch16_rope_mixed_224": {"global_pool": "token"},  # learnt angles per head and block
     "vit_small_patch16_224": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "reg_tokens": 2},
@@ -87,6 +88,8 @@ def make_model(name: str, **changes: Any) -> VisionTransformer:
             is_gain = parameter.dim() == 1 and not key.endswith("bias")
             spread = 0.5 if key.endswith(("pos_embed", "token")) else 0.15
             parameter.copy_(1 + 0.2 * noise if is_gain else spread * noise)
+    if getattr(model, "attn_pool", None) is not None:  # torch's counter of MACs fails on a view of a parameter
+        model.attn_pool.latent.requires_grad_(False)
     return cast(VisionTransformer, model)
 
 

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     policies = entries(args)  # a wrong name ends the command before any network is loaded
     common, source = args.common, args.source
-    common.prepare(built_in=not source.reads_files)
+    common.prepare(not source.reads_files, ("table.md", "results.json"))
     backbone = source.network(common.seed, common.device)
     tune, fit, test = source.open_apart(
         backbone,

@@ -66,6 +66,11 @@ class Args:
     source: ImageFlags = field(default_factory=ImageFlags)
 
     @property
+    def run_name(self) -> str:
+        """Of what."""
+        return "evaluation" if self.policy is None else f"evaluation-{self.policy}"
+
+    @property
     def budgeted(self) -> bool:
         """Whether the flags name a budget."""
         return self.target_share is not None or self.target_gmacs is not None
@@ -271,7 +276,7 @@ def at_budget(args: Args, policy: Policy, backbone: Backbone, budget: float) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, play, report."""
     args = parse(argv, prog="vitprune evaluate")
-    args.common.prepare(built_in=not args.source.reads_files)
+    args.common.prepare(not args.source.reads_files, ("policy.safetensors",) if args.policy else ())
     from vitprune_env.agents import AdaptivePolicy
     from vitprune_env.benchmarking.measurement import Timing, measure
     from vitprune_env.benchmarking.trained import figure_of_tokens

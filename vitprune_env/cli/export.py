@@ -3,6 +3,7 @@
     vitprune export --checkpoint runs/mappo                       # folder: safetensors and JSON
     vitprune export --checkpoint runs/mappo --to program          # torch.export, one image at a time
     vitprune export --policy evit --keep-rate 0.5 --to onnx       # any batch size
+    vitprune export --checkpoint runs/mappo --to onnx --int8      # and matrices of 8-bit integers, accuracy of both
 
 `PrunedViT.from_pretrained(folder)` reads the folder, `torch.export.load(file)` the program. A learnt policy keeps as
 many tokens as each image needs, so its graph takes one image at a time; methods that keep a fixed number of tokens take
@@ -11,16 +12,21 @@ any batch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from vitprune_env.cli.evaluate import Args as EvaluateArgs
 from vitprune_env.cli.evaluate import load
-from vitprune_env.cli.flags import CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, CommonFlags, ImageFlags, read_flags
+
+if TYPE_CHECKING:
+    from vitprune_env.deploy.pruned_vit import PrunedViT
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Args:
     """Fraction of the tokens that the named policy keeps at every site."""
     max_batch: int | None = None
     """Largest batch that a graph must take; None: one image for learnt policies, any number for the others."""
+    int8: bool = False
+    """Beside the ONNX file write one with matrices of 8-bit integers, and print accuracy and time of both."""
+    images: int = 500
+    """Held-out images for that."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/export")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
@@ -48,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from vitprune_env.deploy.export import export_onnx, export_program
     from vitprune_env.deploy.pruned_vit import PrunedViT
+    from vitprune_env.errors import SettingsError
 
     common = args.common
+    if args.int8 and args.to != "onnx":
+        raise SettingsError(f"to: expected onnx with --int8, got {args.to}")
     common.prepare()
     wanted = EvaluateArgs(args.checkpoint, args.policy, args.keep_rate, common=common, source=args.source)
     policy, backbone = load(wanted)
@@ -64,3 +77,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = common.output / "model.pt2"
         torch.export.save(export_program(model, max_batch), path)
     print(f"the pruned model is in {path}")
+    if args.int8:
+        compare_int8(args, model, path, max_batch)
+
+
+def compare_int8(args: Args, model: PrunedViT, path: Path, max_batch: int | None) -> None:
+    """Write the file with integers, and measure both on held-out images, one at a time and in turn."""
+    from vitprune_env.deploy.onnx_files import OnnxModel, quantise_onnx
+
+    target = quantise_onnx(path, path.with_name("model.int8.onnx"))
+    count = 32 if args.common.quick else args.images
+    split = args.source.held_out_split(None)
+    images = args.source.batches(model.backbone, split, count, TEST_SEED, 1, args.common.device)
+    sessions = {file.name: OnnxModel(file, max_batch) for file in (path, target)}
+    correct = dict.fromkeys(sessions, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for image, label in images:
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            logits = session(image.cpu())
+            seconds[name].append(time.perf_counter() - start)
+            correct[name] += int(logits.argmax(dim=1).eq(label.cpu()).sum())
+    for file in (path, target):
+        times = seconds[file.name]
+        each, size = 1e3 * median(times), file.stat().st_size / 1e6
+        share = correct[file.name] / len(times)
+        print(f"{file.name}: {share:.1%} of {len(times)} images, {each:.2f} ms each (median), {size:.1f} MB")

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
-from vitprune_env.agents.finetuning.loop import WEIGHTS_FILE
+from vitprune_env.agents.finetuning.loop import STATE_FILE, WEIGHTS_FILE
 from vitprune_env.baselines import LifeConfig, Method, calibrate, describe, fit, train_life_regression
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
@@ -124,6 +124,12 @@ class Args:
     optimiser: OptimiserFlags = field(default_factory=OptimiserFlags)
     life: LifeFlags = field(default_factory=LifeFlags)
     source: ImageFlags = field(default_factory=ImageFlags)
+
+    @property
+    def run_name(self) -> str:
+        """For which policy."""
+        policy = self.policy if self.checkpoint is None else self.checkpoint.stem
+        return "finetune" if policy == "evit" else f"finetune-{policy}"
 
     @property
     def config(self) -> FinetuneConfig:
@@ -260,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate or fit, fine-tune, compare."""
     args = parse(argv, prog="vitprune finetune")
     common, source = args.common, args.source
-    common.prepare(built_in=not source.reads_files)
+    common.prepare(not source.reads_files, ("table.md", WEIGHTS_FILE, STATE_FILE, "fit"))
     backbone = source.network(common.seed, common.device)
     policy, sites, network = (by_scheme if args.life.scheme else on_what_is_left)(args, backbone)
     if args.checkpoint is None and describe(args.policy).recipe is not None:

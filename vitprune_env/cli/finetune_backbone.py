@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from vitprune_env.agents import BackboneConfig, TokenDropping, finetune_backbone
-from vitprune_env.agents.finetuning.loop import WEIGHTS_FILE
+from vitprune_env.agents.finetuning.loop import STATE_FILE, WEIGHTS_FILE
 from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import measure
@@ -36,7 +36,7 @@ from vitprune_env.engine.kernels import Amp
 from vitprune_env.errors import BudgetError, SettingsError
 from vitprune_env.files import replace_file
 from vitprune_env.game.token_game import TokenGame
-from vitprune_env.models.load import load_backbone
+from vitprune_env.models.load import folder_of, load_backbone
 from vitprune_env.policy import KeepAll
 
 SHARES = (0.7, 0.5, 0.35)  # of the dense MACs, in the table
@@ -128,7 +128,7 @@ def new_network(args: Args) -> Backbone:
         raise SettingsError("data_dir: expected a folder of photographs to learn from, got none")
     if source.model is None:
         raise SettingsError("model: expected a ViT of timm, such as vit_small_patch14_dinov2.lvd142m, got none")
-    if not source.pretrained and source.weights is None:
+    if not source.pretrained and source.weights is None and folder_of(source.model) is None:
         raise SettingsError("weights: expected pretrained ones (--pretrained, or --weights FILE), got none")
     names = names_of(open_source(source.data_dir, "train", source.dataset, source.class_map, source.download))
     classes = source.num_classes if names is None else len(names)
@@ -203,11 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fit the head, let the blocks learn, report."""
     args = parse(argv, prog="vitprune finetune-backbone")
     common, source, config = args.common, args.source, args.config
-    common.prepare(built_in=False)
-    if (common.output / WEIGHTS_FILE).exists() and not common.resume:
-        raise SettingsError(
-            f"output: expected a folder without a finished network, got {common.output} (--resume continues a run)"
-        )
+    common.prepare(False, ("table.md", WEIGHTS_FILE, STATE_FILE))
     backbone = new_network(args)
     train = cast(ImageFiles, source.open(backbone, "train", None, common.seed))
     held_out = source.held_out_split(None)

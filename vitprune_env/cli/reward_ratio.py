@@ -54,7 +54,13 @@ class Args(train.Args):
     """Eq. 2 times N, paid to kept tokens; or as printed: gamma / n, paid to every agent."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/reward_ratio")))
     untrained_actors: tyro.conf.Suppress[int] = 0
+    results: ClassVar[tuple[str, ...]] = ("table.md", "results.json")
     validate_scenes_every: ClassVar[int] = 0
+
+    @property
+    def run_name(self) -> str:
+        """The command's own."""
+        return "reward_ratio"
 
     def run(self, form: Form, ratio: float) -> Preset:
         """The settings of one run."""

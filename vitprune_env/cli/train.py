@@ -19,10 +19,10 @@ The output folder holds summary.json, table.md, figures, history.jsonl, TensorBo
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
@@ -108,6 +108,7 @@ class Args:
     training: TrainingFlags = field(default_factory=TrainingFlags)
     shown: ViewFlags = field(default_factory=ViewFlags)
     images: ImageFlags = field(default_factory=ImageFlags)
+    results: ClassVar[tuple[str, ...]] = ("summary.json", "policy.safetensors", "training.safetensors")
     validate_scenes_every: ClassVar[int] = 10  # default of --validate-every on the built-in task; else 0: it takes long
 
     @property
@@ -115,10 +116,28 @@ class Args:
         """The settings of the training proper."""
         return self.training.settings(PRESETS[self.preset], self.common.seed)
 
+    @property
+    def run_name(self) -> str:
+        """What is trained, on what and for what, as far as it is not the default."""
+        training, images, preset = self.training, self.images, self.preset
+        budget, tuned, sites = training.budget, training.finetune.finetune, training.reward.sites
+        targets = (budget.target_share, budget.target_gmacs, budget.target_keep, *budget.adaptive)
+        parts = [
+            preset if preset != "default" else "",
+            training.algorithm,
+            images.task if images.task != "digits" else "",
+            images.data_dir.name if images.data_dir is not None else images.dataset,
+            *(f"{target:g}" for target in targets if target is not None),
+            *(sites if sites != TrainingFlags.of(PRESETS[preset]).reward.sites else ()),
+            f"finetune_{tuned}" if tuned != "off" else "",
+            f"seed_{self.common.seed}" if self.common.seed else "",
+        ]
+        return "-".join(filter(None, parts))
+
     def on(self, device: str) -> Self:
         """The same on the device of this process, with the output folder made and the number of threads set."""
         common = replace(self.common, device=device)
-        common.prepare(built_in=not self.images.reads_files)
+        common.prepare(not self.images.reads_files, self.results)
         if self.training.run.amp and not multiplies_bf16(device):
             print("note: this processor has no units for bfloat16, which makes --amp slower than single precision")
         return replace(self, common=common)
@@ -158,7 +177,12 @@ def parse(
         description: shown above the flags by `--help`.
         start: the flags of the command, and the defaults of those that no preset decides.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    args = read_flags(type(start), argv, description, prog, partial(_defaults, start))
+    return _small(args) if args.common.quick else args
+
+
+def _defaults(start: A, words: Sequence[str]) -> A:
+    """The flags of a command that are not given; its preset decides most of them."""
     names = [word.split("=", 1)[-1] for word in words if word.startswith("--preset=")]
     names += [after for word, after in zip(words, words[1:], strict=False) if word == "--preset"]
     usual = "merge" if "pgpe" in words or "--algorithm=pgpe" in words else "default"
@@ -167,9 +191,7 @@ def parse(
     training, given = TrainingFlags.of(preset), {word.split("=")[0].replace("_", "-") for word in words}
     if not given & {"--data-dir", "--dataset"}:
         training = replace(training, run=replace(training.run, validate_every=start.validate_scenes_every))
-    default = replace(start, training=training, images=network)
-    args = read_flags(type(start), words, description, prog, default)
-    return _small(args) if args.common.quick else args
+    return replace(start, training=training, images=network)
 
 
 def _small(args: A) -> A:

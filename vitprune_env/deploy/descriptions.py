@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError
+from vitprune_env.models import converted
 from vitprune_env.models.load import is_registered, is_timm_name, load_backbone
 from vitprune_env.policy import Policy, registered_name, registered_policy
 
@@ -156,7 +157,7 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
     description = {
         "name": backbone.name,
         "architecture": architecture,
-        "options": {} if is_registered(architecture) else sizes,
+        "options": {} if is_registered(architecture) else {**getattr(network, "options", {}), **sizes},
         "pretrained_cfg": {name: _listed(cfg[name]) for name, fits in PRETRAINED_CFG.items() if fits(cfg.get(name))},
         "sites": [site.label for site in backbone.default_sites],
     }
@@ -196,7 +197,7 @@ def build_backbone(description: Mapping[str, Any]) -> Backbone:
             f"backbone: {architecture!r} is neither registered nor an architecture of timm; call "
             f"vitprune_env.register_backbone({architecture!r}, <its builder>) before loading it"
         )
-    _check("options", options, OPTIONS)
+    _check("options", options, {**OPTIONS, **converted.OPTIONS} if architecture == converted.ARCHITECTURE else OPTIONS)
     _check("pretrained_cfg", description["pretrained_cfg"], PRETRAINED_CFG)
     backbone = load_backbone(
         architecture, sites=description["sites"], class_names=description.get("class_names"), **options
@@ -251,7 +252,7 @@ OPTIONS: Checks = {  # of timm.create_model
     "img_size": lambda value: _is_row(value, _is_count) and len(value) == 2,
     "in_chans": _is_count,
     "num_classes": _is_count,
-    "global_pool": lambda value: value in ("token", "avg"),
+    "global_pool": lambda value: value in ("token", "avg", "map", "token_and_mean"),
 }
 PRETRAINED_CFG: Checks = {  # how image files are prepared
     "input_size": lambda value: _is_row(value, _is_count) and len(value) == 3,

@@ -7,7 +7,11 @@ number of tokens is a size that the graph computes from its data (torch: an unba
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +66,8 @@ def export_program(model: PrunedViT, max_batch: int | None = None) -> ExportedPr
 def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int | None = None) -> Path:
     """Write the model as an ONNX file with input `images` and output `logits`.
 
-    Needs the packages `onnx` and `onnxscript` (`pip install vitprune_env[onnx]`).
+    Needs the packages `onnx` and `onnxscript` (`pip install vitprune_env[onnx]`). Warnings of the exporter, which are
+    about its own steps, are left out; what goes wrong is an error.
 
     Args:
         model: as for `export_program`.
@@ -79,21 +84,44 @@ def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int |
     except ImportError as error:
         raise ExportError(f"onnx: {error}; install the packages onnx and onnxscript") from error
     try:
-        program = torch.onnx.export(
-            export_program(model, max_batch),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            custom_translation_table=table,
-        )
+        exported = export_program(model, max_batch)
+        with quiet("onnx_ir", "onnxscript", "torch.onnx"):
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                custom_translation_table=table,
+            )
     except OnnxExporterError as error:
         why = str(error.__cause__ or error)
         raise ExportError(f"policy: {type(model.policy).__name__} cannot be written as ONNX ({why})") from error
     assert program is not None  # None is returned only with dynamo=False
     program.save(str(path))
     return Path(path)
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Leave out Python's warnings, and what packages log below errors; handlers that they add to the root go again.
+
+    Args:
+        *names: of the packages' loggers.
+    """
+    logs = [logging.getLogger(name) for name in names]
+    levels, handlers = [log.level for log in logs], list(logging.root.handlers)
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.root.handlers[:] = handlers
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _check_decisions(model: PrunedViT, images: Tensor, single: bool) -> None:

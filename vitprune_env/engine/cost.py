@@ -26,12 +26,13 @@ class CostModel:
     """What each part of a backbone costs, in MACs."""
 
     embed: int  # patch embedding of one image
-    head: int  # classifier of one image
+    head: int  # classifier of one image, and what attention pooling costs whatever it reads
     attention_linear: tuple[int, ...]  # per block: qkv and projection, per row
     attention_width: tuple[int, ...]  # per block: heads * head dim; scores and mixing cost this per pair of rows, each
     mlp: tuple[int, ...]  # per block: per row
     num_prefix: int
     num_patches: int
+    pool: int = 0  # attention pooling, per patch token that it reads
 
     @classmethod
     def of(cls, backbone: Network) -> CostModel:
@@ -39,6 +40,8 @@ class CostModel:
         model, family = backbone.model, backbone.family
         blocks = [backbone.block(number) for number in range(1, backbone.depth + 1)]
         heads = [model.head, getattr(model, "head_dist", None)]
+        pool = getattr(model, "attn_pool", None)
+        heads += [] if pool is None else [pool.q, pool.proj, pool.mlp]
         return cls(
             embed=_embedding_macs(backbone),
             head=sum(linear_macs(head) for head in heads if head is not None),
@@ -47,6 +50,7 @@ class CostModel:
             mlp=tuple(family.mlp_macs(block) for block in blocks),
             num_prefix=backbone.num_prefix,
             num_patches=backbone.num_patches,
+            pool=0 if pool is None else linear_macs(pool.kv) + 2 * pool.num_heads * pool.head_dim,
         )
 
     @property
@@ -70,7 +74,7 @@ class CostModel:
             counts = torch.full_like(total, self.num_patches) if segment == 0 else kept[:, segment - 1]
             for index in range(start, stop):
                 total = total + self.half(index, counts + self.num_prefix)
-        return total
+        return total + self.pool * kept[:, -1]
 
     def dense(self) -> float:
         """MACs of the unpruned pass."""

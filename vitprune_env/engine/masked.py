@@ -126,7 +126,7 @@ def classify_masked(network: Network, state: MaskedState, weights: Tensor | None
     Args:
         network: the network.
         state: the tokens after its last block.
-        weights: `[B, N]` of the patch tokens in the mean of average-pooling models; None: 1.
+        weights: `[B, N]` of the patch tokens in the mean of average-pooling models, or in attention pooling; None: 1.
     """
     model = network.model
     if not network.reads_patches:
@@ -134,8 +134,23 @@ def classify_masked(network: Network, state: MaskedState, weights: Tensor | None
     normed = model.norm(state.x)
     patches = normed[:, state.num_prefix :]
     share = torch.ones_like(patches[..., :1]) if weights is None else weights[..., None]
+    if model.global_pool == "map":
+        return model.head(
+            model.head_drop(model.fc_norm(_attention_pooled(model.attn_pool, patches, share.squeeze(-1))))
+        )
     mean = (patches * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
     return model.forward_head(torch.cat([normed[:, : state.num_prefix], mean], dim=1))
+
+
+def _attention_pooled(pool: Any, x: Tensor, weights: Tensor) -> Tensor:
+    """What timm's `AttentionPoolLatent` reads of tokens `[B, N, D]` with weights `[B, N]`, `[B, D]`."""
+    q, k, v = (
+        part.unflatten(-1, (pool.num_heads, pool.head_dim)).transpose(1, 2)
+        for part in (pool.q(pool.latent.expand(len(x), -1, -1)), *pool.kv(x).chunk(2, dim=-1))
+    )
+    y = soft_attend(pool.q_norm(q), pool.k_norm(k), v, weights, pool.scale)
+    y = pool.proj(y.transpose(1, 2).flatten(2))
+    return (y + pool.mlp(pool.norm(y)))[:, 0]
 
 
 @dataclass(frozen=True)

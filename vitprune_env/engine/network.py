@@ -62,7 +62,7 @@ class Network(nn.Module):
         self.register_buffer("position", grid, persistent=False)  # [N, 2] row and column of each patch, 0 to 1
         self.in_chans = next(int(p.shape[1]) for p in patch_embed.parameters() if p.dim() == 4)
         self.has_class_token = self.model.cls_token is not None
-        self.reads_patches = self.model.global_pool == "avg"
+        self.reads_patches = self.model.global_pool != "token"
         self.default_sites = parse_sites(default_sites or quarter_sites(self.depth), self.depth)
         self.class_names = class_names
 
@@ -156,6 +156,12 @@ class Network(nn.Module):
     def classify(self, state: TokenState) -> Tensor:
         """Logits `[B, classes]` from the tokens that leave the last block and those that wait."""
         state = recall(state) if self.reads_patches else state
+        if self.model.global_pool == "map":  # attention pooling, of equally long images together
+            parts = self.model.norm(state.x).split([images * rows for images, rows in state.groups])
+            read = [
+                self.model.forward_head(part.view(*group, -1)) for group, part in zip(state.groups, parts, strict=True)
+            ]
+            return state.in_order(torch.cat(read))
         prefix = self.model.norm(state.prefix)
         if not self.reads_patches:
             return self.model.forward_head(prefix)

@@ -123,8 +123,11 @@ class TokenState:
     @cached_property
     def first_row(self) -> Tensor:
         """`[B]` int64, the row of `x` where each image begins."""
-        starts = self.row_offsets[:-1]
-        return starts if self.layout is None else torch.empty_like(starts).index_copy(0, self._layout, starts)
+        return self.in_order(self.row_offsets[:-1])
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """One entry per image as they lie in `x`, `[B, ...]`, in the order of the batch."""
+        return values if self.layout is None else torch.empty_like(values).index_copy(0, self._layout, values)
 
     @cached_property
     def patch_rows(self) -> Tensor:

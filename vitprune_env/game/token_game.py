@@ -283,11 +283,12 @@ class TokenGame:
             table = torch.stack(self._immediate) + deferred
             reward = reward + deferred.sum(dim=0)
         n_kept = torch.stack([step.carried.sum(dim=1) for step in self._steps], dim=1)
+        came_back = state.alive.sum(dim=1) - n_kept[:, -1]  # parked tokens, which are read in the end
         self._finished = Outcome(
             logits=logits,
             correct=None if self._labels is None else logits.argmax(dim=1) == self._labels,
             n_kept=n_kept,
-            macs=self.cost.forward(n_kept, self.sites) + self._extra_macs,
+            macs=self.cost.forward(n_kept, self.sites) + self.cost.pool * came_back + self._extra_macs,
             policy_macs=self._extra_macs,
             source=state.source,
             size=state.size,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import CheckpointError, UnknownNameError
 from vitprune_env.files import PathLike, checksum, encode, read_tensors, replace_file
+from vitprune_env.models.converted import ARCHITECTURE, OPTIONS, ConvertedViT
+from vitprune_env.models.hugging_face import convert, folder_of, is_hugging_face, read_folder
 from vitprune_env.models.lv_vit import LvVit, filter_checkpoint
 from vitprune_env.models.lv_vit import default_cfgs as lv_vit_cfgs
 from vitprune_env.models.vit_digits import VIT_DIGITS, load_vit_digits
@@ -35,6 +37,8 @@ ABOUT: dict[str, Callable[[Any], bool]] = {  # JSON values in the metadata of a 
     "img_size": lambda value: isinstance(value, list) and [type(side) for side in value] == [int, int],
     "num_classes": lambda value: isinstance(value, int),
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "global_pool": lambda value: isinstance(value, str),
+    "options": lambda value: isinstance(value, dict) and all(k in OPTIONS and OPTIONS[k](v) for k, v in value.items()),
 }
 HEADS = ("head.", "head_dist.")  # what the names of a head's parameters begin with
 Builder = Callable[[], nn.Module]
@@ -88,7 +92,9 @@ def load_backbone(
 
     Args:
         model: `"vit_digits"` (built in, with its trained weights), the name of any plain ViT of timm, `"lv_vit_s"`, a
-            name given to `register_backbone`, or a timm model.
+            name given to `register_backbone`, or a timm model. Also a model of transformers (`ViTModel`, `Dinov2Model`,
+            the visual towers of CLIP and SigLIP, ..., see `hugging_face.convert`), or a folder that its
+            `save_pretrained` wrote, as `"hf:FOLDER"` or by its path; nothing is downloaded.
         pretrained: for a timm name, whether timm downloads its weights.
         checkpoint: local weights to load instead: `.npz` (AugReg, JAX layout), `.safetensors` or a torch file, bare or
             under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
@@ -97,7 +103,8 @@ def load_backbone(
         class_names: names of the head's classes in its order; None: those of the file, if it has any.
         new_head: whether the network keeps its random head, for classes that the file does not know; a head in the file
             is left out, and one that is missing is not missed.
-        **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`.
+        **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`; for a model of transformers
+            what replaces its own settings.
 
     Raises:
         UnknownNameError: for an unknown name; the message gives the nearest ones.
@@ -108,11 +115,23 @@ def load_backbone(
         CheckpointError: for weights that cannot be read or do not fit.
         ConnectionError: if `pretrained` weights cannot be downloaded.
     """
-    about = {} if checkpoint is None or new_head else about_weights(checkpoint)
-    if isinstance(model, nn.Module):
+    about = {} if checkpoint is None else about_weights(checkpoint)
+    if new_head:
+        about = _without_head(about)
+    folder = None if not isinstance(model, str) or model in _BUILDERS or is_timm_name(model) else folder_of(model)
+    if folder is not None or is_hugging_face(model):
+        if pretrained:
+            raise ValueError(
+                f"pretrained: expected False for a model that brings its weights ({model!s:.80}), got True"
+            )
+        network = (
+            convert(cast(nn.Module, model), **timm_options) if folder is None else read_folder(folder, **timm_options)
+        )
+        name = ARCHITECTURE
+    elif isinstance(model, nn.Module):
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
-        network, name = model, type(model).__name__
+        network, name = model, ARCHITECTURE if isinstance(model, ConvertedViT) else type(model).__name__
     elif model in _BUILDERS:
         if timm_options:
             given = ", ".join(timm_options)
@@ -128,6 +147,8 @@ def load_backbone(
         raise TypeError(f"model: expected a name or a timm model, got {model!r}")
     else:
         sizes = {key: about[key] for key in ("img_size", "num_classes") if key in about}
+        if model == ARCHITECTURE and "options" in about:
+            sizes |= {**about["options"], "global_pool": about["global_pool"]}
         network, name = _create_timm(model, pretrained, {**sizes, **timm_options}), model
     backbone = Backbone(network, name, sites)
     if checkpoint is not None:
@@ -158,6 +179,8 @@ def save_backbone(backbone: Backbone, path: PathLike, dtype: torch.dtype | None 
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     about = {"img_size": backbone.image_size, "num_classes": backbone.num_classes, "class_names": backbone.class_names}
+    if backbone.name == ARCHITECTURE:
+        about |= {"options": backbone.model.options, "global_pool": backbone.model.global_pool}
     metadata = {name: json.dumps(value) for name, value in about.items() if value is not None}
     return replace_file(path, encode(state, {"architecture": backbone.name, **metadata}))
 
@@ -172,7 +195,8 @@ def about_weights(path: PathLike) -> dict[str, Any]:
     """What a file of `save_backbone` says of its weights; what other files say in other ways is left out.
 
     Returns:
-        `architecture`, `img_size` (height, width), `num_classes` and, where they are known, `class_names`.
+        `architecture`, `img_size` (height, width), `num_classes` and, where they are known, `class_names`; of a
+        `converted_vit` also `options` and `global_pool`.
 
     Raises:
         CheckpointError: for a `.safetensors` file that cannot be read.
@@ -193,6 +217,14 @@ def about_weights(path: PathLike) -> dict[str, Any]:
         if fits(value):
             found[name] = value
     return found
+
+
+def _without_head(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of `about_weights` for a network with another head: the sizes of one that has no name of its own."""
+    if "options" not in about:
+        return {}
+    options = {name: value for name, value in about["options"].items() if name != "has_head"}
+    return {"img_size": about["img_size"], "global_pool": about["global_pool"], "options": options}
 
 
 def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ from vitprune_env.cli.flags.common import (
     named_sites,
     read_flags,
 )
+from vitprune_env.cli.flags.run_folder import make_way
 
 __all__ = [
     "TEST_SEED",
@@ -22,6 +23,7 @@ __all__ = [
     "TaskName",
     "in_flags",
     "lowered",
+    "make_way",
     "named_sites",
     "read_flags",
 ]

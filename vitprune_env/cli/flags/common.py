@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
+
+from vitprune_env.cli.flags.run_folder import make_way, store_words, stored_words
 
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
@@ -20,6 +23,7 @@ TaskName = Literal["digits", "twins"]  # keys of `vitprune_env.data.TASKS`, whic
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 ARGUMENTS = {"checkpoint": "weights", "root": "data_dir", "data": "data_dir"}  # of the library, and their flags
 _flags: set[str] = set()  # names of the flags of the command line that was read last
+_words: list[str] = []  # and its words
 TUNE_SEED = 1_000_003  # scenes to calibrate on: training digits, other compositions than those of training
 TEST_SEED = 2_000_003  # scenes to report on
 VALIDATION_SEED = 3_000_003  # scenes to watch training on
@@ -30,7 +34,8 @@ class CommonFlags:
     """Flags that every command and example has."""
 
     output: Folder = Path("runs/latest")
-    """Folder for results; made if it does not exist."""
+    """Folder for results; made if it does not exist. Without this flag its name says what runs: runs/ppo_single,
+    runs/mappo-twins-0.2, runs/mappo-quick, ..."""
     seed: int = 0
     """Seed of everything random: data, initial weights, exploration."""
     device: str = "cpu"
@@ -38,16 +43,24 @@ class CommonFlags:
     threads: int | None = None
     """CPU threads; None: one for the built-in model, which is too small for more, and torch's choice for others."""
     resume: bool = False
-    """Go on from what lies in the output folder; on an empty folder this starts fresh."""
+    """Go on from what lies in the output folder, with the flags it was started with; on an empty folder this starts
+    fresh."""
+    overwrite: bool = False
+    """Replace the run that lies in the output folder."""
     quick: bool = False
     """A small run that shows that everything works; its numbers mean nothing."""
 
-    def prepare(self, built_in: bool = True) -> None:
-        """Make the output folder and set the number of threads, for the built-in model or another.
+    def prepare(self, built_in: bool = True, results: Sequence[str] = ()) -> None:
+        """Make the output folder and set the number of threads.
+
+        Args:
+            built_in: whether the network is the built-in one.
+            results: files that a run of this command leaves in its folder, the one that is written last first. Where
+                one of them lies in the folder, it is refused without `resume` or `overwrite`.
 
         Raises:
             StorageError: if the folder cannot be made.
-            SettingsError: for a device that is not there.
+            SettingsError: for a device that is not there, or a folder that holds a run.
         """
         import torch
 
@@ -59,10 +72,16 @@ class CommonFlags:
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
 
+        if self.resume and self.overwrite:
+            raise SettingsError("overwrite: expected either --resume or --overwrite, got both")
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"output: expected a folder, got {self.output} ({error.strerror})") from error
+        if results:
+            if not self.resume:
+                make_way(self.output, results, self.overwrite, self.quick)
+            store_words(self.output, _words)
         threads = 1 if self.threads is None and built_in else self.threads
         if threads is not None:
             torch.set_num_threads(threads)
@@ -88,8 +107,8 @@ class ImageFlags:
     workers: int = 2
     """Processes (or threads) that decode images."""
     model: str | None = None
-    """Network to prune: vit_digits, lv_vit_s, or any plain ViT of timm; None: that of the weight file or of the policy,
-    or vit_digits."""
+    """Network to prune: vit_digits, lv_vit_s, any plain ViT of timm, or hf:FOLDER for one that transformers saved;
+    None: that of the weight file or of the policy, or vit_digits."""
     pretrained: bool = False
     """Let timm download the network's weights, unless a file is given."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -115,7 +134,7 @@ class ImageFlags:
         import torch
 
         from vitprune_env.errors import SettingsError
-        from vitprune_env.models.load import about_weights, is_registered, is_timm_name, load_backbone
+        from vitprune_env.models.load import about_weights, folder_of, is_registered, is_timm_name, load_backbone
 
         written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
         name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
@@ -127,7 +146,7 @@ class ImageFlags:
         options = {"img_size": self.img_size, "num_classes": self.num_classes}
         given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
         pretrained = self.pretrained and self.weights is None
-        if not pretrained and self.weights is None and name != "vit_digits":
+        if not pretrained and self.weights is None and name != "vit_digits" and folder_of(name) is None:
             print(f"note: {name} has random weights; --pretrained downloads them, --weights reads a file")
         torch.manual_seed(seed)
         return load_backbone(name, pretrained, self.weights, **given).to(device)
@@ -245,22 +264,55 @@ def read_flags(
     argv: Sequence[str] | None,
     description: str | None,
     prog: str | None = None,
-    default: T | None = None,
+    default: T | Callable[[Sequence[str]], T] | None = None,
 ) -> T:
     """Read a command line into a dataclass of flags; groups of flags are nested dataclasses, flags have short names.
+
+    Without `--output` the folder is called what `run_name` of the flags says if they have one, and a small run's has
+    `-quick` behind its name. With `--resume` the flags that are not given are those of the run in the folder.
 
     Args:
         flags: the dataclass.
         argv: command line; None: that of the process.
         description: shown above the flags by `--help`.
         prog: name of the command; None: that of the process.
-        default: values of flags that are not given; None: those of the dataclass.
+        default: values of flags that are not given, or a function that gives them by the words of the command line;
+            None: those of the dataclass.
     """
+
+    def read(words: Sequence[str]) -> T:
+        values = default(words) if callable(default) else default
+        given: dict[str, Any] = {} if values is None else {"default": values}
+        short_names = (tyro.conf.OmitArgPrefixes,)
+        args = tyro.cli(flags, args=words, description=description, prog=prog, config=short_names, **given)
+        return args if any(word.split("=")[0] == "--output" for word in words) else _named(args)
+
     _flags.clear()
     _flags.update(_names(flags))
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    short_names = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(flags, args=argv, description=description, prog=prog, config=short_names, **given)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = read(words)
+    common = common_flags(args)
+    if common is not None and common.resume and (stored := stored_words(common.output)):
+        words = [*stored, *words]  # of a flag that is given twice, the latter counts
+        args = read([*words, "--output", str(common.output)])
+    _words[:] = words
+    return args
+
+
+def common_flags(args: Any) -> CommonFlags | None:
+    """The common flags among the flags of a command, which may be such flags themselves; None: it has none."""
+    return args if isinstance(args, CommonFlags) else getattr(args, "common", None)
+
+
+def _named(args: T) -> T:
+    """The same flags with an output folder that is called after what runs."""
+    common = common_flags(args)
+    if common is None:
+        return args
+    name = re.sub(r"[^\w.-]+", "_", getattr(args, "run_name", common.output.name))
+    output = common.output.with_name(name + "-quick" * common.quick)
+    common = replace(common, output=output)
+    return cast(T, common if isinstance(args, CommonFlags) else replace(cast(Any, args), common=common))
 
 
 def _names(flags: type) -> list[str]:

@@ -34,8 +34,10 @@ class Family:
     """Class of the models, for error messages."""
     mlp_parts: tuple[str, ...] = ("norm2.", "mlp.", "ls2.")
     """What the names of the parameters of a block's MLP half begin with."""
-    end_parts: tuple[str, ...] = ("norm.", "fc_norm.", "head.", "head_dist.")
+    end_parts: tuple[str, ...] = ("norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.")
     """What the names of the parameters behind the last block begin with."""
+    pools: tuple[str, ...] = ("token", "avg")
+    """Ways of reading the tokens in the end (timm's `global_pool`) that ragged tokens can be read in."""
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether the model belongs to this family."""
@@ -43,7 +45,7 @@ class Family:
 
     def refusal(self, model: Any) -> str | None:
         """Why this model of the family cannot be walked, as the end of a sentence; None: it can."""
-        return common_refusal(model)
+        return common_refusal(model, self.pools)
 
     def fitted(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of a weight file, by the names and in the sizes of the model."""
@@ -85,10 +87,17 @@ class Family:
         return linear_macs(block.mlp)
 
 
-def common_refusal(model: Any) -> str | None:
-    """Why a model cannot be run whatever its family, as the end of a sentence; None: it can."""
-    if getattr(model, "attn_pool", None) is not None or model.global_pool not in ("token", "avg"):
-        return f"global_pool={model.global_pool!r} (only 'token' and 'avg' read ragged tokens)"
+def common_refusal(model: Any, pools: tuple[str, ...] = Family.pools) -> str | None:
+    """Why a model cannot be run whatever its family, as the end of a sentence; None: it can.
+
+    Args:
+        model: the timm model.
+        pools: values of `global_pool` that the family can be read with.
+    """
+    if model.global_pool not in pools or (getattr(model, "attn_pool", None) is not None) != (
+        model.global_pool == "map"
+    ):
+        return f"global_pool={model.global_pool!r} (only {', '.join(map(repr, pools))} read ragged tokens)"
     if getattr(model, "pool_include_prefix", False):
         return "pooling over the prefix tokens (pool_include_prefix)"
     if getattr(model, "dynamic_img_size", False):

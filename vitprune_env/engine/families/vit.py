@@ -15,6 +15,7 @@ class ViTFamily(Family):
     """Pre-norm blocks with one fused projection to queries, keys and values; positions are added once."""
 
     name = "VisionTransformer"
+    pools = ("token", "avg", "map", "token_and_mean")
 
     def recognises(self, model: nn.Module) -> bool:
         """Any `VisionTransformer`."""

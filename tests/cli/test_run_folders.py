@@ -1,0 +1,95 @@
+"""Output folders of commands: called after what runs, never overwritten silently, resumed with their own flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import mistake
+
+from vitprune_env.cli import benchmark, evaluate, finetune, reward_ratio
+from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.train import parse
+from vitprune_env.errors import CheckpointError, SettingsError
+
+RESULTS = ("table.md", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("", "mappo"),
+        ("--quick", "mappo-quick"),
+        ("--algorithm ppo_single --seed 2", "ppo_single-seed_2"),
+        ("--preset rl4evit", "rl4evit-mappo"),
+        ("--preset merge --target-share 0.5", "merge-pgpe-0.5"),
+        ("--task twins --target-share 0.2 --sites 1.attn 3", "mappo-twins-0.2-1.attn-3"),
+        ("--adaptive 0.2 0.6 --finetune after", "mappo-0.2-0.6-finetune_after"),
+        ("--data-dir /data/my_cats --target-gmacs 3", "mappo-my_cats-3"),
+        ("--dataset torch/cifar10", "mappo-torch_cifar10"),
+    ],
+)
+def test_a_training_run_is_called_after_what_is_trained(words: str, name: str) -> None:
+    assert parse(words.split()).common.output == Path("runs", name)
+
+
+def test_other_commands_are_called_after_what_they_do() -> None:
+    assert parse(["--output", "runs/x", "--quick"]).common.output == Path("runs/x")
+    assert parse([], start=reward_ratio.Args()).common.output == Path("runs/reward_ratio")
+    assert benchmark.parse(["--quick"]).common.output == Path("runs/benchmark-quick")
+    assert evaluate.parse(["--policy", "tome:r=2"]).common.output == Path("runs/evaluation-tome_r_2")
+    assert finetune.parse(["--policy", "tome"]).common.output == Path("runs/finetune-tome")
+
+
+def start(folder: Path, *words: str, results: tuple[str, ...] = RESULTS) -> CommonFlags:
+    """What a command does first."""
+    flags = read_flags(CommonFlags, ["--output", str(folder), *words], "")
+    flags.prepare(results=results)
+    return flags
+
+
+def test_a_run_is_never_overwritten_silently(tmp_path: Path) -> None:
+    start(tmp_path)
+    start(tmp_path)  # nothing has come out of it
+    (tmp_path / "checkpoint").touch()
+    with pytest.raises(SettingsError, match="which holds an interrupted run"):
+        start(tmp_path)
+    (tmp_path / "table.md").touch()
+    for words in ((), ("--quick",)):
+        with pytest.raises(SettingsError, match=r"a finished run \(see table.md there\); --resume .* --overwrite"):
+            start(tmp_path, *words)
+    start(tmp_path, "--resume")
+    assert (tmp_path / "table.md").exists()
+    with pytest.raises(SettingsError, match="expected either --resume or --overwrite"):
+        start(tmp_path, "--resume", "--overwrite")
+    start(tmp_path, "--overwrite", "--quick")
+    assert not any((tmp_path / name).exists() for name in RESULTS)  # an interrupted run is not taken for a finished one
+    (tmp_path / "table.md").touch()
+    start(tmp_path, "--quick")  # nobody misses a small run
+
+
+def test_resume_takes_the_flags_that_the_run_was_started_with(tmp_path: Path) -> None:
+    folder = ("--output", str(tmp_path))
+    args = parse(["--preset", "rl4evit", f"--output={tmp_path}", "--updates", "7", "--seed", "3"])
+    args.common.prepare(results=RESULTS)
+    stored = json.loads((tmp_path / "flags.json").read_text())["flags"]
+    assert stored == ["--preset", "rl4evit", "--updates", "7", "--seed", "3"]
+    again = parse([*folder, "--resume", "--updates", "9"])
+    assert (again.preset, again.training.run.updates, again.common.seed) == ("rl4evit", 9, 3)
+    assert again.common.resume
+    assert again.common.output == tmp_path
+    assert parse([*folder]).preset == "default"
+    (tmp_path / "flags.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected the flags of a run"):
+        parse([*folder, "--resume"])
+
+
+@pytest.mark.parametrize("command", ["train", "benchmark", "finetune", "finetune-backbone", "reward-ratio"])
+def test_every_command_that_takes_time_refuses(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("table.md", "summary.json"):
+        (tmp_path / name).touch()
+    line = mistake(capsys, command, "--output", tmp_path)
+    assert line.startswith(f"error: --output: expected a folder without a run, got {tmp_path}, which holds a finished")
