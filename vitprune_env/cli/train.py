@@ -169,6 +169,7 @@ def parse(
         training = replace(training, run=replace(training.run, validate_every=start.validate_scenes_every))
     default = replace(start, training=training, images=network)
     args = read_flags(type(start), words, description, prog, default)
+    _ = args.settings  # refuses their values before time is spent
     return _small(args) if args.common.quick else args
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from vitprune_env.data.batches import whole_numbers
+
 SPLITS = ("train", "validation", "test")
 SPLIT_ENDS = (0.65, 0.80, 1.0)  # cumulative shares of the underlying digits of each class
 SOURCE = 8  # side of a source digit, in source pixels
@@ -273,10 +275,11 @@ class Digits(Dataset[tuple[Tensor, int]]):
     def __init__(self, split: str, size: int, seed: int = 0, config: DigitsConfig = DigitsConfig()) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+        size, seed = (whole_numbers(name, [value])[0] for name, value in (("size", size), ("seed", seed)))
         if size < 1:
             raise ValueError(f"size: expected at least 1 scene, got {size} (an empty data set)")
-        if seed < 0:
-            raise ValueError(f"seed: expected a non-negative integer, got {seed}")
+        if not 0 <= seed < 2**48:
+            raise ValueError(f"seed: expected a non-negative integer below 2^48, got {seed}")
         self.split, self.size, self.seed, self.config = split, size, seed, config
         stream = len(SPLITS) * seed + SPLITS.index(split)
         pixels = 3 * config.canvas**2
@@ -305,6 +308,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
         Raises:
             IndexError: If an index is out of range (negative ones are).
+            TypeError: For a mask, or numbers that are not whole.
         """
         rows, scenes, canvas = self._rows(indices), self._scenes, self.config.canvas
         image = self.ink(rows)[:, None] * scenes.colour[rows][..., None, None]
@@ -354,7 +358,10 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return (images * self.config.std + self.config.mean).clamp(0, 1)
 
     def _rows(self, indices: Sequence[int] | Tensor) -> Tensor:
-        rows = torch.as_tensor(indices, dtype=torch.long)
+        rows = torch.as_tensor(indices)
+        if len(rows) and (rows.is_floating_point() or rows.dtype == torch.bool):
+            raise TypeError(f"index: expected whole numbers, got {rows.dtype}")
+        rows = rows.long()
         if ((rows < 0) | (rows >= self.size)).any():
             raise IndexError(f"index: expected 0 <= index < {self.size}, got {rows.tolist()}")
         return rows

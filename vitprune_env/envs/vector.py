@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vitprune_env.data import ImageDataset, fetch
-from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.data.batches import whole_numbers
+from vitprune_env.envs.action_game import ActionGame, option
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
@@ -81,7 +82,7 @@ class TokenVectorEnv:
         seed: int | None = None,
         action_space: ActionKind | str = "keep",
     ) -> None:
-        if num_envs is not None and num_envs < 1:
+        if num_envs is not None and whole_numbers("num_envs", [num_envs])[0] < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         self.game = game
         self.data = data
@@ -126,7 +127,7 @@ class TokenVectorEnv:
         if seed is not None:
             self.np_random = np.random.default_rng(seed)
             self._source.restart(self.np_random)
-        indices = (options or {}).get("indices")
+        indices = option(options, "indices")
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
         return self._play.reset(images, labels), self._play.infos()
 
