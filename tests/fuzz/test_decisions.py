@@ -7,18 +7,14 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fuzzing import TIMES, attempt, inputs, odd
+from tiny import tiny_backbone, tiny_data
 from vitprune_env import Decision, TokenGame
-from vitprune_env.engine.backbone import Backbone
 
-torch.manual_seed(0)
-BACKBONE = Backbone(
-    VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3).eval(), "tiny"
-)
-IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
+BACKBONE = tiny_backbone()
+IMAGES, LABELS = tiny_data(2).tensors
 GAME = TokenGame(BACKBONE, (1,))  # one step: its state afterwards is what the decision left
 B, N = 2, BACKBONE.num_patches
 ROWS = st.lists(st.integers(-2, N), min_size=B * N, max_size=B * N)
@@ -47,9 +43,7 @@ def decisions(draw: Any) -> Decision:
     kinds = {"merge_into": "targets", "weight": "float", "order": "float", "park": "bool"}
     given_fields = draw(st.sets(st.sampled_from(sorted(kinds)), max_size=3))
     fields = {name: draw(tensors(kinds[name])) for name in sorted(given_fields)}
-    fields |= {
-        name: draw(odd) for name in ("count", "park_count", "macs", "features") if not draw(st.integers(0, 14))
-    }
+    fields |= {name: draw(odd) for name in ("count", "park_count", "macs", "features") if not draw(st.integers(0, 14))}
     return Decision(keep=draw(tensors("bool")), **fields)
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, reduce
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -70,6 +71,13 @@ class DigitsConfig:
     copies: int = 1
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, several, kind = getattr(self, each.name), "tuple" in str(each.type), "int" in str(each.type)
+            parts = value if several and isinstance(value, tuple | list) else (value,)
+            fine = [isinstance(part, Integral if kind else Real) and not isinstance(part, bool) for part in parts]
+            if not all(fine) or len(parts) != (2 if several else 1) or not all(map(math.isfinite, parts)):
+                wanted = ("whole numbers" if kind else "finite numbers") if several else "a number"
+                raise ValueError(f"{each.name}: expected {'two ' * several}{wanted}, got {value!r}")
         for name in ("side", "gain", "clutter", "clutter_side"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
@@ -80,6 +88,8 @@ class DigitsConfig:
             raise ValueError(f"side: expected digits that fit {self.canvas} px, got {self.side}, rotated {largest:.1f}")
         if self.noise < 0 or self.std <= 0:
             raise ValueError(f"noise, std: expected noise >= 0 and std > 0, got {self.noise} and {self.std}")
+        if not 0 <= self.tint <= 1:
+            raise ValueError(f"tint: expected 0 to 1, got {self.tint}")
         if self.copies < 1:
             raise ValueError(f"copies: expected 1 or more, got {self.copies}")
         low, high = self.side

@@ -11,6 +11,7 @@ from vitprune_env.cli.flags.common import (
     lowered,
     read_flags,
 )
+from vitprune_env.cli.flags.ranges import check_ranges
 
 __all__ = [
     "TEST_SEED",
@@ -19,6 +20,7 @@ __all__ = [
     "CommonFlags",
     "ImageFlags",
     "TaskName",
+    "check_ranges",
     "in_flags",
     "lowered",
     "read_flags",

@@ -66,7 +66,7 @@ class CommonFlags:
         from vitprune_env.errors import SettingsError, StorageError
 
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()  # "meta" has shapes alone
         except (RuntimeError, AssertionError) as error:  # torch built without this kind of device asserts
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
