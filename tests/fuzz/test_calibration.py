@@ -31,7 +31,7 @@ def asked(share: Any) -> Any:
 def test_thresholds(times: int) -> None:
     logging.getLogger("vitprune_env").setLevel(logging.ERROR)
 
-    @inputs(20 * times)
+    @inputs(10 * times)
     @given(shares, st.integers(0, 99))
     def check(share: Any, seed: int) -> None:
         actor = TokenActor(8, (3,), generator=torch.Generator().manual_seed(seed))

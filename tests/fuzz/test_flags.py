@@ -77,7 +77,8 @@ def run(command: str, words: list[str]) -> bool:
     except Reached:
         return True
     except SystemExit as stopped:
-        assert stopped.code == 2, words
+        code = stopped.code
+    assert code == 2, words
     (line,) = said.getvalue().splitlines()
     assert line.startswith("error: ")
     assert len(line) > len("error: x")
@@ -103,7 +104,7 @@ def test_flags_are_refused_in_one_line_or_in_range(times: int) -> None:
 @TIMES
 def test_numbers_out_of_range_are_refused(times: int) -> None:
     """As above, without reading a command line, which takes long."""
-    groups = [kind for kind in (CommonFlags, ImageFlags, *(args_of(command) for command in COMMANDS))]
+    groups = [CommonFlags, ImageFlags, *(args_of(command) for command in COMMANDS)]
 
     @inputs(200 * times)
     @given(st.sampled_from(groups), st.data(), st.one_of(st.integers(-3, 3), st.floats(), st.integers()))
