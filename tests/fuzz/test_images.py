@@ -50,15 +50,7 @@ def test_files_are_read_as_pillow_reads_them_or_named(times: int, tmp_path: Path
     damages = st.sampled_from(["none", "none", "cut", "changed", "noise", "empty", "text"])
 
     @inputs(60 * times)
-    @given(
-        st.sampled_from(MODES),
-        st.sampled_from(FORMATS),
-        side,
-        side,
-        st.integers(0, 255),
-        damages,
-        st.binary(max_size=8),
-    )
+    @given(*kinds, side, side, st.integers(0, 255), damages, st.binary(max_size=8))
     def check(mode: str, kind: str, width: int, height: int, value: int, damage: str, other: bytes) -> None:
         root, content = fresh(tmp_path), written(mode, kind, (width, height), value)
         if content is None:

@@ -176,9 +176,11 @@ class TokenVectorEnv:
         """Does nothing; part of Gymnasium's interface."""
 
     def _pick(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if not isinstance(self._source, _Indexed) or len(indices) != self.num_envs:
+        count = len(indices) if hasattr(indices, "__len__") else None
+        if not isinstance(self._source, _Indexed) or count != self.num_envs:
             wanted = f"{self.num_envs} items of a map-style dataset"
-            raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
+            got = repr(indices) if count is None else count
+            raise ValueError(f"options['indices']: expected {wanted}, got {got} of {type(self.data).__name__}")
         return fetch(self._source.dataset, indices)
 
     def _checked(self, actions: Tensor) -> Tensor:
