@@ -315,6 +315,7 @@ def test_of_one_folder_nothing_is_both_learnt_from_and_reported_on(folder: Path)
     flags = ["--data-dir", str(folder / "val"), "--images", "20", "--train-images", "30"]
     args = finetune.parse(flags)
     task = finetune.open_task(args, stock_network("vit_digits"))
-    parts = [{part.name(row) for row in range(len(part))} for part in (task.tune, task.test.files, task.train)]
+    files: list[Any] = [task.tune, cast(Any, task.test).files, task.train]
+    parts = [{part.name(row) for row in range(len(part))} for part in files]
     assert [len(part) for part in parts] == [15, 11, 30]  # a quarter of 60, then of what is left
     assert len(set.union(*parts)) == sum(map(len, parts))

@@ -70,7 +70,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def run(command: str, words: list[str]) -> bool:
     """Whether the work was reached; otherwise it was refused as it should be."""
-    said = StringIO()
+    said, code = StringIO(), None
     try:
         with in_time(), redirect_stderr(said), redirect_stdout(StringIO()):
             main([command, *NEEDED.get(command, []), *words])

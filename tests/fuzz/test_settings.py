@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from math import inf, isfinite
-from numbers import Real
 from typing import Any
 
 from hypothesis import given
@@ -41,7 +40,7 @@ KINDS: tuple[Callable[..., Any], ...] = (
     *(Share, GMACs, KeepRate, BudgetRange, LightNetworks, PaperNetworks, DigitsConfig),
     *REWARDS,
 )
-LEAST = {  # of numbers that are accepted; other names may be any finite number
+LEAST: dict[str, float] = {  # of numbers that are accepted; other names may be any finite number
     **dict.fromkeys(("updates", "images", "calibration_images", "validation_images", "checkpoint_every"), 1),
     **dict.fromkeys(("steps", "batch_size", "every", "copies", "update_chunk"), 1),
     **dict.fromkeys(("cache_images", "validate_every", "patience", "log_images_every", "warmup_steps"), 0),
@@ -50,7 +49,9 @@ LEAST = {  # of numbers that are accepted; other names may be any finite number
     **dict.fromkeys(("weight_decay", "min_lr", "label_smoothing", "distill", "temperature"), 0),
     "minibatch": 2,
 }
-MOST = dict.fromkeys(("anneal_from", "anneal_part", "keep", "label_smoothing", "distill", "clip", "lr_final"), 1)
+MOST: dict[str, float] = dict.fromkeys(
+    ("anneal_from", "anneal_part", "keep", "label_smoothing", "distill", "clip", "lr_final"), 1
+)
 
 
 @TIMES
@@ -74,7 +75,7 @@ def test_settings_are_refused_or_in_range(times: int) -> None:
         if settings is None:
             return
         kept = getattr(settings, name)
-        if isinstance(kept, Real) and not isinstance(kept, bool):
+        if isinstance(kept, int | float) and not isinstance(kept, bool):
             assert isfinite(kept), (name, kept)
             assert LEAST.get(name, -inf) <= kept <= MOST.get(name, inf), (name, kept)
 

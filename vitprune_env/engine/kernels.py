@@ -68,12 +68,15 @@ def choose(device: torch.device, dtype: torch.dtype, groups: int, biased: bool =
 def varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Variable-length flash attention (CUDA, half precision); offsets stay on the device."""
     _refuse("varlen", key_bias, dropout)
-    if q.device.type != "cuda" or q.dtype not in HALF:
+    starts, longest = rows.offsets(q.device).int(), rows.longest
+    try:
+        return cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest)).flatten(1)
+    except RuntimeError as error:
+        if q.device.type == "cuda" and q.dtype in HALF:
+            raise
         raise ValueError(
             f"execution: expected half precision on CUDA for 'varlen', got {q.dtype} on {q.device.type}; use 'auto'"
-        )
-    starts, longest = rows.offsets(q.device).int(), rows.longest
-    return cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest)).flatten(1)
+        ) from error
 
 
 def nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
