@@ -49,7 +49,8 @@ LEAST: dict[str, float] = {  # of numbers that are accepted; other names may be 
     **dict.fromkeys(("weight_decay", "min_lr", "label_smoothing", "distill", "temperature"), 0),
     "minibatch": 2,
 }
-MOST: dict[str, float] = dict.fromkeys(
+MOST: dict[str, float] = dict.fromkeys(("anneal_from", "anneal_part", "keep", "label_smoothing", "distill"), 1)
+MOST |= {"clip": 1, "lr_final": 1}
     ("anneal_from", "anneal_part", "keep", "label_smoothing", "distill", "clip", "lr_final"), 1
 )
 
