@@ -51,8 +51,6 @@ LEAST: dict[str, float] = {  # of numbers that are accepted; other names may be 
 }
 MOST: dict[str, float] = dict.fromkeys(("anneal_from", "anneal_part", "keep", "label_smoothing", "distill"), 1)
 MOST |= {"clip": 1, "lr_final": 1}
-    ("anneal_from", "anneal_part", "keep", "label_smoothing", "distill", "clip", "lr_final"), 1
-)
 
 
 @TIMES
