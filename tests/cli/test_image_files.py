@@ -188,7 +188,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model: .* no classifier .*; --num-classes <how many> gives it one",
         ),
         (["--keep-rate", 2], "--keep-rate: expected"),
-        (["--weights", "{weights}", "--images", 0], "--images: expected 1 or more of split validation, got 0"),
+        (["--weights", "{weights}", "--images", 0], "--images: expected 1 or more, got 0"),
     ],
 )
 def test_mistakes_with_networks_and_images_name_the_flag(
