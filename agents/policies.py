@@ -31,6 +31,17 @@ def checked_threshold(threshold: float) -> float:
     return float(threshold)
 
 
+def check_precision(network: nn.Module, tokens: Tensor) -> None:
+    """Refuse tokens of another precision than a policy's network.
+
+    Raises:
+        TypeError: naming both.
+    """
+    own = next(network.parameters()).dtype
+    if tokens.dtype != own:
+        raise TypeError(f"policy: expected {tokens.dtype}, as the tokens are, got {own}; policy.to() changes it")
+
+
 @register_policy("token_policy")
 class TokenPolicy(BasePolicy, nn.Module):
     """Takes the most probable action of every token, after the threshold is added to the logit of action 0.
@@ -90,6 +101,7 @@ class TokenPolicy(BasePolicy, nn.Module):
     def decide(self, obs: Observation) -> Decision:
         """Choose an action for every alive token."""
         # In half precision, logits near the threshold would be rounded, and the calibrated budget would be missed.
+        check_precision(self.actor, obs.tokens)
         with full_precision(obs.tokens.device.type):
             chosen = self._chosen(obs)
         return joint_decision(self.actions, chosen, obs, self.actor)

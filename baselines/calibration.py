@@ -21,6 +21,7 @@ from ..game.rollout import play
 from ..game.token_game import TokenGame
 from ..policy import Policy
 from ..types import Site
+from .argument_checks import check_range, whole_number
 
 P = TypeVar("P", bound=Policy)
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -114,10 +115,12 @@ def calibrate_policy(
     Raises:
         BudgetError: if the budget is below what the cheapest setting costs, or above what the dearest does; the
             message gives the range.
-        ValueError: for no images.
+        ValueError: for no images, no steps, or a tolerance that is no such share.
     """
     if isinstance(target_gmacs, bool) or not isinstance(target_gmacs, int | float) or not isfinite(target_gmacs):
         raise BudgetError(f"target_gmacs: expected a finite number of GMACs, got {target_gmacs!r}")
+    whole_number("steps", steps, least=1)
+    check_range("tolerance", tolerance, 0.0, 0.99)
     dial = _Dial(build, knob, backbone, sites)
     batches = _as_batches(data)
     if not batches:

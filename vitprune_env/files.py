@@ -32,6 +32,8 @@ except PackageNotFoundError:  # not installed, only on the path
 FORMAT = 1
 HEADER = "vitprune_env"
 CHECKSUM = "sha256"  # in the metadata of a file; weight files of others have none
+OURS = {HEADER, "architecture"}  # of these keys of the metadata our files have one
+OWN = {*OURS, "format", "img_size", "num_classes", "class_names"}  # and no others
 LOCK = ".lock"
 SUFFIX = ".vitprune.tmp"  # of temporary files
 PROBE, PROBE_BYTES = ".writable", 1 << 16
@@ -125,9 +127,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: expected a safetensors file, got something unreadable ({error})") from error
     written = metadata.pop(CHECKSUM, None)
-    if written is not None and written != checksum(tensors, metadata):
+    if written is not None and (written != checksum(tensors, metadata) or not _is_plain(path)):
         raise CheckpointError(f"{path}: expected what was written, got a damaged file (its checksum differs)")
+    if OURS & metadata.keys() and (other := metadata.keys() - OWN):
+        raise CheckpointError(f"{path}: expected what was written, got a damaged file (it holds {sorted(other)})")
     return tensors, metadata
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether the header of a file is as `encode` writes it, to the last space: another would be read alike."""
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    return text.rstrip(b" ") == json.dumps(json.loads(text), separators=(",", ":")).encode()
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from math import inf
+from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -64,6 +65,9 @@ def calibrate_threshold(
     """
     if not batches:
         raise ValueError("batches: expected at least one batch of images, got none")
+    for name, number in (("steps", steps), ("tolerance", tolerance), ("target_macs", target_macs)):
+        if isinstance(number, bool) or not isinstance(number, Integral if name == "steps" else Real):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
     if steps < MIN_CALIBRATION_STEPS:
         raise ValueError(f"steps: expected at least {MIN_CALIBRATION_STEPS}, got {steps}")
     if not 0 <= tolerance < 1:

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import ClassVar, Literal
 
+from timm.optim import list_optimizers
+
 from ...policy import check_keep_rate
 from ..shared.settings import check, check_numbers
+
+OPTIMISERS = (*list_optimizers(), *(f"lookahead_{name}" for name in list_optimizers()))
+SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep")  # of timm; its others ask for more than steps
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class FinetuneConfig:
         for name in ("label_smoothing", "distill"):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "above 0 or None")
+        check(self, "opt", self.opt in OPTIMISERS, "an optimiser of timm, such as adamw or sgd")
+        check(self, "sched", self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         named = self.trainable in ("after_first_site", "all")
         fine = named or isinstance(self.trainable, LastBlocks)
         check(self, "trainable", fine, "'after_first_site', 'all' or LastBlocks(count)")

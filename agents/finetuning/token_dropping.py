@@ -141,8 +141,15 @@ class BackboneConfig:
         check(self, "epochs", self.epochs > 0, "above 0")
         check(self, "steps", self.steps is None or self.steps >= 1, "at least 1 or None")
         check(self, "blocks", self.blocks is None or self.blocks >= 1, "at least 1 or None")
-        check(self, "head_views", self.head_views >= 1, "at least 1")
-        check(self, "head_decay", self.head_decay >= 0, "at least 0")
+        for name in ("batch_size", "head_views", "checkpoint_every"):
+            check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("head_decay", "weight_decay"):
+            check(self, name, getattr(self, name) >= 0, "at least 0")
+        check(self, "lr", self.lr > 0, "above 0")
+        check(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+        check(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "0 to 1")
+        check(self, "view_scale", 0 < self.view_scale[0] <= self.view_scale[1] <= 1, "parts of 1, the smaller first")
+        check(self, "dropping", isinstance(self.dropping, TokenDropping), "a TokenDropping")
         # Half precision of 16 bits loses small gradients unless losses are scaled, which fine-tuning does not do.
         check(self, "amp", self.amp in AMP and self.amp != "fp16", "off, auto or bf16")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...game.bipartite_matching import merge_senders
 from ...policy import BasePolicy, register_policy
 from ...types import Decision, Observation, Site
-from ..policies import checked_threshold, full_precision
+from ..policies import check_precision, checked_threshold, full_precision
 from .pairs import FEATURES, Pairs
 
 
@@ -137,6 +137,7 @@ class MergePolicy(BasePolicy, nn.Module):
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
         """Merge the senders whose score is not above the threshold."""
+        check_precision(self.actor, obs.tokens)
         with full_precision(obs.tokens.device.type):
             pairs = self.actor.pairs(obs)
             stays = self.actor(pairs.features, obs.step) > self.threshold

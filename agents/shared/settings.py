@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from ...types import Site
 
-NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "True or False")}
+PLAIN: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a string"),
+}
+PAIR, SEVERAL = r"tuple\[(\w+), \w+\]", r"tuple\[(\w+), \.\.\.\]"  # types of fields
 NAME = "name"  # the key under which the public name of an object's class is stored
 
 
@@ -29,7 +36,7 @@ def check(settings: object, name: str, fine: bool, expected: str) -> None:
 
 
 def check_numbers(settings: Any) -> None:
-    """Refuse fields of a settings object that are declared as numbers or flags and hold something else.
+    """Refuse fields that are declared as numbers, flags, strings or tuples of them, and hold something else.
 
     Raises:
         TypeError: naming the first such field.
@@ -39,13 +46,24 @@ def check_numbers(settings: Any) -> None:
         declared = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
         name, _, other = declared.partition(" | ")
         value = getattr(settings, each.name)
-        if name not in NUMBERS or (other == "None" and value is None):
+        if other == "None" and value is None:
             continue
-        kind, expected = NUMBERS[name]
-        if not isinstance(value, kind) or (name != "bool" and isinstance(value, bool)):
-            raise TypeError(f"{each.name}: expected {expected}{other and ' or None'}, got {value!r}")
-        if not isfinite(value):
-            raise ValueError(f"{each.name}: expected a finite number{other and ' or None'}, got {value!r}")
+        if found := re.fullmatch(PAIR, declared) or re.fullmatch(SEVERAL, declared):
+            name, pair = found[1], found.re.pattern == PAIR
+            if not isinstance(value, tuple | list) or (pair and len(value) != 2):
+                raise TypeError(f"{each.name}: expected {'two values' if pair else 'a tuple'}, got {value!r}")
+        for part in value if found else (value,):
+            if name in PLAIN:
+                _check_plain(each.name, part, name, other)
+
+
+def _check_plain(field: str, value: Any, name: str, other: str) -> None:
+    """Refuse a value that is not of the type of this name."""
+    kind, expected = PLAIN[name]
+    if not isinstance(value, kind) or (name != "bool" and isinstance(value, bool)):
+        raise TypeError(f"{field}: expected {expected}{other and ' or None'}, got {value!r}")
+    if isinstance(value, Real) and not isfinite(value):
+        raise ValueError(f"{field}: expected a finite number{other and ' or None'}, got {value!r}")
 
 
 def check_type(name: str, value: object, kind: type, expected: str) -> None:

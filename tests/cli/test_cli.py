@@ -265,3 +265,28 @@ def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "Rao et al., 2021" in shown
     assert re.search(r"^backbone +vit_digits", shown, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --seed -1", "--seed: expected a number from 0 to 4294967295, got -1"),
+        ("train --target-keep 2", "--target-keep: expected a rate above 0 and at most 1, got 2.0"),
+        ("train --untrained-actors 0", "--untrained-actors: expected 1 or more, got 0"),
+        ("train --batch-size -1", "--batch-size: expected 1 or more, got -1"),
+        ("train --epoch 3", "Unrecognized options: --epoch, 3; did you mean --epochs?"),
+        ("train --updates x", "Error parsing --updates: invalid literal for int() with base 10: 'x'"),
+        ("evaluate --threads 100000", "--threads: expected a number from 1 to 1024, got 100000"),
+        ("evaluate --device meta --policy evit", "--device: expected one that torch finds, got 'meta'"),
+        ("evaluate --output=", "--output: expected a path, got none"),
+        ("finetune --opt x", "--opt: expected an optimiser of timm, such as adamw or sgd, got 'x'"),
+        ("finetune --sched x", "--sched: expected one of cosine, tanh, poly, step, multistep, got 'x'"),
+        ("finetune --split x", "--split: expected one of ('train', 'validation', 'test'), got 'x'"),
+        ("speedup --quick --keep 0.5", "--keep: expected a share for each of 3 sites, got 1 of them"),
+    ],
+)
+def test_mistakes_end_before_time_is_spent(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mistake(capsys, *words.split()).startswith(f"error: {said}")

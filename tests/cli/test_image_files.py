@@ -26,7 +26,7 @@ from vitprune_env.agents import (
 )
 from vitprune_env.baselines import EViT
 from vitprune_env.benchmarking.presets import AT_KEEP_RATE
-from vitprune_env.cli import evaluate, main
+from vitprune_env.cli import evaluate, finetune, main
 from vitprune_env.cli import train as train_command
 from vitprune_env.cli.flags import ImageFlags
 from vitprune_env.data import ImageFiles, classes, open_images
@@ -188,7 +188,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model: .* no classifier .*; --num-classes <how many> gives it one",
         ),
         (["--keep-rate", 2], "--keep-rate: expected"),
-        (["--weights", "{weights}", "--images", 0], "--images: expected 1 or more of split validation, got 0"),
+        (["--weights", "{weights}", "--images", 0], "--images: expected 1 or more, got 0"),
     ],
 )
 def test_mistakes_with_networks_and_images_name_the_flag(
@@ -301,3 +301,21 @@ def test_published_settings_cost_what_was_printed(name: str) -> None:
     depth = cost.num_halves // 2
     found = float(cost.forward(torch.tensor([counts]), parse_sites(policy.published_sites(depth), depth))) / 1e9
     assert found == pytest.approx(published.gmacs, rel=0.02)
+
+
+def test_images_are_not_written_among_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit):
+        vitprune("digits-folder", "--output", folder, "--train", 1, "--val", 1)
+    assert capsys.readouterr().err.startswith("error: --output: expected a folder without images, got one with")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_of_one_folder_nothing_is_both_learnt_from_and_reported_on(folder: Path) -> None:
+    flags = ["--data-dir", str(folder / "val"), "--images", "20", "--train-images", "30"]
+    args = finetune.parse(flags)
+    task = finetune.open_task(args, stock_network("vit_digits"))
+    files: list[Any] = [task.tune, cast(Any, task.test).files, task.train]
+    parts = [{part.name(row) for row in range(len(part))} for part in files]
+    assert [len(part) for part in parts] == [15, 11, 30]  # a quarter of 60, then of what is left
+    assert len(set.union(*parts)) == sum(map(len, parts))

@@ -220,3 +220,25 @@ def test_an_index_out_of_range_is_an_index_error(index: int) -> None:
 def test_an_impossible_look_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         DigitsConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"canvas": float("nan")},
+        {"canvas": 40.5},
+        {"side": 3},
+        {"clutter": (1, float("inf"))},
+        {"tint": -1},
+        {"noise": "x"},
+    ],
+)
+def test_appearance_is_of_finite_numbers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
+        DigitsConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 2.5}, {"size": 2, "seed": 1.5}, {"size": 2, "seed": 2**70}])
+def test_sizes_and_seeds_are_whole(wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^(size|seed): expected"):
+        Digits("train", **wrong)

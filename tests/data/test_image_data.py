@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -232,3 +233,30 @@ def test_readers_of_other_stores(digits: Backbone) -> None:
     assert labels.tolist() == [1, 2]
     assert images.shape == (2, 3, 40, 40)
     assert batches.skipped == ["row-0"]
+
+
+class Labelled(list[Any]):
+    """Items with labels of any type."""
+
+
+@pytest.mark.parametrize("label", [3.7, 3.0, True, "3", None, torch.tensor(3.7)])
+def test_labels_are_whole_numbers(label: Any) -> None:
+    with pytest.raises(TypeError, match="label: expected a whole number, got"):
+        fetch(Labelled([(torch.zeros(3, 2, 2), label)]), [0])
+    assert fetch(Labelled([(torch.zeros(3, 2, 2), torch.tensor(2))]), [0])[1].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.tensor([True, False]), [0.5], np.array([True, False]), [True], torch.tensor([1.0])]
+)
+def test_masks_and_fractions_are_no_indices(rows: Any, folder: Path) -> None:
+    items = Labelled([(torch.zeros(3, 2, 2), 0)] * 3)
+    files = open_images(load_backbone(), folder)
+    for read in (SCENES.batch, files.batch, lambda rows: fetch(items, rows)):
+        with pytest.raises(TypeError, match="index: expected"):
+            read(rows)
+
+
+def test_batches_have_images() -> None:
+    with pytest.raises(ValueError, match="size: expected at least 1 image per batch, got 0"):
+        batches_of(SCENES, 0)

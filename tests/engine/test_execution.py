@@ -176,3 +176,11 @@ def test_compiled_parts_are_compiled_once() -> None:
     for seed in range(1, 6):
         agree(4 + seed, seed)
     assert counter["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("execution", ["varlen", "flex"])
+def test_kernels_of_a_gpu_say_so(execution: str) -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    model = PrunedViT(backbone, Fixed(spread_keeps(backbone, ["2"], 2, 0)), ["2"], execution=execution)
+    with pytest.raises(ValueError, match="execution: expected"):
+        model(random_images(backbone, 2))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, cast
 
 import pytest
 import torch
 
+from helpers import random_images, toy
+from vitprune_env import KeepAll, PrunedViT, TokenGame
+from vitprune_env.agents import TokenActor, TokenPolicy
 from vitprune_env.engine.kernels import autocast, multiplies_bf16
+
+NAME = "deit_tiny_patch16_224"
 
 
 def dtype_of_product(amp: Any) -> torch.dtype:
@@ -33,3 +39,22 @@ def test_auto_is_bf16_where_a_processor_has_units_for_it(
 def test_refuses_another_precision() -> None:
     with pytest.raises(ValueError, match="amp: expected one of off, auto, bf16, fp16, got 'half'"):
         autocast("cpu", cast(Any, "half"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_have_the_precision_of_the_network(dtype: torch.dtype) -> None:
+    images = random_images(toy(NAME), 2).to(dtype)
+    for read in (PrunedViT(toy(NAME), KeepAll()), TokenGame(toy(NAME)).reset):
+        with pytest.raises(TypeError, match=r"images: expected torch\.float32, as the network has"):
+            read(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert PrunedViT(toy(NAME), KeepAll())(images.to(torch.bfloat16)).shape == (2, 7)
+
+
+def test_a_policy_has_the_precision_of_the_network() -> None:
+    backbone = deepcopy(toy(NAME)).to(torch.bfloat16)
+    policy = TokenPolicy(TokenActor(backbone.embed_dim, generator=torch.Generator()))
+    images = random_images(backbone, 2).to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"policy: expected torch\.bfloat16, as the tokens are, got torch\.float32"):
+        PrunedViT(backbone, policy)(images)
+    assert PrunedViT(backbone, policy.to(torch.bfloat16))(images).dtype == torch.bfloat16

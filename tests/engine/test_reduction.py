@@ -190,3 +190,22 @@ def test_wrong_decisions_are_refused(wrong: dict[str, Any], message: str) -> Non
 def test_something_else_than_a_decision_is_refused() -> None:
     with pytest.raises(DecisionError, match="decision: expected a Decision, got Tensor"):
         check_decision(flags("xxx"), flags("xxx"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"count": "3"}, "count: expected a whole number or None"),
+        ({"park_count": 2.0}, "park_count: expected a whole number or None"),
+        ({"weight": torch.ones(2, 4).to_sparse()}, "weight: expected a plain tensor"),
+        ({"macs": torch.ones(2).to_sparse()}, "macs: expected a plain tensor"),
+        ({"macs": torch.ones(2, dtype=torch.complex64)}, "macs: expected real numbers"),
+        ({"features": torch.ones(8, 3).to_sparse()}, "features: expected a plain tensor"),
+        ({"order": torch.full((2, 4), float("nan"))}, "order: expected numbers that can be sorted"),
+        ({"keep": torch.ones(2, 4).bool().to_sparse()}, "keep: expected a plain tensor"),
+    ],
+)
+def test_odd_fields_are_refused(wrong: dict[str, Any], said: str) -> None:
+    alive = torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(DecisionError, match=said):
+        check_decision(Decision(**{"keep": alive, **wrong}), alive)

@@ -303,3 +303,19 @@ def test_bad_data_are_refused() -> None:
     once.reset()
     with pytest.raises(ValueError, match="data: expected at least one batch"):
         once.reset()
+
+
+def test_misspelt_options_are_refused() -> None:
+    venv = TokenVectorEnv(TokenGame(toy(NAME)), cast(Any, numbered()), num_envs=2)
+    for options, said in (({"indicess": [0, 1]}, "'indices', got 'indicess'"), ({"index": [0, 1]}, "got 'index'")):
+        with pytest.raises(ValueError, match=f"options: expected .*{said}"):
+            venv.reset(options=options)
+    with pytest.raises(ValueError, match="options: expected 'index', got 'indx'"):
+        parallel_env(toy(NAME), cast(Any, numbered())).reset(options={"indx": 3})
+    with pytest.raises(TypeError, match="options: expected a dict"):
+        venv.reset(options=cast(Any, [1]))
+    for indices in (5, torch.tensor([True, False]), [0.0, 1.0]):
+        with pytest.raises((TypeError, ValueError), match=r"^(index|options\['indices'\]): expected"):
+            venv.reset(options={"indices": indices})
+    with pytest.raises(TypeError, match="num_envs: expected a whole number"):
+        TokenVectorEnv(TokenGame(toy(NAME)), cast(Any, numbered()), num_envs=cast(Any, 2.5))

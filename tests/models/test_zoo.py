@@ -103,3 +103,17 @@ def test_no_network_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ConnectionError, match="pass checkpoint=<local file>"):
         load_backbone("deit_tiny_patch16_224", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"depth": 0}, {"depth": -1}, {"num_heads": 0}, {"img_size": 0}, {"img_size": 15}, {"x": 1}]
+)
+def test_networks_that_cannot_be_built_are_refused_by_name(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^(model|depth|img_size): expected"):
+        load_backbone("vit_tiny_patch16_224", **{"depth": 1, **options})
+
+
+def test_no_sites_are_not_the_usual_ones() -> None:
+    for name in ("vit_digits", "vit_tiny_patch16_224"):
+        with pytest.raises(SiteError, match="sites: expected a non-empty sequence"):
+            load_backbone(name, sites=(), **({} if name == "vit_digits" else {"depth": 1}))

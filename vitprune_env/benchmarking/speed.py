@@ -123,7 +123,13 @@ class ScriptedCounts(BasePolicy):
         self.share = (1 + self.spread * (noise - noise.mean())).clamp(min=0)
 
     def decide(self, obs: Observation) -> Decision:
-        """Keep as many tokens as the script says."""
+        """Keep as many tokens as the script says.
+
+        Raises:
+            ValueError: for another number of sites.
+        """
+        if len(self.keep) != obs.num_steps:
+            raise ValueError(f"keep: expected a share for each of {obs.num_steps} sites, got {len(self.keep)} of them")
         count = (self.share * self.keep[obs.step] * obs.num_agents).round().clamp(1, obs.num_agents)
         return Decision(keep=obs.alive & (obs.alive.cumsum(dim=1) <= count.to(obs.alive.device)[:, None]))
 

@@ -75,9 +75,13 @@ def explained() -> Iterator[None]:
         yield
     except (VitPruneError, ConnectionError) as error:
         _fail(_in_flags(str(error)))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if re.match(r"\w[\w.\[\]]*: expected", str(error)):  # the sentence that all checks of arguments speak
             _fail(_in_flags(str(error)))
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            _fail(f"out of memory; fewer or smaller images need less ({str(error).partition(chr(10))[0]})")
         raise
     finally:
         log.removeHandler(shown)

@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_flags(Args, argv, __doc__, prog="vitprune digits-folder")
     args = lowered(args, train=20, val=20) if args.common.quick else args
     from vitprune_env.data import TASKS, Digits
+    from vitprune_env.errors import SettingsError
 
+    for folder in (args.common.output / "train", args.common.output / "val"):
+        if folder.exists():
+            raise SettingsError(f"output: expected a folder without images, got one with {folder}; two would mix")
     scene, seed, output = TASKS[args.task].resized(args.size), args.common.seed, args.common.output
     write_scenes(Digits("train", args.train, seed, scene), output / "train")
     write_scenes(Digits("test", args.val, seed, scene), output / "val")

@@ -19,14 +19,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
 from vitprune_env.agents.finetuning.loop import STATE_FILE, WEIGHTS_FILE
 from vitprune_env.baselines import LifeConfig, Method, calibrate, describe, fit, train_life_regression
+from vitprune_env.benchmarking.images import Batches, as_batches
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.data import Digits, ImageFiles
 from vitprune_env.deploy.policy_files import load_policy, save_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import SettingsError
@@ -145,6 +148,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     """
     args = read_flags(Args, argv, __doc__, prog)
     check_life(args)
+    _ = args.config  # refuses its values before time is spent
     if not args.common.quick:
         return args
     optimiser = lowered(args.optimiser, steps=5, batch_size=16, cache_images=32)
@@ -198,7 +202,27 @@ def budget_of(args: Args, backbone: Backbone) -> float:
     return args.target_share * TokenGame(backbone).cost.dense() / 1e9
 
 
-def pruner(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None]:
+@dataclass(frozen=True)
+class Task:
+    """Images to calibrate on, to report on and to train on, none of them for two."""
+
+    tune: Digits | ImageFiles
+    test: Batches
+    train: Digits | ImageFiles
+
+
+def open_task(args: Args, backbone: Backbone) -> Task:
+    """The images of the flags."""
+    tune, test, train = args.source.open_apart(
+        backbone,
+        ("train", TUNE_IMAGES, TUNE_SEED),
+        (args.split, args.images, TEST_SEED),
+        ("train", args.train_images, args.common.seed),
+    )
+    return Task(tune, as_batches(test, 250, torch.device(args.common.device)), train)
+
+
+def pruner(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites | None]:
     """The policy and its sites; baselines that act at a few sites act at the network's own."""
     if args.checkpoint is not None:
         path = args.checkpoint / POLICY_FILE if args.checkpoint.is_dir() else args.checkpoint
@@ -206,22 +230,20 @@ def pruner(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None]:
         return policy, policy.default_sites(backbone.depth)
     method, sites = describe(args.policy), args.sites or None
     if method.recipe is not None:
-        train = args.source.open(backbone, "train", args.train_images, args.common.seed)
         options = {"seed": args.common.seed, "output": args.common.output / "fit", "resume": args.common.resume}
         config, gmacs = fit_config(args, method), budget_of(args, backbone)
-        return fit(method, backbone, train, gmacs, config=config, sites=sites, **options), sites
-    tune = args.source.open(backbone, "train", TUNE_IMAGES, TUNE_SEED)
-    return calibrate(args.policy, budget_of(args, backbone), backbone, tune, sites=sites), sites
+        return fit(method, backbone, task.train, gmacs, config=config, sites=sites, **options), sites
+    return calibrate(args.policy, budget_of(args, backbone), backbone, task.tune, sites=sites), sites
 
 
-def on_what_is_left(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Backbone]:
+def on_what_is_left(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites | None, Backbone]:
     """The policy, its sites, and the network fine-tuned on the tokens that the policy leaves."""
-    policy, sites = pruner(args, backbone)
+    policy, sites = pruner(args, backbone, task)
     keep_rate = getattr(policy, "keep_rate", None)
     result = finetune(
         backbone,
         policy,
-        args.source.open(backbone, "train", args.train_images, args.common.seed),
+        task.train,
         CosineKeepRate(keep_rate) if args.schedule and keep_rate is not None else None,
         args.config,
         sites=sites,
@@ -232,13 +254,13 @@ def on_what_is_left(args: Args, backbone: Backbone) -> tuple[Policy, Sites | Non
     return policy, sites, result.backbone
 
 
-def by_scheme(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Backbone]:
+def by_scheme(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites | None, Backbone]:
     """Life regression, its sites, and the network, trained as in the paper."""
     common, sites = args.common, args.sites or None
     assert args.life.scheme is not None
     policy, network = train_life_regression(
         backbone,
-        args.source.open(backbone, "train", args.train_images, common.seed),
+        task.train,
         budget_of(args, backbone),
         args.life.scheme,
         config=fit_config(args, describe(args.policy)),
@@ -252,11 +274,10 @@ def by_scheme(args: Args, backbone: Backbone) -> tuple[Policy, Sites | None, Bac
     return policy, sites, network
 
 
-def compare(args: Args, networks: dict[str, Backbone], policy: Policy, sites: Sites | None) -> list[Row]:
+def compare(args: Args, networks: dict[str, Backbone], policy: Policy, sites: Sites | None, test: Batches) -> list[Row]:
     """Each network without pruning and pruned, on held-out images."""
-    rows, source = [], args.source
+    rows = []
     for name, network in networks.items():
-        test = source.batches(network, args.split, args.images, TEST_SEED, 250, args.common.device)
         rows.append(measure(f"dense{name}", network, KeepAll(), test))
         rows.append(measure(f"{args.checkpoint or args.policy}{name}", network, policy, test, sites=sites))
     return rows
@@ -268,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     common, source = args.common, args.source
     common.prepare(not source.reads_files, ("table.md", WEIGHTS_FILE, STATE_FILE, "fit"))
     backbone = source.network(common.seed, common.device)
-    policy, sites, network = (by_scheme if args.life.scheme else on_what_is_left)(args, backbone)
+    task = open_task(args, backbone)
+    policy, sites, network = (by_scheme if args.life.scheme else on_what_is_left)(args, backbone, task)
     if args.checkpoint is None and describe(args.policy).recipe is not None:
         save_policy(policy, common.output / POLICY_FILE)
-    text = comparison_table(compare(args, {"": backbone, ", fine-tuned": network}, policy, sites))
+    text = comparison_table(compare(args, {"": backbone, ", fine-tuned": network}, policy, sites, task.test))
     replace_file(common.output / "table.md", (text + "\n").encode())
     print(f"\n{text}\n\ntable.md and backbone.safetensors are in {common.output}/")

@@ -199,15 +199,20 @@ def report(backbone: Backbone, images: Batches, args: Args) -> str:
     return comparison_table(rows) + notes
 
 
+def some_of(files: ImageFiles, count: int, seed: int) -> ImageFiles:
+    """That many of the photographs, evenly from all classes, or all where there are no more."""
+    return files.split(count, seed)[0] if count < len(files) else files
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Fit the head, let the blocks learn, report."""
     args = parse(argv, prog="vitprune finetune-backbone")
     common, source, config = args.common, args.source, args.config
     common.prepare(False, ("table.md", WEIGHTS_FILE, STATE_FILE))
     backbone = new_network(args)
-    train = cast(ImageFiles, source.open(backbone, "train", None, common.seed))
-    held_out = source.held_out_split(None)
-    few = cast(ImageFiles, source.open(backbone, held_out, args.validate_images, common.seed))
+    parts = (source.held_out_split(None), None, common.seed), ("train", None, common.seed)
+    held_out, train = (cast(ImageFiles, part) for part in source.open_apart(backbone, *parts))
+    few = some_of(held_out, args.validate_images, common.seed)
     steps = config.training(len(train), backbone.depth, common.device).steps
     result = finetune_backbone(
         backbone,
@@ -218,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume=common.resume,
         after_step=Validation(backbone.to(common.device), few, args.validate_every, steps, args),
     )
-    images = source.batches(result.backbone, held_out, 100 if common.quick else None, common.seed, BATCH, common.device)
+    images = (some_of(held_out, 100, common.seed) if common.quick else held_out).batches(BATCH, common.device)
     text = report(result.backbone, images, args)
     replace_file(common.output / "table.md", (text + "\n").encode())
     print(f"\n{text}\n\n{WEIGHTS_FILE}, settings.json, table.md and history.jsonl are in {common.output}/")

@@ -178,6 +178,7 @@ def parse(
         start: the flags of the command, and the defaults of those that no preset decides.
     """
     args = read_flags(type(start), argv, description, prog, partial(_defaults, start))
+    _ = args.settings  # refuses their values before time is spent
     return _small(args) if args.common.quick else args
 
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+    """Numbers of any type of integers as ints.
+
+    Raises:
+        TypeError: for a number of another type, `True` and `False` included.
+    """
+    plain = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    return [_whole(name, value) for value in plain]
+
+
+def _whole(name: str, value: Any) -> int:
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    return int(value)
 
 
 class ImageDataset(Protocol):
@@ -29,9 +48,10 @@ def fetch(dataset: ImageDataset, indices: Sequence[int] | Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: for an index outside the dataset.
-        TypeError: for an item that is not a tensor with a label.
+        TypeError: for an item that is not a tensor with a label, or for indices or labels that are no whole numbers:
+            a mask and a label of 3.7 would otherwise mean other images and another class.
     """
-    rows = [int(index) for index in indices]
+    rows = whole_numbers("index", indices)
     size = len(dataset)
     for index in rows:
         if not 0 <= index < size:
@@ -43,7 +63,7 @@ def fetch(dataset: ImageDataset, indices: Sequence[int] | Tensor) -> tuple[Tenso
     for item in items:
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Tensor):
             raise TypeError(f"dataset: expected items (tensor [C, H, W], label), got {type(item).__name__}")
-    return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
+    return torch.stack([image for image, _ in items]), torch.tensor(whole_numbers("label", [item[1] for item in items]))
 
 
 class BatchList(list[tuple[Tensor, Tensor]]):
@@ -67,6 +87,8 @@ def batches_of(
 ) -> BatchList:
     """The first `images` items of a dataset (None: all) as batches of at most `size`, on a device, with groups."""
     count = len(dataset) if images is None else min(images, len(dataset))
+    if size < 1:
+        raise ValueError(f"size: expected at least 1 image per batch, got {size}")
     starts = range(0, count, size)
     pairs = [fetch(dataset, range(start, min(start + size, count))) for start in starts]
     batches = BatchList((batch.to(device), labels.to(device)) for batch, labels in pairs)

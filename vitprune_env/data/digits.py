@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, reduce
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from vitprune_env.data.batches import whole_numbers
 
 SPLITS = ("train", "validation", "test")
 SPLIT_ENDS = (0.65, 0.80, 1.0)  # cumulative shares of the underlying digits of each class
@@ -68,6 +71,13 @@ class DigitsConfig:
     copies: int = 1
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, several, kind = getattr(self, each.name), "tuple" in str(each.type), "int" in str(each.type)
+            parts = value if several and isinstance(value, tuple | list) else (value,)
+            fine = [isinstance(part, Integral if kind else Real) and not isinstance(part, bool) for part in parts]
+            if not all(fine) or len(parts) != (2 if several else 1) or not all(map(math.isfinite, parts)):
+                wanted = ("whole numbers" if kind else "finite numbers") if several else "a number"
+                raise ValueError(f"{each.name}: expected {'two ' * several}{wanted}, got {value!r}")
         for name in ("side", "gain", "clutter", "clutter_side"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
@@ -78,6 +88,8 @@ class DigitsConfig:
             raise ValueError(f"side: expected digits that fit {self.canvas} px, got {self.side}, rotated {largest:.1f}")
         if self.noise < 0 or self.std <= 0:
             raise ValueError(f"noise, std: expected noise >= 0 and std > 0, got {self.noise} and {self.std}")
+        if not 0 <= self.tint <= 1:
+            raise ValueError(f"tint: expected 0 to 1, got {self.tint}")
         if self.copies < 1:
             raise ValueError(f"copies: expected 1 or more, got {self.copies}")
         low, high = self.side
@@ -273,10 +285,11 @@ class Digits(Dataset[tuple[Tensor, int]]):
     def __init__(self, split: str, size: int, seed: int = 0, config: DigitsConfig = DigitsConfig()) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+        size, seed = (whole_numbers(name, [value])[0] for name, value in (("size", size), ("seed", seed)))
         if size < 1:
             raise ValueError(f"size: expected at least 1 scene, got {size} (an empty data set)")
-        if seed < 0:
-            raise ValueError(f"seed: expected a non-negative integer, got {seed}")
+        if not 0 <= seed < 2**48:
+            raise ValueError(f"seed: expected a non-negative integer below 2^48, got {seed}")
         self.split, self.size, self.seed, self.config = split, size, seed, config
         stream = len(SPLITS) * seed + SPLITS.index(split)
         pixels = 3 * config.canvas**2
@@ -305,6 +318,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
         Raises:
             IndexError: If an index is out of range (negative ones are).
+            TypeError: For a mask, or numbers that are not whole.
         """
         rows, scenes, canvas = self._rows(indices), self._scenes, self.config.canvas
         image = self.ink(rows)[:, None] * scenes.colour[rows][..., None, None]
@@ -354,7 +368,10 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return (images * self.config.std + self.config.mean).clamp(0, 1)
 
     def _rows(self, indices: Sequence[int] | Tensor) -> Tensor:
-        rows = torch.as_tensor(indices, dtype=torch.long)
+        rows = torch.as_tensor(indices)
+        if len(rows) and (rows.is_floating_point() or rows.dtype == torch.bool):
+            raise TypeError(f"index: expected whole numbers, got {rows.dtype}")
+        rows = rows.long()
         if ((rows < 0) | (rows >= self.size)).any():
             raise IndexError(f"index: expected 0 <= index < {self.size}, got {rows.tolist()}")
         return rows

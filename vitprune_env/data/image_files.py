@@ -23,6 +23,7 @@ from timm.data.dataset import ImageDataset as TimmDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from vitprune_env.data.batches import whole_numbers
 from vitprune_env.data.classes import in_turn, labels_of, names_of, numbers_by_name, warn_of_order
 from vitprune_env.data.folders import ClassFolders, split_folder
 from vitprune_env.engine.backbone import Backbone
@@ -176,7 +177,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Several items at once: images `[B, C, H, W]` and labels `[B]` int64."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            items = list(pool.map(self.__getitem__, [int(index) for index in indices]))
+            items = list(pool.map(self.__getitem__, whole_numbers("index", indices)))
         return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
     def batches(self, size: int, device: str | torch.device = "cpu") -> ImageBatches:

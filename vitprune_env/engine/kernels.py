@@ -69,7 +69,14 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None 
     """Variable-length flash attention (CUDA, half precision); offsets stay on the device."""
     _refuse("varlen", key_bias, dropout)
     starts, longest = rows.offsets(q.device).int(), rows.longest
-    return cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest)).flatten(1)
+    try:
+        return cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest)).flatten(1)
+    except RuntimeError as error:
+        if q.device.type == "cuda" and q.dtype in HALF:
+            raise
+        raise ValueError(
+            f"execution: expected half precision on CUDA for 'varlen', got {q.dtype} on {q.device.type}; use 'auto'"
+        ) from error
 
 
 def nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -92,6 +99,8 @@ def nested(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None 
 def flex(q: Tensor, k: Tensor, v: Tensor, rows: Rows, key_bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Flex attention with one document per image; compiled on a GPU, and slow anywhere else."""
     _refuse("flex", None, dropout)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("execution: expected no gradients for 'flex' on a CPU; use torch.no_grad(), or 'auto'")
     image = rows.image(q.device)
     total = len(image)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.engine.families import family_of
 from vitprune_env.engine.reduction import recall
 from vitprune_env.engine.tokens import TokenState, segment_mean, start_state
+from vitprune_env.errors import UnsupportedBackboneError
 from vitprune_env.policy import Policy, published_sites
 from vitprune_env.types import Site, parse_sites, quarter_sites
 
@@ -49,6 +50,8 @@ class Network(nn.Module):
         self.model: Any = model
         self.name = name or type(model).__name__
         self.depth = len(self.model.blocks)
+        if not self.depth:
+            raise UnsupportedBackboneError("depth: expected a network of 1 block or more, got 0")
         self.embed_dim = int(self.model.embed_dim)
         self.num_heads = int(self.block(1).attn.num_heads)
         self.num_prefix = int(self.model.num_prefix_tokens)
@@ -57,13 +60,19 @@ class Network(nn.Module):
         self.grid_size = (int(patch_embed.grid_size[0]), int(patch_embed.grid_size[1]))
         self.image_size = (int(patch_embed.img_size[0]), int(patch_embed.img_size[1]))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        if not self.num_patches:
+            raise UnsupportedBackboneError(
+                f"img_size: expected images of a patch or more, got {self.image_size} pixels"
+            )
         axes = [torch.linspace(0, 1, side) for side in self.grid_size]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
         self.register_buffer("position", grid, persistent=False)  # [N, 2] row and column of each patch, 0 to 1
         self.in_chans = next(int(p.shape[1]) for p in patch_embed.parameters() if p.dim() == 4)
         self.has_class_token = self.model.cls_token is not None
         self.reads_patches = self.model.global_pool != "token"
-        self.default_sites = parse_sites(default_sites or quarter_sites(self.depth), self.depth)
+        self.default_sites = parse_sites(
+            quarter_sites(self.depth) if default_sites is None else default_sites, self.depth
+        )
         self.class_names = class_names
 
     @property
@@ -117,12 +126,15 @@ class Network(nn.Module):
 
         Raises:
             ValueError: for a wrong number of dimensions, channels, or a wrong size.
-            TypeError: for images that are not a floating-point tensor.
+            TypeError: for images that are not a floating-point tensor, or of another precision than the network.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {got}")
         wanted = (self.in_chans, *self.image_size)
+        taken = next(p.dtype for p in self.model.patch_embed.parameters() if p.dim() == 4)
+        if images.dtype != taken and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"images: expected {taken}, as the network has (or autocast), got {images.dtype}")
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not images.shape[0]:
             raise ValueError(f"images: expected shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
 

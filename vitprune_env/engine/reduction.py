@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ def check_decision(
         raise DecisionError(f"keep: token {token} of image {image} is dead and cannot be kept; use keep & {allowed}")
     if decision.order is not None:
         _check_tensor("order", decision.order, alive, (torch.int64, torch.int32, torch.float32, torch.float64))
+        if decision.order.is_floating_point() and decision.order[present].isnan().any():
+            raise DecisionError("order: expected numbers that can be sorted, got NaN")
     if decision.weight is not None:
         _check_tensor("weight", decision.weight, alive, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
     if decision.merge_into is not None:
@@ -60,6 +63,10 @@ def check_decision(
             )
         goes = goes & ~decision.park
     waits = torch.zeros_like(goes) if decision.park is None else decision.park
+    for name in ("count", "park_count"):
+        number = getattr(decision, name)
+        if number is not None and (not isinstance(number, Integral) or isinstance(number, bool)):
+            raise DecisionError(f"{name}: expected a whole number or None, got {number!r}")
     if decision.count is not None and (goes.sum(dim=1) != decision.count).any():
         raise DecisionError(f"count: expected tokens that go on in every image, got {decision.count}, which is not so")
     if decision.park_count is not None and (waits.sum(dim=1) != decision.park_count).any():
@@ -74,6 +81,9 @@ def _check_macs(macs: Tensor, batch: int) -> None:
     if not isinstance(macs, Tensor) or macs.shape != (batch,):
         got = tuple(macs.shape) if isinstance(macs, Tensor) else type(macs).__name__
         raise DecisionError(f"macs: expected shape [B] = ({batch},), got {got}")
+    _check_strided("macs", macs)
+    if macs.is_complex() or macs.dtype == torch.bool:
+        raise DecisionError(f"macs: expected real numbers, got {macs.dtype}")
     if not (macs.isfinite() & (macs >= 0)).all():
         raise DecisionError(f"macs: expected what was computed, finite and not negative, got {macs.tolist()}")
 
@@ -81,6 +91,7 @@ def _check_macs(macs: Tensor, batch: int) -> None:
 def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise DecisionError(f"{name}: expected a tensor of shape {tuple(alive.shape)}, got {type(value).__name__}")
+    _check_strided(name, value)
     if value.shape != alive.shape:
         raise DecisionError(f"{name}: expected shape [B, N] = {tuple(alive.shape)}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
@@ -89,12 +100,21 @@ def _check_tensor(name: str, value: Tensor, alive: Tensor, dtypes: tuple[torch.d
         raise DecisionError(f"{name}: expected a tensor on {alive.device}, got one on {value.device}")
 
 
+def _check_strided(name: str, value: Tensor) -> None:
+    """Refuse sparse, nested and quantised tensors, whose layouts the engine does not read."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        raise DecisionError(
+            f"{name}: expected a plain tensor (torch.strided), got one that is sparse, nested or quantised"
+        )
+
+
 def _check_features(features: Tensor, alive: Tensor, embed_dim: int | None) -> None:
     rows = int(alive.sum())
     wanted = f"a floating-point tensor [{rows}, {'D' if embed_dim is None else embed_dim}] on {alive.device}"
     if not isinstance(features, Tensor) or not features.is_floating_point() or features.device != alive.device:
         got = f"{features.dtype} on {features.device}" if isinstance(features, Tensor) else type(features).__name__
         raise DecisionError(f"features: expected {wanted}, got {got}")
+    _check_strided("features", features)
     if features.dim() != 2 or len(features) != rows or features.shape[1] != (embed_dim or features.shape[1]):
         raise DecisionError(f"features: expected {wanted}, one row per alive token, got {list(features.shape)}")
 

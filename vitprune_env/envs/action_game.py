@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,21 @@ from vitprune_env.envs.actions import ActionKind, action_kind, check_actions
 from vitprune_env.game.rollout import check_fit
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
+
+
+def option(options: Any, name: str) -> Any:
+    """The value of an option of `reset`; None: not given. Options of others, such as wrappers, are left to them.
+
+    Raises:
+        TypeError: for something that is not a dict.
+        ValueError: for a name that is misspelt.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options: expected a dict, got {options!r}")
+    given = dict(options or {})
+    if near := get_close_matches(name, [str(key) for key in given if key != name], n=1, cutoff=0.5):
+        raise ValueError(f"options: expected {name!r}, got {near[0]!r}")
+    return given.get(name)
 
 
 class ActionGame:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.envs.action_game import ActionGame, option
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
@@ -138,7 +138,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """
         if seed is not None or self.np_random is None:
             self.np_random = np.random.default_rng(seed)
-        index = (options or {}).get("index")
+        index = option(options, "index")
         if index is None:
             index = int(self.np_random.integers(len(self.dataset)))
         self.agents = []  # no game begins if the image turns out not to fit

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vitprune_env.data import ImageDataset, fetch
-from vitprune_env.envs.action_game import ActionGame
+from vitprune_env.data.batches import whole_numbers
+from vitprune_env.envs.action_game import ActionGame, option
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
@@ -82,7 +83,7 @@ class TokenVectorEnv:
         seed: int | None = None,
         action_space: ActionKind | str = "keep",
     ) -> None:
-        if num_envs is not None and num_envs < 1:
+        if num_envs is not None and whole_numbers("num_envs", [num_envs])[0] < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         self.game = game
         self.data = data
@@ -129,7 +130,7 @@ class TokenVectorEnv:
             self._source.restart(self.np_random)
         elif self.np_random is None:
             self.np_random = np.random.default_rng()
-        indices = (options or {}).get("indices")
+        indices = option(options, "indices")
         images, labels = self._source.draw(self.num_envs, self.np_random) if indices is None else self._pick(indices)
         return self._play.reset(images, labels), self._play.infos()
 
@@ -186,9 +187,11 @@ class TokenVectorEnv:
         """Does nothing; part of Gymnasium's interface."""
 
     def _pick(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if not isinstance(self._source, _Indexed) or len(indices) != self.num_envs:
+        count = len(indices) if hasattr(indices, "__len__") else None
+        if not isinstance(self._source, _Indexed) or count != self.num_envs:
             wanted = f"{self.num_envs} items of a map-style dataset"
-            raise ValueError(f"options['indices']: expected {wanted}, got {len(indices)} of {type(self.data).__name__}")
+            got = repr(indices) if count is None else count
+            raise ValueError(f"options['indices']: expected {wanted}, got {got} of {type(self.data).__name__}")
         return fetch(self._source.dataset, indices)
 
     def _checked(self, actions: Tensor) -> Tensor:

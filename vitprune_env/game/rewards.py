@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from math import isfinite
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -98,12 +100,30 @@ def check_reward(reward: Any) -> None:
     """Refuse what is not a reward.
 
     Raises:
-        TypeError: for an object without the methods of `RewardFn`, or a class in place of an object.
+        TypeError: for an object without the methods of `RewardFn`, or a class in place of an object; for a field of a
+            dataclass that is not of its type.
+        ValueError: for a number among its fields that is NaN or infinite.
     """
     if isinstance(reward, type) or not isinstance(reward, RewardFn):
         raise TypeError(
             f"reward: expected an object with the methods of RewardFn, such as SharedOutcome(), got {reward!r}"
         )
+    for each in fields(reward) if is_dataclass(reward) else ():
+        declared = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", "")
+        _check_field(each.name, getattr(reward, each.name), declared)
+
+
+def _check_field(name: str, value: Any, declared: str) -> None:
+    """Refuse numbers of a reward that are NaN or infinite, and what is not of the declared type."""
+    kind, *others = declared.split(" | ")
+    if isinstance(value, Tensor) or (value is None and "None" in others):
+        return
+    if kind == "float" and (isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if kind == "bool" and not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    if kind == "OutcomeFn" and not callable(value):
+        raise TypeError(f"{name}: expected a function of logits and labels, got {value!r}")
 
 
 def has_price(reward: RewardFn) -> bool:

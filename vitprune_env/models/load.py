@@ -33,6 +33,7 @@ from vitprune_env.types import Site
 
 NOT_WEIGHTS = (OSError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
 OTHER_WEIGHTS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError)
+NOT_BUILT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, ArithmeticError)
 ABOUT: dict[str, Callable[[Any], bool]] = {  # JSON values in the metadata of a weight file
     "img_size": lambda value: isinstance(value, list) and [type(side) for side in value] == [int, int],
     "num_classes": lambda value: isinstance(value, int),
@@ -141,7 +142,8 @@ def load_backbone(
             )
         network, name = _BUILDERS[model](), model
         if isinstance(network, Backbone):
-            sites, class_names = sites or network.default_sites, class_names or network.class_names
+            sites = network.default_sites if sites is None else sites
+            class_names = network.class_names if class_names is None else class_names
             network = network.model
     elif not isinstance(model, str):
         raise TypeError(f"model: expected a name or a timm model, got {model!r}")
@@ -153,7 +155,7 @@ def load_backbone(
     backbone = Backbone(network, name, sites)
     if checkpoint is not None:
         _load_weights(backbone, Path(checkpoint), new_head)
-    backbone.class_names = class_names or about.get("class_names")
+    backbone.class_names = about.get("class_names") if class_names is None else class_names
     return backbone.eval()
 
 
@@ -245,6 +247,11 @@ def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.
         raise ConnectionError(
             f"pretrained: could not download the weights of {name} ({error}); "
             "pass checkpoint=<local file>, or pretrained=False for random weights"
+        ) from error
+    except NOT_BUILT as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(
+            f"model: expected options that {name} can be built with, got {given or 'none'} ({error})"
         ) from error
 
 

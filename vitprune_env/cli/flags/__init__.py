@@ -12,6 +12,7 @@ from vitprune_env.cli.flags.common import (
     named_sites,
     read_flags,
 )
+from vitprune_env.cli.flags.ranges import check_ranges
 from vitprune_env.cli.flags.run_folder import make_way
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "CommonFlags",
     "ImageFlags",
     "TaskName",
+    "check_ranges",
     "in_flags",
     "lowered",
     "make_way",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, is_dataclass, replace
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import tyro
 
+from vitprune_env.cli.flags.ranges import check_ranges
 from vitprune_env.cli.flags.run_folder import make_way, store_words, stored_words
 
 if TYPE_CHECKING:
@@ -21,7 +24,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TaskName = Literal["digits", "twins"]  # keys of `vitprune_env.data.TASKS`, which would import torch
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
-ARGUMENTS = {"checkpoint": "weights", "root": "data_dir", "data": "data_dir"}  # of the library, and their flags
+ARGUMENTS = {  # of the library, and their flags
+    "checkpoint": "weights",
+    "root": "data_dir",
+    "data": "data_dir",
+    "keep": "target_keep",
+    "share": "target_share",
+    "gmacs": "target_gmacs",
+}
 _flags: set[str] = set()  # names of the flags of the command line that was read last
 _words: list[str] = []  # and its words
 TUNE_SEED = 1_000_003  # scenes to calibrate on: training digits, other compositions than those of training
@@ -67,7 +77,7 @@ class CommonFlags:
         from vitprune_env.errors import SettingsError, StorageError
 
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()  # "meta" has shapes alone
         except (RuntimeError, AssertionError) as error:  # torch built without this kind of device asserts
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
@@ -278,13 +288,15 @@ def read_flags(
         prog: name of the command; None: that of the process.
         default: values of flags that are not given, or a function that gives them by the words of the command line;
             None: those of the dataclass.
+
+    Raises:
+        SettingsError: for a number out of its range, an empty list, or an empty path.
+        SystemExit: with code 2, after one line on stderr, for what cannot be read as flags.
     """
 
     def read(words: Sequence[str]) -> T:
         values = default(words) if callable(default) else default
-        given: dict[str, Any] = {} if values is None else {"default": values}
-        short_names = (tyro.conf.OmitArgPrefixes,)
-        args = tyro.cli(flags, args=words, description=description, prog=prog, config=short_names, **given)
+        args = _parsed(flags, words, description, prog, flags() if values is None else values)
         return args if any(word.split("=")[0] == "--output" for word in words) else _named(args)
 
     _flags.clear()
@@ -304,6 +316,28 @@ def common_flags(args: Any) -> CommonFlags | None:
     return args if isinstance(args, CommonFlags) else getattr(args, "common", None)
 
 
+def _parsed(flags: type[T], words: Sequence[str], description: str | None, prog: str | None, default: T) -> T:
+    """The flags of a command line.
+
+    Raises:
+        SettingsError: for a number out of its range, an empty list, or an empty path.
+        SystemExit: with code 2, after one line on stderr, for what cannot be read as flags.
+    """
+    _check_paths(words, flags)
+    short_names = (tyro.conf.OmitArgPrefixes,)
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            found = tyro.cli(flags, args=words, description=description, prog=prog, config=short_names, default=default)
+    except SystemExit as stopped:
+        if stopped.code:
+            print(f"error: {_in_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+    sys.stderr.write(said.getvalue())
+    check_ranges(found, default)
+    return found
+
+
 def _named(args: T) -> T:
     """The same flags with an output folder that is called after what runs."""
     common = common_flags(args)
@@ -315,12 +349,40 @@ def _named(args: T) -> T:
     return cast(T, common if isinstance(args, CommonFlags) else replace(cast(Any, args), common=common))
 
 
-def _names(flags: type) -> list[str]:
-    """Names of the fields of a dataclass, of those inside it as well."""
+def _names(flags: type, kind: Any = None) -> list[str]:
+    """Names of the fields of a dataclass, of those inside it as well; of one kind, or of all."""
     found = []
-    for name, kind in get_type_hints(flags).items():
-        found += _names(cast(type, kind)) if is_dataclass(kind) else [name]
+    for name, hint in get_type_hints(flags).items():
+        if is_dataclass(hint):
+            found += _names(cast(type, hint), kind)
+        elif kind in (None, hint) or kind in get_args(hint):
+            found.append(name)
     return found
+
+
+def _check_paths(words: Sequence[str], flags: type) -> None:
+    """Refuse paths without a letter, such as a variable that is not set: they would mean the folder one is in.
+
+    Raises:
+        SettingsError: naming the flag.
+    """
+    from vitprune_env.errors import SettingsError
+
+    empty = [word[:-1] for word in words if word.endswith("=")]
+    empty += [word for word, after in zip(words, words[1:], strict=False) if not after.strip()]
+    asked = {word.removeprefix("--").replace("-", "_") for word in empty}
+    for name in _names(flags, Path):
+        if name in asked:
+            raise SettingsError(f"{name}: expected a path, got none")
+
+
+def _in_one_line(page: str) -> str:
+    """What tyro's page about a mistake says, without its frame, its headings and its help."""
+    lines = [line.strip("│|╰╯ ") for line in page.splitlines()[1:]]
+    parts = re.split(r"^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
+    message, *others = [part for part in parts if part.strip()]
+    near = re.search(r"Perhaps you meant:\s+(--[\w-]+)", "\n".join(others))
+    return " ".join(message.split()) + (f"; did you mean {near[1]}?" if near else "")
 
 
 def in_flags(message: str) -> str:
