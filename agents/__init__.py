@@ -7,6 +7,7 @@ from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, Ke
 from .cloning import Cloning, cloned_policy
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, LastBlocks, finetune
 from .finetuning.token_dropping import BackboneConfig, RandomSites, TokenDropping, finetune_backbone
+from .foreign import ModulePolicy, register_actor
 from .learners.buffer import Trajectory
 from .learners.exploration import ExploringPolicy
 from .learners.learner import Learner, LearnerConfig, Parts
@@ -50,6 +51,7 @@ __all__ = [
     "LightNetworks",
     "MAPPOConfig",
     "MergePolicy",
+    "ModulePolicy",
     "PGPEConfig",
     "PPOSingle",
     "PPOSingleConfig",
@@ -78,6 +80,7 @@ __all__ = [
     "launched",
     "load_policy",
     "mlp",
+    "register_actor",
     "register_sense",
     "save_policy",
     "train",

@@ -108,7 +108,7 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def with_threshold(self, threshold: float) -> TokenPolicy:
         """The same policy, sharing its weights, with another threshold."""
-        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, self.seed)
+        return self._like(threshold, self.seed)
 
     def starting_actor(self) -> TokenActor:
         """A copy of the actor with the threshold in its biases: what training goes on from."""
@@ -119,7 +119,10 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def sampling(self, seed: int = 0) -> TokenPolicy:
         """The policy, sharing its weights, that draws every action with the probability that it has in training."""
-        return TokenPolicy(self.actor, 0.0, self.sites, self.info, self.actions, seed)
+        return self._like(0.0, seed)
+
+    def _like(self, threshold: float, seed: int | None) -> TokenPolicy:
+        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, seed)
 
     @property
     def width(self) -> int:
@@ -132,20 +135,21 @@ class TokenPolicy(BasePolicy, nn.Module):
         Raises:
             ValueError: for a kind of actions of one's own that `register_actions` was not given.
         """
+        values = {"embed_dim": self.actor.embed_dim, "hidden": list(self.actor.hidden), **self._settings()}
+        if self.senses:
+            values["senses"] = list(self.senses)
+        return values if self.actions == KeepActions() else {**values, "num_actions": self.num_actions}
+
+    def _settings(self) -> dict[str, Any]:
+        """What `config` says of everything but the actor."""
         values = {
-            "embed_dim": self.actor.embed_dim,
-            "hidden": list(self.actor.hidden),
             "threshold": self.threshold,
             "sites": None if self.sites is None else [site.label for site in self.sites],
             "info": self.info,
         }
-        if self.senses:
-            values["senses"] = list(self.senses)
         if self.seed is not None:
             values["seed"] = self.seed
-        if self.actions == KeepActions():
-            return values
-        return {**values, "actions": registered_actions(self.actions), "num_actions": self.num_actions}
+        return values if self.actions == KeepActions() else {**values, "actions": registered_actions(self.actions)}
 
     @classmethod
     def from_config(
