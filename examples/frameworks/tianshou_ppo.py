@@ -64,13 +64,16 @@ def train(iterations: int = 20, seed: int = 0) -> nn.Module:
     critic = DiscreteCritic(preprocess_net=Net(state_shape=width, hidden_sizes=(64, 64)))
     policy = DiscreteActorPolicy(actor=actor, action_space=rows.action_space)
     ppo = PPO(policy=policy, critic=critic, optim=AdamOptimizerFactory(lr=1e-3), gamma=1.0)
-    per_epoch = {"epoch_num_steps": steps, "collection_step_num_env_steps": steps, "update_step_num_repetitions": 5}
-    collector = Collector(ppo, cast(BaseVectorEnv, rows), VectorReplayBuffer(steps, len(rows)))
-    ppo.run_training(
-        OnPolicyTrainerParams(
-            max_epochs=iterations, training_collector=collector, batch_size=steps // 4, show_progress=False, **per_epoch
-        )
+    params = OnPolicyTrainerParams(
+        training_collector=Collector(ppo, cast(BaseVectorEnv, rows), VectorReplayBuffer(steps, len(rows))),
+        max_epochs=iterations,
+        epoch_num_steps=steps,
+        collection_step_num_env_steps=steps,
+        batch_size=steps // 4,
+        update_step_num_repetitions=5,
+        show_progress=False,
     )
+    ppo.run_training(params)
     return actor.model
 
 

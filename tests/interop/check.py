@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitprune_env import TokenGame, load_backbone, parallel_env, play
 from vitprune_env.agents import ModulePolicy
 from vitprune_env.data import Digits
+from vitprune_env.envs.parallel import env as turn_by_turn
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "frameworks"
 IMAGES, MARGIN = 512, 0.05
@@ -52,11 +54,26 @@ class Framework:
     conforms: Callable[[str], object] | None = None
 
 
-def sb3_conforms(on_prune: str) -> None:
+def sb3_conforms(_: str) -> None:
     """The check of single-agent environments, the only ones that Stable-Baselines3 knows."""
     from stable_baselines3.common.env_checker import check_env
 
     check_env(gymnasium.make("vitprune/TokenPruning-v0").unwrapped, warn=False)
+
+
+def tianshou_conforms(on_prune: str) -> None:
+    """An episode in tianshou's own wrapper, one agent's turn after the other, ends when the last agent is done."""
+    from tianshou.env import PettingZooEnv
+
+    rng, turns, over = np.random.default_rng(0), 0, False
+    env = PettingZooEnv(turn_by_turn(on_prune=on_prune))
+    env.reset(seed=0)
+    while not over:
+        _, _, over, _, _ = env.step(int(rng.integers(2)))
+        turns += 1
+    playing = sum(not done for done in env.env.terminations.values())
+    if playing:
+        raise RuntimeError(f"PettingZooEnv: over after {turns} turns, while {playing} agents are in the game")
 
 
 def torchrl_conforms(on_prune: str) -> None:
@@ -70,8 +87,8 @@ def torchrl_conforms(on_prune: str) -> None:
 FRAMEWORKS = {
     "sb3": Framework(("stable-baselines3", "supersuit", "gymnasium"), "sb3_ppo", 8, sb3_conforms),
     "rllib": Framework(("ray", "gymnasium"), "rllib_ppo", 4),
-    "tianshou": Framework(("tianshou", "gymnasium"), "tianshou_ppo", 8),
-    "agilerl": Framework(("agilerl", "gymnasium"), "agilerl_ippo", 16),
+    "tianshou": Framework(("tianshou", "gymnasium"), "tianshou_ppo", 8, tianshou_conforms),
+    "agilerl": Framework(("agilerl", "gymnasium"), "agilerl_ippo", 24),
     "torchrl": Framework(("torchrl", "tensordict", "gymnasium"), "torchrl_mappo", 20, torchrl_conforms),
     "benchmarl": Framework(("benchmarl", "torchrl", "gymnasium"), "benchmarl_mappo", 20),
 }
