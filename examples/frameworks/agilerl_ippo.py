@@ -1,7 +1,7 @@
 """IPPO of AgileRL: agents with names token_0, token_1, ... are one group and share a network.
 
 pip install vitprune_env agilerl
-python examples/frameworks/agilerl_ippo.py --iterations 40
+python examples/frameworks/agilerl_ippo.py --iterations 20
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vitprune_env import benchmark, load_backbone, parallel_env
 from vitprune_env.agents import ModulePolicy
 from vitprune_env.data import Digits
 
-GAMES = 16  # processes, each with an environment of its own
+GAMES = 32  # processes, each with an environment of its own
 
 
 class TimeFirstIPPO(IPPO):
@@ -32,7 +32,7 @@ class TimeFirstIPPO(IPPO):
         return {name: {name: np.concatenate(list(each.values()), axis)} for name, each in groups.items()}
 
 
-def train(iterations: int = 40, seed: int = 0, on_prune: str = "noop") -> nn.Module:
+def train(iterations: int = 20, seed: int = 0, on_prune: str = "noop") -> nn.Module:
     """Train, and return the network that gives the tokens `[rows, D]` their logits `[rows, 2]`."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002, AgileRL draws minibatches from it
@@ -46,7 +46,7 @@ def train(iterations: int = 40, seed: int = 0, on_prune: str = "noop") -> nn.Mod
         [env.action_space(agent) for agent in env.possible_agents],
         env.possible_agents,
         batch_size=steps * len(env.possible_agents) // 4,
-        lr=1e-3,
+        lr=5e-4,
         learn_step=steps,
         gamma=1.0,
     )

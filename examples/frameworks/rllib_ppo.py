@@ -22,10 +22,11 @@ ROWS = 9600  # agent-steps per iteration: 32 images, 3 steps, 100 tokens
 def train(iterations: int = 10, seed: int = 0, runners: int = 2, on_prune: str = "noop") -> nn.Module:
     """Train, and return the network that gives the tokens `[rows, D]` their logits `[rows, 2]`."""
     register_env("vitprune", lambda _: ParallelPettingZooEnv(parallel_env(on_prune=on_prune)))
+    # With batch_mode="complete_episodes" a seeded runner would begin its stream of images anew in every episode.
     algorithm = (
         PPOConfig()
         .environment("vitprune")
-        .env_runners(num_env_runners=runners, batch_mode="complete_episodes", sample_timeout_s=600)
+        .env_runners(num_env_runners=runners, sample_timeout_s=600)
         .multi_agent(policies={"token"}, policy_mapping_fn=lambda *_, **__: "token", count_steps_by="agent_steps")
         .training(train_batch_size_per_learner=ROWS, minibatch_size=ROWS // 4, num_epochs=5, gamma=1.0, lr=1e-3)
         .debugging(seed=seed)
@@ -33,9 +34,8 @@ def train(iterations: int = 10, seed: int = 0, runners: int = 2, on_prune: str =
     )
     for iteration in range(iterations):
         result = algorithm.train()
-        timers = result["timers"]
         mean = result["env_runners"]["episode_return_mean"] / len(parallel_env().possible_agents)
-        print(f"{iteration}: mean return {mean:.3f}, sampling {timers['env_runner_sampling_timer']:.1f} s")
+        print(f"{iteration}: mean return {mean:.3f}, {result['time_this_iter_s']:.0f} s")
     module = algorithm.get_module("token")
     algorithm.stop()
     return nn.Sequential(module.encoder.actor_encoder.net.mlp, module.pi.net.mlp)
