@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import TIMM_MODELS, Fixed, key_weights, random_images, random_merges, spread_keeps, toy
+from helpers import TIMM_MODELS, Fixed, key_weights, make_model, random_images, random_merges, spread_keeps, toy
 from vitprune_env import BasePolicy, Decision, KeepAll, Observation, Policy, PrunedViT, TokenGame, load_backbone, play
 from vitprune_env.agents import TokenActor, TokenPolicy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.errors import EvidenceError, SiteError, UnknownNameError
+from vitprune_env.errors import EvidenceError, SiteError, UnknownNameError, UnsupportedBackboneError
 
 SITES = ["1", "2.attn", "2", "3"]  # two of them share one attention
 ALL = frozenset({"cls_attention", "mean_attention", "keys", "value_norms"})
@@ -213,3 +213,17 @@ def test_a_policy_with_weights_is_part_of_the_model() -> None:
     names = set(PrunedViT(backbone, token_policy(backbone)).state_dict())
     assert {"policy.actor.norm.weight", "backbone.model.cls_token"} <= names
     assert all(name.startswith("backbone.") for name in PrunedViT(backbone, EViT(0.5)).state_dict())
+
+
+def test_takes_a_timm_model_as_load_backbone_does() -> None:
+    model = make_model("deit_tiny_patch16_224").train()
+    pruned, game = PrunedViT(model, EViT(0.5)), TokenGame.for_policy(model, EViT(0.5))
+    assert not model.training
+    assert pruned.backbone.model is game.backbone.model is model
+    agrees_with_the_game(pruned, random_images(pruned.backbone, 3))
+    for wrong in ("vit_digits", None):
+        for make in (lambda it: PrunedViT(it, KeepAll()), TokenGame):
+            with pytest.raises(TypeError, match="backbone: expected a timm model or a Backbone"):
+                make(cast(Any, wrong))
+    with pytest.raises(UnsupportedBackboneError):
+        TokenGame(torch.nn.Linear(2, 2))

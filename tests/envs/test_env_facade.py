@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any, cast
 
+import gymnasium
 import numpy as np
 import pettingzoo
 import pytest
@@ -13,9 +14,10 @@ import torch
 from pettingzoo.test.state_test import state_test
 
 from envs import BACKBONES, CLASS_TOKEN, images_for, make_env, rollout, total
-from helpers import toy
+from helpers import make_model, toy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.envs import parallel
+from vitprune_env.envs.gym import SingleAgentEnv
 from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env, parallel_env
 from vitprune_env.envs.registration import ENV_ID, register_envs
 from vitprune_env.errors import DecisionError, EvidenceError
@@ -187,6 +189,12 @@ def test_actions_of_agents_that_have_left_are_ignored(sent: Any) -> None:
         second_step({"patch_2": 1})
 
 
+def test_torchrls_masked_mode() -> None:
+    envs = pytest.importorskip("torchrl.envs")
+    wrapped = envs.PettingZooWrapper(make_env(on_prune="terminate"), use_mask=True, done_on_any=False)
+    envs.check_env_specs(wrapped)
+
+
 def test_bad_arguments_are_refused() -> None:
     backbone = toy(CLASS_TOKEN)
     with pytest.raises(ValueError, match=r"on_prune: expected one of .*, got 'leave'"):
@@ -231,6 +239,26 @@ def test_registered_with_pettingzoo_once() -> None:
     assert made.on_prune == "terminate"
     assert isinstance(turns, pettingzoo.AECEnv)
     assert str(made) == str(turns) == "token_pruning_v0"
+
+
+def test_pettingzoo_without_a_registry_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.27 it has none."""
+    for name in ("register", "make", "aec_registry", "parallel_registry"):
+        monkeypatch.delattr(pettingzoo, name, raising=False)
+    monkeypatch.delitem(gymnasium.registry, ENV_ID)
+    register_envs()
+    assert ENV_ID in gymnasium.registry
+    assert env(backbone=toy(CLASS_TOKEN), dataset=images_for(CLASS_TOKEN)).possible_agents
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [({}, r"images \[3, 64, 64\] of up to 7"), ({"img_size": 40, "patch_size": 8}, r"images \[3, 40, 40\] of up to 7")],
+)
+def test_a_network_that_the_built_in_task_does_not_fit_needs_a_dataset(sizes: dict[str, int], words: str) -> None:
+    for make in (parallel_env, SingleAgentEnv):
+        with pytest.raises(ValueError, match=f"dataset: expected {words} classes for VisionTransformer, got None"):
+            make(make_model(CLASS_TOKEN, **sizes))
 
 
 def test_device_moves_the_backbone_and_sites_are_passed_on() -> None:

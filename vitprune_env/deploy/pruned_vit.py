@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitprune_env.deploy.policy_files import build, describe, read_policy_file
 from vitprune_env.deploy.pretrained import CONFIG, MODEL_CARD, WEIGHTS, read_folder, write_folder
-from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.backbone import Backbone, as_backbone
 from vitprune_env.engine.evidence import check_needs
 from vitprune_env.engine.halves import AttendPacked, Compiled, Execution
 from vitprune_env.engine.kernels import kernel
@@ -40,7 +40,7 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
     `torch.no_grad` or `torch.inference_mode` nothing is recorded.
 
     Args:
-        backbone: the network to prune.
+        backbone: the network to prune, a `Backbone` or a timm model.
         policy: decides; a `Module` among policies moves and saves along with the network.
         sites: where to prune; None: where the policy wants to, else the backbone's own.
         execution: how ragged images attend: `"packed"` (CPU), `"varlen"` (CUDA, half precision), `"nested"`,
@@ -60,13 +60,14 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | nn.Module,
         policy: Policy,
         sites: Sequence[int | str | Site] | None = None,
         execution: str = "auto",
     ) -> None:
         super().__init__()
         check_members(policy)
+        backbone = as_backbone(backbone)
         check_needs(policy.needs, backbone)
         wanted = policy.default_sites(backbone.depth) if sites is None else sites
         self.backbone = backbone

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune_env.engine.attention import Rows
 from vitprune_env.engine.evidence import from_attention, image_evidence
@@ -110,6 +110,20 @@ class Backbone(Network):
         for number, weights in enumerate(key_weights[: self.depth], start=1):
             state, _ = run_masked(self, state, 2 * number, weights)
         return classify_masked(self, state, key_weights[-1]), state.x
+
+
+def as_backbone(model: Backbone | nn.Module) -> Backbone:
+    """A `Backbone` as it is; any other model as `load_backbone` takes it, which puts it in evaluation mode.
+
+    Raises:
+        TypeError: for something that is no model.
+        UnsupportedBackboneError: for a model that the game cannot walk.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"backbone: expected a timm model or a Backbone, such as load_backbone() gives, got {model!r}")
+    if isinstance(model, Backbone):
+        return model
+    return Backbone(model).to(next(model.parameters()).device).eval()
 
 
 def _log_size(state: TokenState) -> Tensor:

@@ -72,6 +72,23 @@ class ActionGame:
         infos = {"alive": self.present, "parked": self._parked, "action_mask": mask}
         return {name: value for name, value in infos.items() if value is not None}
 
+    def state(self) -> Tensor:
+        """Features and alive flags of all tokens, `[B, P + N, D + 1]` float32: prefix tokens first, zeros for the dead.
+
+        Raises:
+            RuntimeError: before the first game.
+        """
+        tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
+        rows, width = num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1
+        table = torch.zeros(tokens.batch_size, rows, width, device=tokens.x.device)
+        with torch.no_grad():
+            table[:, :num_prefix, :-1], table[:, :num_prefix, -1] = tokens.prefix, 1
+            for part in (tokens, tokens.parked):
+                if part is not None:
+                    place = part.image, num_prefix + part.token
+                    table[(*place, slice(-1))], table[(*place, -1)] = part.tokens.to(table.dtype), 1
+        return table
+
     def actions_from(self, policy: Policy) -> Tensor:
         """The actions `[B, N]` int64 that a policy would take now.
 

@@ -13,6 +13,7 @@ from pettingzoo.utils.conversions import aec_wrapper_fn
 from torch import Tensor, nn
 
 from vitprune_env.data import Digits, ImageDataset, fetch
+from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.action_game import ActionGame
 from vitprune_env.envs.actions import ActionKind, action_kind
@@ -199,14 +200,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """
         if self._images is None:
             raise RuntimeError("state: no game has begun; call reset() first")
-        tokens, num_prefix = self.game.state, self.game.backbone.num_prefix
-        table = np.zeros((num_prefix + self.game.num_agents, self.game.backbone.embed_dim + 1), np.float32)
-        for part in (tokens, tokens.parked):  # the state of the waiting tokens has no prefix tokens
-            if part is not None:
-                rows = np.concatenate([np.arange(part.num_prefix), num_prefix + part.token.cpu().numpy()])
-                table[rows, :-1] = _rows(part.x[None])
-                table[rows, -1] = 1
-        return table.flatten()
+        return self._play.state().flatten().cpu().numpy()
 
     def observation(self) -> Observation:
         """The `Observation` that a `Policy` decides on, with B = 1."""
@@ -315,13 +309,51 @@ def parallel_env(
         action_space: an `ActionKind`, or the name of a built-in one: `"keep"`, `"keep_or_merge"`, `"keep_or_fuse"`,
             `"drop_merge_keep"` or `"merge"`.
         attention_bias: `"log_size"` lets a merged token count as often as the patches in it (proportional attention).
+
+    Raises:
+        ValueError: for what `TokenPruningEnv` refuses, or no dataset beside a network that the built-in task does not
+            fit.
+    """
+    game, images, kind = make_game(backbone, dataset, sites, reward, needs, device, action_space, attention_bias)
+    return TokenPruningEnv(game, images, on_prune, render_mode, kind)
+
+
+def make_game(
+    backbone: Backbone | nn.Module | str | None,
+    dataset: ImageDataset | None,
+    sites: Sequence[int | str | Site] | None,
+    reward: RewardFn | None,
+    needs: frozenset[str],
+    device: str | torch.device | None,
+    action_space: ActionKind | str,
+    attention_bias: str | None,
+) -> tuple[TokenGame, ImageDataset, ActionKind]:
+    """Game, images and action kind from the arguments of `parallel_env`.
+
+    Raises:
+        ValueError: for no dataset beside a network that the built-in task does not fit.
     """
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone or "vit_digits")
+    images = _built_in_images(network) if dataset is None else dataset
     network = network if device is None else network.to(device)
     kind = action_kind(action_space)
     game = TokenGame(network, sites, reward, needs | kind.needs, attention_bias or kind.attention_bias)
-    images = Digits("train", size=BUILT_IN_IMAGES) if dataset is None else dataset
-    return TokenPruningEnv(game, images, on_prune, render_mode, kind)
+    return game, images, kind
+
+
+def _built_in_images(backbone: Backbone) -> Digits:
+    """Training scenes of the built-in task.
+
+    Raises:
+        ValueError: for a network that takes other images, or knows fewer classes.
+    """
+    task, taken = [3, DIGITS.canvas, DIGITS.canvas], [backbone.in_chans, *backbone.image_size]
+    if task != taken or backbone.num_classes < len(Digits.classes):
+        raise ValueError(
+            f"dataset: expected images {taken} of up to {backbone.num_classes} classes for {backbone.name}, got None; "
+            f"the built-in task has images {task} of {len(Digits.classes)} classes"
+        )
+    return Digits("train", size=BUILT_IN_IMAGES)
 
 
 raw_env = aec_wrapper_fn(parallel_env)  # agents act one after the other (AEC); takes the arguments of parallel_env

@@ -154,6 +154,14 @@ class TokenVectorEnv:
             infos |= {name: getattr(outcome, name) for name in ("correct", "macs", "n_kept", "logits")}
         return tokens, rewards, terminations, torch.zeros_like(terminations), infos
 
+    def state(self) -> Tensor:
+        """The global state of each game, `[B, (P + N) * (D + 1)]` float32; each row as `TokenPruningEnv.state()`.
+
+        Raises:
+            RuntimeError: before the first games.
+        """
+        return self._play.state().flatten(1)
+
     def observation(self) -> Observation:
         """The `Observation` that a `Policy` decides on."""
         return self.game.observation()

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.backbone import Backbone, as_backbone
 from vitprune_env.engine.cost import CostModel
 from vitprune_env.engine.evidence import check_needs, from_attention
 from vitprune_env.engine.reduction import check_decision, recall
@@ -38,7 +38,7 @@ class TokenGame:
         ValueError: for an unknown attention bias.
 
     Args:
-        backbone: the network to prune.
+        backbone: the network to prune, a `Backbone` or a timm model.
         sites: where to take steps, such as `(3, 6, 9)` or `("4.attn", "7.attn")`; None: the backbone's own.
         reward: what the agents are paid; None: `SharedOutcome()`.
         needs: evidence to compute at every site (a policy's `needs`).
@@ -49,7 +49,7 @@ class TokenGame:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | nn.Module,
         sites: Sequence[int | str | Site] | None = None,
         reward: RewardFn | None = None,
         needs: frozenset[str] = frozenset(),
@@ -57,8 +57,7 @@ class TokenGame:
         grad: bool = False,
         check: bool = True,
     ) -> None:
-        if not isinstance(backbone, Backbone):
-            raise TypeError(f"backbone: expected a Backbone, such as load_backbone() gives, got {backbone!r}")
+        backbone = as_backbone(backbone)
         if attention_bias not in (None, "log_size"):
             raise ValueError(f"attention_bias: expected None or 'log_size', got {attention_bias!r}")
         if isinstance(needs, str):
@@ -81,11 +80,11 @@ class TokenGame:
         self._finished: Outcome | None = None
 
     @classmethod
-    def for_policy(cls, backbone: Backbone, policy: Policy, **kwargs: Any) -> TokenGame:
+    def for_policy(cls, backbone: Backbone | nn.Module, policy: Policy, **kwargs: Any) -> TokenGame:
         """The game with a policy's own sites, evidence and attention bias.
 
         Args:
-            backbone: the network to prune.
+            backbone: the network to prune, a `Backbone` or a timm model.
             policy: the policy that will play.
             **kwargs: further arguments of `TokenGame`; they replace what the policy says.
 
@@ -93,6 +92,7 @@ class TokenGame:
             TypeError: for a policy that lacks a member of the protocol.
         """
         check_members(policy)
+        backbone = as_backbone(backbone)
         sites = policy.default_sites(backbone.depth)
         own = {"sites": sites, "needs": policy.needs, "attention_bias": policy.attention_bias}
         return cls(backbone, **{**own, **kwargs})
