@@ -48,7 +48,7 @@ def train(iterations: int = 40, seed: int = 0, images: int = 128) -> torch.nn.Mo
         live["advantage"] = (live["value_target"] - critic(live.clone())["state_value"]).detach()
         for rows in (rows for _ in range(4) for rows in live[torch.randperm(len(live))].split(4096)):
             optimizer.zero_grad()
-            sum(loss(rows).select("loss_objective", "loss_critic", "loss_entropy").values()).backward()
+            sum(loss(rows).select("loss_objective", "loss_critic", "loss_entropy").values(), torch.zeros(())).backward()
             optimizer.step()
     return network
 

@@ -1,5 +1,7 @@
 """Token pruning is a task that BenchMARL's algorithms play, centralised and independent, with and without a state."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import csv

@@ -1,5 +1,7 @@
 """The TorchRL environment plays the game of `TokenGame`; TorchRL's own check, collector and masks accept it."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import copy
@@ -70,6 +72,7 @@ def test_it_is_the_game_of_token_game(kind: ActionKind) -> None:
     played = cast(TensorDict, env.rollout(STEPS, auto_reset=False, tensordict=start))
     game, (images, labels) = new_game(kind), images_for(NAME)[indices]
     obs: Any = game.reset(images, labels)
+    info: dict[str, Any] = {}
     for step in range(STEPS):
         seen = played[:, step]
         torch.testing.assert_close(obs.gather(seen["tokens", "observation"]), obs.tokens)
