@@ -29,6 +29,7 @@ def train(iterations: int = 10, seed: int = 0, runners: int = 2, on_prune: str =
         .env_runners(num_env_runners=runners, sample_timeout_s=600)
         .multi_agent(policies={"token"}, policy_mapping_fn=lambda *_, **__: "token", count_steps_by="agent_steps")
         .training(train_batch_size_per_learner=ROWS, minibatch_size=ROWS // 4, num_epochs=5, gamma=1.0, lr=1e-3)
+        .rl_module(model_config={"fcnet_hiddens": [64, 64]})  # the default costs more than the budget
         .debugging(seed=seed)
         .build_algo()
     )
