@@ -123,6 +123,7 @@ def test_a_visitor_changes_the_answer(address: str, browser: Any, tmp_path: Path
     until(lambda: f"the dense network reads {dense}" in text("vp-reads"))
     assert text("vp-reads").split()[1] != dense
     until(lambda: "x as fast" in text("vp-takes"))
+    assert f"{len(STROKE)} clicked away" in text("vp-keeps")  # no late answer to an earlier click came instead
     shot = Path(os.environ.get("SCREENSHOT", tmp_path / "page.png"))
     assert browser.save_screenshot(str(shot))
     with Image.open(shot) as picture:

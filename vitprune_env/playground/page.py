@@ -51,36 +51,44 @@ def build(session: Session) -> Any:
     def thumbnails() -> list[tuple[Any, None]]:
         return [(panels.enlarged(picture.rgb, panels.THUMBNAIL), None) for picture in session.pictures]
 
-    def show(number: int, policy: str, share: float, gone: list[int]) -> tuple[Any, str, str, str]:
+    latest: dict[str, Question] = {}  # by the browser's session; answers to older questions come too late
+
+    def show(number: int, policy: str, share: float, gone: list[int], request: Any) -> tuple[Any, ...]:
         """Board, classes, numbers without time, and panels of the sites."""
         question, picture = Question(number, policy, share, frozenset(gone)), session.pictures[number]
-        shown = panels.board(picture, gone, grid)
+        latest[request.session_hash] = question
+        board = panels.board(picture, gone, grid)
         try:
             answer = session.answer(question)
         except VitPruneError as error:
-            return shown, panels.note(str(error)), "", ""
-        classes = panels.classes(answer, picture.label, names)
-        return shown, classes, panels.numbers(question, answer, None, names), panels.sites(picture, answer, grid)
+            parts = board, panels.note(str(error)), "", ""
+        else:
+            classes = panels.classes(answer, picture.label, names)
+            parts = board, classes, panels.numbers(question, answer, None, names), panels.sites(picture, answer, grid)
+        return parts if latest[request.session_hash] == question else tuple(gr.skip() for _ in parts)
 
-    def measure(number: int, policy: str, share: float, gone: list[int]) -> str:
-        """The numbers with time; as `show` leaves them where there is no answer."""
+    def measure(number: int, policy: str, share: float, gone: list[int], request: Any) -> Any:
+        """The numbers with time, if they are still asked for."""
         question = Question(number, policy, share, frozenset(gone))
+        if latest.get(request.session_hash) != question:
+            return gr.skip()
         try:
-            answer, times = session.answer(question), session.times(question)
+            numbers = panels.numbers(question, session.answer(question), session.times(question), names)
         except VitPruneError:
-            return ""
-        return panels.numbers(question, answer, times, names)
+            return gr.skip()
+        return numbers if latest[request.session_hash] == question else gr.skip()
+
+    # Gradio passes the request and the event to what is annotated with their classes.
+    show.__annotations__["request"] = measure.__annotations__["request"] = gr.Request
 
     def toggle(number: int, gone: list[int], event: Any) -> list[int]:
         (x, y), shown = event.index, panels.board(session.pictures[number], (), grid)
         return sorted(set(gone) ^ {token_at(x, y, (len(shown), len(shown[0])), grid)})
 
-    toggle.__annotations__["event"] = gr.SelectData  # Gradio passes the event to what is annotated with its class
-
     def choose(event: Any) -> tuple[int, list[int]]:
         return event.index, []
 
-    choose.__annotations__["event"] = gr.SelectData
+    toggle.__annotations__["event"] = choose.__annotations__["event"] = gr.SelectData
 
     def bring(path: str) -> tuple[Any, int, list[int]]:
         try:
