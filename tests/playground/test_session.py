@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vitprune_env import Decision, load_backbone
+from vitprune_env import BasePolicy, Decision, Observation, TokenGame, load_backbone, play
 from vitprune_env.benchmarking.contestants import Task, contestants_of
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.data import Digits
 from vitprune_env.engine.walk import Packed, Walk
 from vitprune_env.errors import BudgetError, SettingsError
-from vitprune_env.playground.clicks import token_at, without
+from vitprune_env.playground.clicks import WithoutTokens, token_at, without
 from vitprune_env.playground.pictures import from_batches, from_image
 from vitprune_env.playground.session import BY_HAND, Question, Session
 from vitprune_env.types import parse_sites
@@ -76,6 +76,23 @@ def test_a_policy_sees_what_it_would_if_the_clicked_tokens_had_left(session: Ses
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
     whole_table, table = (obs.scatter(obs.evidence["cls_attention"]) for obs in (whole, seen))
     assert torch.equal(table, whole_table * ~gone)
+
+
+class AllIntoOne(BasePolicy):
+    """Merges every token into the first one, whatever is dead, after doubling its features."""
+
+    def decide(self, obs: Observation) -> Decision:
+        keep = obs.alive & (torch.arange(obs.num_agents) == 0)
+        return Decision(keep, merge_into=torch.zeros_like(obs.order), features=2 * obs.tokens)
+
+
+def test_decisions_about_tokens_that_a_policy_does_not_see_count_for_nothing(session: Session) -> None:
+    gone = torch.zeros(session.backbone.num_patches, dtype=torch.bool)
+    gone[sorted(GONE)] = True
+    game = TokenGame(session.backbone, sites=(2,))
+    outcome = play(game, WithoutTokens(AllIntoOne(), gone), session.pictures[0].pixels[None]).outcome
+    assert torch.equal(outcome.source[0], torch.where(gone, -1, 0))
+    assert outcome.alive.sum() == 1
 
 
 def test_policies_answers_and_times_are_computed_once(session: Session) -> None:
