@@ -56,6 +56,16 @@ def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyP
         exec(compile(snippet, page, "exec", dont_inherit=True), namespace)  # without this file's __future__ import
 
 
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("page", ["game.md", "play.md"])
+def test_every_snippet_stands_alone(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec", dont_inherit=True), {"__name__": "docs"})
+
+
 def anchors(page: Path) -> set[str]:
     """Names under which links reach the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)

@@ -89,7 +89,7 @@ def make_model(name: str, **changes: Any) -> VisionTransformer:
             spread = 0.5 if key.endswith(("pos_embed", "token")) else 0.15
             parameter.copy_(1 + 0.2 * noise if is_gain else spread * noise)
     if getattr(model, "attn_pool", None) is not None:  # torch's counter of MACs fails on a view of a parameter
-        model.attn_pool.latent.requires_grad_(False)
+        cast(Any, model).attn_pool.latent.requires_grad_(False)
     return cast(VisionTransformer, model)
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": "fine-tune a network for a policy that prunes it",
     "finetune-backbone": "make a network that bears missing tokens, from pretrained weights and class folders",
     "speedup": "time dense and pruned model side by side",
+    "play": "open a page to play with: a picture, a policy, a budget, and clicks on tokens",
     "export": "write a pruned model as a folder, a torch program or an ONNX file",
     "info": "show versions, networks, baselines, or what a saved policy is",
     "oracle": "show what knowing where the digit is would be worth on the built-in tasks",

@@ -295,7 +295,7 @@ def read_flags(
     """
 
     def read(words: Sequence[str]) -> T:
-        values = default(words) if callable(default) else default
+        values = cast(T | None, default(words) if callable(default) else default)
         args = _parsed(flags, words, description, prog, flags() if values is None else values)
         return args if any(word.split("=")[0] == "--output" for word in words) else _named(args)
 
