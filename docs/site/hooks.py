@@ -21,9 +21,9 @@ ROOT = DOCS.parent
 OUTSIDE = {"README.md": "readme_page.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 NOTEBOOK = "quickstart.ipynb"
 ROOMS = (
-    "engine", "game", "envs", "integrations", "deploy", "models", "data", "plots", "agents", "baselines", "benchmarking",
-    "playground",
-)  # fmt: skip
+    *("engine", "game", "envs", "integrations", "deploy", "models", "data", "plots"),
+    *("agents", "baselines", "benchmarking", "playground"),
+)
 WORDS = ("types", "policy", "errors")  # modules that all rooms share
 FURTHER = "Further"  # title of the pages that the navigation does not name
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")

@@ -3,8 +3,8 @@
     pip install vitprune_env[benchmarl]
     python examples/frameworks/benchmarl_mappo.py --iterations 40
 
-The critic gives an image one value for all agents, but only kept tokens are charged for what is left of the network. With a
-trace parameter (lambda) of 1 each agent's return is its own.
+The critic gives an image one value for all agents, but only kept tokens are charged for what is left of the network.
+With a trace parameter (lambda) of 1 each agent's return is its own.
 """
 
 from __future__ import annotations

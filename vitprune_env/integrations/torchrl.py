@@ -52,7 +52,8 @@ class TokenEnv(EnvBase):
         >>> env = TokenEnv(venv)
         >>> _ = env.set_seed(0)
         >>> games = env.rollout(venv.num_steps)
-        >>> accuracy = games["next", "outcome", "correct"][:, -1].float().mean()
+        >>> correct = games["next", "outcome", "correct"]
+        >>> accuracy = correct[:, -1].float().mean()
 
     Args:
         venv: the games to play. Do not step it elsewhere at the same time. Everything is on the device of its backbone.
