@@ -161,7 +161,7 @@ class Decision:
 
     Token j becomes the sum over all i with `merge_into[i] = j` of `weight[i] * x_i`, j itself included, with the
     weights as given. `merge_into[i] = i` stands alone, -1 is dropped, and a group whose target is not kept leaves
-    whole. Without `merge_into` every kept token stands alone with weight 1.
+    whole. Without `merge_into` every kept token stands alone, times its weight if there are weights.
 
     A token that is kept and parked waits: no half-block touches it and it costs nothing, until a later decision says
     otherwise. Every decision says anew which tokens wait: a waiting token that is kept and parked waits on, one

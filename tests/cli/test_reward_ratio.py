@@ -67,7 +67,7 @@ def test_the_two_forms_of_the_reward() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--ratios", "0.5", "-1"], "ratios: expected numbers above 0, got (0.5, -1.0)"),
+        (["--ratios", "0.5", "-1"], "--ratios: expected a number above 0, got -1.0"),
         (["--target-share", "0.5"], "ratios: expected no budget beside them"),
         (
             ["--price-rate", "0.5"],

@@ -195,8 +195,8 @@ def test_something_else_than_a_decision_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"count": "3"}, "count: expected a whole number or None"),
-        ({"park_count": 2.0}, "park_count: expected a whole number or None"),
+        ({"count": "3"}, "count: expected None or a whole number"),
+        ({"park_count": 2.0}, "park_count: expected None or a whole number"),
         ({"weight": torch.ones(2, 4).to_sparse()}, "weight: expected a plain tensor"),
         ({"macs": torch.ones(2).to_sparse()}, "macs: expected a plain tensor"),
         ({"macs": torch.ones(2, dtype=torch.complex64)}, "macs: expected real numbers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,8 +29,8 @@ def asked(share: Any) -> Any:
 
 
 @TIMES
-def test_thresholds(times: int) -> None:
-    logging.getLogger("vitprune_env").setLevel(logging.ERROR)
+def test_thresholds(times: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, logger="vitprune_env")  # of thresholds that cannot be met, which say so
 
     @inputs(10 * times)
     @given(shares, st.integers(0, 99))

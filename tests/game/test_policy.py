@@ -138,14 +138,13 @@ def test_topk_counts_the_original_tokens() -> None:
 def test_attention_sites_fit_networks_of_any_depth(depth: int) -> None:
     backbone = Backbone(make_model("vit_tiny_patch16_224", depth=depth))
     policy = EViT(0.5)
-    sites = TokenGame.for_policy(backbone, policy).sites
+    game = TokenGame.for_policy(backbone, policy, sites="published")
+    sites = game.sites
     assert all(site.inside for site in sites)
     expected = {12: [4, 7, 10], 24: [7, 13, 19], 4: [2, 3, 4], 1: [1]}
     if depth in expected:
         assert [site.block for site in sites] == expected[depth]
-    assert torch.isfinite(
-        play(TokenGame.for_policy(backbone, policy), policy, random_images(backbone, 2)).outcome.logits
-    ).all()
+    assert torch.isfinite(play(game, policy, random_images(backbone, 2)).outcome.logits).all()
 
 
 def test_class_attention_needs_a_class_token() -> None:

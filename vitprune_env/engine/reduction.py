@@ -63,10 +63,13 @@ def check_decision(
             )
         goes = goes & ~decision.park
     waits = torch.zeros_like(goes) if decision.park is None else decision.park
+    most = alive.shape[1]
     for name in ("count", "park_count"):
         number = getattr(decision, name)
-        if number is not None and (not isinstance(number, Integral) or isinstance(number, bool)):
-            raise DecisionError(f"{name}: expected a whole number or None, got {number!r}")
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number <= most:
+            raise DecisionError(f"{name}: expected None or a whole number of tokens from 0 to {most}, got {number!r}")
     if decision.count is not None and (goes.sum(dim=1) != decision.count).any():
         raise DecisionError(f"count: expected tokens that go on in every image, got {decision.count}, which is not so")
     if decision.park_count is not None and (waits.sum(dim=1) != decision.park_count).any():

@@ -47,6 +47,11 @@ class Args(evaluate.Args):
     """Further policies in the diversity view, at the same budgets: names of baselines, or saved policies."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/analysis")))
 
+    @property
+    def run_name(self) -> str:
+        """Of what."""
+        return "analysis" if self.policy is None else f"analysis-{self.policy}"
+
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     """Read the command line, as `vitprune evaluate` does.

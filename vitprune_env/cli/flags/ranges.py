@@ -35,6 +35,7 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),  # the largest that numpy takes
     "threads": Range(1, 1024),  # the system kills a process that asks for very many
     "workers": Range(0, 1024),
+    "port": Range(0, 65535),
     "smallest_view": PART,
     "keep_rate": PART,
     "keep": PART,

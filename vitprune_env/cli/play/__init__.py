@@ -1,5 +1,5 @@
 """The command `vitprune play`."""
 
-from vitprune_env.cli.play.command import main
+from vitprune_env.cli.play.command import Args, main
 
-__all__ = ["main"]
+__all__ = ["Args", "main"]
