@@ -50,6 +50,8 @@ RUNS: dict[str, tuple[Preset, tuple[int, ...]]] = {  # settings, numbers of proc
         (1, 2),
     ),
 }
+FAULTS = "faults"
+EVERYDAY = ("uneven", "alternate", FAULTS)  # the others take their time
 Work = Callable[[Processes], object]
 
 
@@ -138,20 +140,28 @@ def gathering(processes: Processes) -> None:
 
 
 def main() -> None:
-    """All of it; exit codes and times go to standard output."""
-    root = Path(sys.argv[1])
+    """What the command line names; exit codes and times go to standard output."""
+    root, names = Path(sys.argv[1]), sys.argv[2:]
     data = OwnLabels(24)
-    codes: dict[str, list[int]] = {"gathering": together(3, gathering)}
-    for name, (config, sizes) in RUNS.items():
+    codes: dict[str, list[int]] = {}
+    for name in names:
+        config, sizes = RUNS.get(name, (SEVERAL, ()))
         for size in sizes:
             codes[f"{name}{size}"] = together(size, training(data, config, root / f"{name}{size}"))
+    seconds = what_goes_wrong(root, data, codes) if FAULTS in names else 0.0
+    sys.stdout.write(json.dumps({"codes": codes, "seconds": seconds}))
+
+
+def what_goes_wrong(root: Path, data: OwnLabels, codes: dict[str, list[int]]) -> float:
+    """Errors and signals in one of the processes, and a run taken up again; seconds until an error ended all."""
+    codes["gathering"] = together(3, gathering)
     folder, start = root / "failed", time.perf_counter()
     codes["failed"] = together(2, in_rank(1, 4, fail, training(data, SEVERAL, folder)))
     seconds = time.perf_counter() - start
     codes["resumed"] = together(3, training(data, SEVERAL, folder, resume=True))
     terminate = in_rank(1, 2, lambda: signal.raise_signal(signal.SIGTERM), training(data, SEVERAL, root / "stopped"))
     codes["stopped"] = together(2, terminate)
-    sys.stdout.write(json.dumps({"codes": codes, "seconds": seconds}))
+    return seconds
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from games import NAME, OwnLabels
 from helpers import toy
 from places import SUPPORT as HERE
-from ranks import RUNS
+from ranks import EVERYDAY, RUNS
 from runs import TINY, but
 from vitprune_env.agents import TokenActor
 from vitprune_env.agents.learners.exploration import ExploringPolicy
@@ -35,13 +35,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    folder = tmp_path_factory.mktemp("ranks")
-    line = [sys.executable, str(HERE / "ranks.py"), str(folder)]
+Ranks = tuple[Path, dict[str, Any], str]
+
+
+def trained(folder: Path, names: tuple[str, ...]) -> Ranks:
+    line = [sys.executable, str(HERE / "ranks.py"), str(folder), *names]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return trained(tmp_path_factory.mktemp("ranks"), EVERYDAY)
+
+
+@pytest.fixture(scope="module")
+def further_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return trained(tmp_path_factory.mktemp("further"), tuple(set(RUNS) - set(EVERYDAY)))
 
 
 def ended(folder: Path, name: str, rank: int) -> dict[str, Any]:
@@ -58,9 +69,11 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], atol: float) -> None:
             assert here[name] == pytest.approx(there[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_several_processes_come_to_what_one_comes_to(name: str, ranks: tuple[Path, dict[str, Any], str]) -> None:
-    folder, report, errors = ranks
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in EVERYDAY)) for name in RUNS]
+)
+def test_several_processes_come_to_what_one_comes_to(name: str, request: pytest.FixtureRequest) -> None:
+    folder, report, errors = request.getfixturevalue("ranks" if name in EVERYDAY else "further_ranks")
     one = ended(folder, f"{name}1", 0)
     for size in RUNS[name][1]:
         assert report["codes"][f"{name}{size}"] == [0] * size, errors[-2000:]
@@ -78,7 +91,7 @@ def test_several_processes_come_to_what_one_comes_to(name: str, ranks: tuple[Pat
     assert one["history"][0]["gradient_steps"] >= least[name]
 
 
-def test_process_0_alone_writes(ranks: tuple[Path, dict[str, Any], str]) -> None:
+def test_process_0_alone_writes(ranks: Ranks) -> None:
     folder, report, errors = ranks
     for name, codes in report["codes"].items():
         if name not in ("gathering", "failed", "resumed"):
@@ -87,7 +100,7 @@ def test_process_0_alone_writes(ranks: tuple[Path, dict[str, Any], str]) -> None
             assert len(list((folder / name / "tensorboard").iterdir())) == 1, (name, codes, errors[-500:])
 
 
-def test_collectives(ranks: tuple[Path, dict[str, Any], str]) -> None:
+def test_collectives(ranks: Ranks) -> None:
     _, report, errors = ranks
     assert report["codes"]["gathering"] == [0, 0, 0], errors[-2000:]
     alone = Processes()
@@ -100,7 +113,7 @@ def test_collectives(ranks: tuple[Path, dict[str, Any], str]) -> None:
     assert {len(share) for share in shares} == {2, 3}
 
 
-def test_an_error_in_one_process_ends_all(ranks: tuple[Path, dict[str, Any], str]) -> None:
+def test_an_error_in_one_process_ends_all(ranks: Ranks) -> None:
     """And a run of two processes is taken up again by three."""
     folder, report, errors = ranks
     assert report["codes"]["failed"] == [1, 1]
@@ -112,7 +125,7 @@ def test_an_error_in_one_process_ends_all(ranks: tuple[Path, dict[str, Any], str
         assert_close(ended(folder, "uneven1", 0), ended(folder, "failed", rank), atol=1e-5)
 
 
-def test_a_signal_to_one_process_stops_all(ranks: tuple[Path, dict[str, Any], str]) -> None:
+def test_a_signal_to_one_process_stops_all(ranks: Ranks) -> None:
     folder, report, errors = ranks
     assert report["codes"]["stopped"] == [143, 143]
     assert errors.count("stopped after update 2 of 5") == 3  # process 0 says so, and both exceptions carry it
