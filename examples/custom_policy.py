@@ -63,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_policy(KeyNorms(0.7), backbone, tune.batch(range(4))[0].to(args.device))  # shapes, determinism, independence
     policies = {"key norms": KeyNorms, "EViT": "evit", "TopK": "topk"}
-    timing = Timing(pairs=2, images=8) if args.quick else Timing()
-    result = benchmark(policies, backbone, test, tune=tune, budgets=(0.5,), timing=timing, seeds=2, output=args.output)
+    timing, seeds = (Timing(pairs=2, images=8), 1) if args.quick else (Timing(), 2)
+    result = benchmark(
+        policies, backbone, test, tune=tune, budgets=(0.5,), timing=timing, seeds=seeds, output=args.output
+    )
     print(result.table())
     print(f"table, CSV, LaTeX and figures are in {args.output}/")
 

@@ -74,7 +74,9 @@ def check_worth(method: str, share: float, config: Any, train: int, images: int,
         assert result.accuracy > measured(other).accuracy + margin, f"better than {other}"
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "dynamicvit")) for name in METHODS]
+)
 def test_a_short_fit_already_beats_no_fit(method: str) -> None:
     config = METHODS[method][2]
     short = replace(config.fit, steps=12, batch_size=16, validation=32)

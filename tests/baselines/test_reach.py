@@ -35,7 +35,7 @@ def share_of(backbone: Backbone, policy: Any, batches: list[Any], sites: Any = N
 
 
 @every_ltmp
-@pytest.mark.parametrize("network", ["digits", "random weights"])
+@pytest.mark.parametrize("network", ["digits", pytest.param("random weights", marks=pytest.mark.slow)])
 def test_unfitted_thresholds_reach_the_budgets(name: str, network: str) -> None:
     backbone, batches = problem(network)
     dense = CostModel.of(backbone).dense() / 1e9

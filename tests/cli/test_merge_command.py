@@ -83,7 +83,7 @@ def test_a_file_to_start_from_fits_the_algorithm(
     assert load_policy(trained / "start.safetensors").default_sites(8) is not None
 
 
-@pytest.mark.parametrize("teacher", ["evit", "distilled"])
+@pytest.mark.parametrize("teacher", ["evit", pytest.param("distilled", marks=pytest.mark.slow)])
 def test_mappo_starts_from_a_baseline(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--quick", "--updates", 1, "--target-share", 0.6, "--sites", 3, 5, "--actions", "keep_or_merge")
     flags = (*small, "--init-from", teacher, "--test-images", 10, "--output", tmp_path)
@@ -95,6 +95,8 @@ def test_mappo_starts_from_a_baseline(teacher: str, tmp_path: Path, monkeypatch:
     rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert [row["name"] for row in rows][-2:] == ["distilled attention, merging", "MAPPO"]
     monkeypatch.setattr("vitprune_env.cli.train.cloned_policy", lambda *_, **__: pytest.fail("cloned again"))
+    for name in ("compare", "report"):  # takes longest, and is the same
+        monkeypatch.setattr(f"vitprune_env.cli.train.{name}", lambda *_: None)
     vitprune("train", *flags, "--resume")
 
 

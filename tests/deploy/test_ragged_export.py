@@ -36,7 +36,14 @@ def alive_at_the_end(model: PrunedViT, images: list[Tensor]) -> set[int]:
 
 @pytest.mark.parametrize(
     ("backbone", "policy"),
-    [(DEIT, "learnt"), (POOLED, "learnt"), (DEIT, ATS(16)), (DEIT, LTMP(prune_thresholds=0.05))],
+    [
+        (DEIT, "learnt"),
+        (DEIT, ATS(16)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((POOLED, "learnt"), (DEIT, LTMP(prune_thresholds=0.05)))
+        ),
+    ],
     ids=describe,
 )
 @torch.no_grad()

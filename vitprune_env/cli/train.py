@@ -207,7 +207,7 @@ def _small(args: A) -> A:
         learner=lowered(training.learner, epochs=2),
         finetune=finetune,
     )
-    return lowered(replace(args, training=training), test_images=100, untrained_actors=2)
+    return lowered(replace(args, training=training), test_images=100, untrained_actors=1)
 
 
 def open_task(args: Args, backbone: Backbone) -> Task:
