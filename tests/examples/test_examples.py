@@ -122,10 +122,12 @@ def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path: Path, capsys: pytes
     assert "the same logits: True" in capsys.readouterr().out
 
 
-def test_a_trained_policy_is_deployed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_policies_are_deployed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("deploy", "--quick", "--output", tmp_path)
-    assert "exported program: class" in capsys.readouterr().out
-    assert (tmp_path / "model.pt2").is_file()
+    shown = capsys.readouterr().out
+    for name in ("learnt", "loudest"):  # a network and a policy of one's own, and a trained one
+        assert re.search(rf"{name}: the exported program answers class \d", shown)
+        assert (tmp_path / f"{name}.pt2").is_file()
 
 
 def test_policies_are_compared_in_one_call(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
