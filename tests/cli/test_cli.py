@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from vitprune_env.agents import (
     save_policy,
 )
 from vitprune_env.cli import COMMANDS, benchmark, evaluate, explained, finetune, main
-from vitprune_env.cli.flags import in_flags
+from vitprune_env.cli.flags import CommonFlags, in_flags, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
@@ -70,7 +70,10 @@ def test_the_list_of_commands_comes_without_loading_torch() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_flags_in_groups_with_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_flags_in_groups_with_defaults(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         vitprune(command, "--help")
     assert stopped.value.code == 0
@@ -79,6 +82,26 @@ def test_help_shows_flags_in_groups_with_defaults(command: str, capsys: pytest.C
     _, *groups = re.split(r"^\W*(?:[\w.]+ )?options\W*$", shown, flags=re.MULTILINE)
     assert all("(default:" in group for group in groups)
     assert max(len(re.findall(r"^\W* --", group, flags=re.MULTILINE)) for group in groups) <= 20
+
+
+@dataclass
+class Flags:
+    """What a command has."""
+
+    inner: CommonFlags = field(default_factory=CommonFlags)
+    first: int = 0
+    """A text that goes on
+    in the next line."""
+
+
+def test_lines_of_help_end_where_the_terminal_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the second time as well
+        with pytest.raises(SystemExit):
+            read_flags(Flags, ["--help"], "About.")
+        shown = capsys.readouterr().out
+        assert "A text that goes on in the next line. (default: 0)" in shown
+        assert "Go on from what lies in the output folder" in shown
+        assert "Attributes" not in shown
 
 
 def test_flags_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_ar
 
 import tyro
 
+from vitprune_env.cli.flags.help_texts import join_lines
 from vitprune_env.cli.flags.ranges import check_ranges
 from vitprune_env.cli.flags.run_folder import make_way, store_words, stored_words
 
@@ -324,6 +325,7 @@ def _parsed(flags: type[T], words: Sequence[str], description: str | None, prog:
         SystemExit: with code 2, after one line on stderr, for what cannot be read as flags.
     """
     _check_paths(words, flags)
+    join_lines(flags)
     short_names = (tyro.conf.OmitArgPrefixes,)
     said = StringIO()
     try:
