@@ -17,6 +17,7 @@ from PIL import Image
 
 from places import DOCS, ROOT
 from vitprune_env import policy, types
+from vitprune_env.agents import foreign
 from vitprune_env.engine import evidence, families
 from vitprune_env.models import load
 
@@ -32,16 +33,21 @@ BROUGHT = {  # folders of images that a reader brings
     "docs/imagenet.md-1": [f"imagenet/val/{digit}" for digit in range(10)],
     "docs/imagenet.md-2": [f"photographs/{split}/{name}" for split in ("train", "val") for name in ("cat", "dog")],
     "docs/photographs.md-1": [
-        f"downloads/caltech101/101_ObjectCategories/{name}" for name in ("ant", "BACKGROUND_Google")
+        f"downloads/caltech101/101_ObjectCategories/{name}" for name in ("BACKGROUND_Google", "ant")
     ],
 }
 REPLACED = {  # what a test has not, and what stands in for it
-    "docs/imagenet.md-1": {'"deit_small_patch16_224", pretrained=True': '"vit_digits"', "/data/": ""},
+    "docs/imagenet.md-1": {
+        '"deit_small_patch16_224", pretrained=True': '"vit_digits"',
+        "/data/": "",
+        ", workers=8": "",
+    },
 }
 PATHS = re.compile(r"(?<![\w/])(?:vitprune_env|agents|baselines|examples|tests)/[\w/]+(?:\.\w+)?")
 GLOSSARY = (DOCS / "glossary.md").read_text("utf-8")
 CONTAINERS = ("Observation", "Decision", "Step", "Outcome", "Episode")
 REGISTRIES: tuple[tuple[ModuleType, str], ...] = (
+    (foreign, "_BUILDERS"),
     (evidence, "EVIDENCE"),
     (families, "FAMILIES"),
     (policy, "_CLASSES"),
@@ -79,9 +85,8 @@ def test_every_snippet_stands_alone(
     for brought, instead in REPLACED.get(snippet, {}).items():
         assert brought in code
         code = code.replace(brought, instead)
-    exec(
-        compile(code, snippet, "exec", dont_inherit=True), {"__name__": "snippet"}
-    )  # without this file's __future__ import
+    program = compile(code, snippet, "exec", dont_inherit=True)  # without the __future__ import of this file
+    exec(program, {"__name__": "snippet"})
     assert shown is None or capsys.readouterr().out == shown
 
 
