@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from games import NAME, OwnLabels
 from helpers import toy
-from places import DOCS
-from vitprune_env import benchmark, check_policy, load_policy, load_pruned, save_policy
+from vitprune_env import benchmark, check_policy, load_policy, save_policy
 from vitprune_env.agents import ModulePolicy, TokenActor, TokenPolicy, calibrate_threshold, foreign, register_actor
 from vitprune_env.envs.exits import DropMergeKeep, KeepOrMerge
 from vitprune_env.errors import CheckpointError
@@ -150,18 +149,6 @@ def test_it_is_saved_and_deployed(settings: dict[str, Any], tmp_path: Path) -> N
     foreign._BUILDERS.clear()
     with pytest.raises(CheckpointError, match=r"register_actor\('tanh_net', <its builder>\) first"):
         load_policy(path)
-
-
-@pytest.mark.usefixtures("own_names")
-def test_the_snippet_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (DOCS / "environment.md").read_text("utf-8").split("## A policy trained elsewhere")[1]
-    scope: dict[str, Any] = {}
-    snippet = text.partition("```python\n")[2].partition("```")[0]
-    exec(snippet.replace("size=200", "size=16").replace("size=64", "size=8"), scope)
-    images = scope["test"].batch(range(2))[0]
-    with torch.no_grad():
-        assert torch.equal(load_pruned("mine.safetensors")(images), scope["model"].eval()(images))
 
 
 @pytest.mark.usefixtures("own_names")

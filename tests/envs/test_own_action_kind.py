@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from typing import Any, cast
 
@@ -19,10 +18,8 @@ from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test
 
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, images_for, make_env
 from helpers import toy
-from places import DOCS
 from stay_drop_wait import StayDropWait
 from vitprune_env.baselines import EvoViT, RandomDrop, TopK
-from vitprune_env.envs import parallel
 from vitprune_env.envs.actions import MergeActions
 from vitprune_env.envs.gym import SingleAgentEnv
 from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env
@@ -267,17 +264,6 @@ def test_a_learner_that_gives_actions_to_the_rows_it_sees_lets_waiting_tokens_co
     assert episode.parked is not None
     assert episode.parked.flatten(1).all(dim=1).tolist() == [True, False, True]
     assert episode.keep.all()
-
-
-def test_the_kinds_of_the_documentation_play(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "BUILT_IN_IMAGES", 8)
-    text = (DOCS / "environment.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text.split("## Actions")[1].split("\n## ")[0], flags=re.DOTALL)
-    assert len(snippets) == 2
-    for snippet in snippets:
-        scope: dict[str, Any] = {"parallel_env": parallel.parallel_env}
-        exec(snippet, scope)
-        assert not scope["env"].agents
 
 
 def test_kinds_that_cannot_express_waiting_or_merging_refuse_it() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import pickle
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from benchmarl.models.mlp import MlpConfig
 
 from envs import images_for
 from helpers import toy
-from places import DOCS
 from vitprune_env.agents import ModulePolicy
 from vitprune_env.game.rewards import SharedOutcome
 from vitprune_env.game.rollout import evaluate
@@ -101,10 +99,3 @@ def test_bad_arguments_are_refused_before_an_experiment_begins() -> None:
         task(action_space="fly")
     with pytest.raises(ValueError, match="sites: expected blocks 1 to 4"):
         TokenTask(toy(NAME), cast(Any, images_for(NAME)), (9,))
-
-
-def test_the_snippet_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "torchrl.md").read_text("utf-8"), flags=re.DOTALL)
-    (snippet,) = (each for each in snippets if "benchmarl" in each)
-    exec(snippet, {"__name__": "docs"})

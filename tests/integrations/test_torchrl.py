@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any, cast
 
 import pytest
@@ -21,7 +20,6 @@ from torchrl.envs.utils import check_env_specs
 
 from envs import images_for
 from helpers import toy
-from places import DOCS
 from stay_drop_wait import StayDropWait
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.envs.vector import TokenVectorEnv
@@ -162,9 +160,3 @@ def test_the_example_trains() -> None:
 
     network = torchrl_mappo.train(iterations=2, images=8)
     assert network(torch.zeros(5, 48)).shape == (5, 2)
-
-
-def test_the_snippet_of_the_docs_runs() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "torchrl.md").read_text("utf-8"), flags=re.DOTALL)
-    (snippet,) = (each for each in snippets if "benchmarl" not in each)
-    exec(snippet, {"__name__": "docs"})

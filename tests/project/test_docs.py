@@ -13,18 +13,41 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 
 from places import DOCS, ROOT
 from vitprune_env import policy, types
+from vitprune_env.agents import foreign
 from vitprune_env.engine import evidence, families
 from vitprune_env.models import load
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-EXECUTED = ["CONTRIBUTING.md", "docs/index.md", "docs/glossary.md", "docs/analysis.md", "docs/deploy.md"]
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)  # with what it prints, if shown
+SNIPPETS = {
+    f"{page.relative_to(ROOT).as_posix()}-{number}": match.groups()
+    for page in PAGES
+    for number, match in enumerate(BLOCK.finditer(page.read_text("utf-8")), 1)
+}
+OPTIONAL = ("benchmarl", "onnx", "torchrl", "torchvision", "transformers")  # a snippet that names one needs the package
+BROUGHT = {  # folders of images that a reader brings
+    "docs/imagenet.md-1": [f"imagenet/val/{digit}" for digit in range(10)],
+    "docs/imagenet.md-2": [f"photographs/{split}/{name}" for split in ("train", "val") for name in ("cat", "dog")],
+    "docs/photographs.md-1": [
+        f"downloads/caltech101/101_ObjectCategories/{name}" for name in ("BACKGROUND_Google", "ant")
+    ],
+}
+REPLACED = {  # what a test has not, and what stands in for it
+    "docs/imagenet.md-1": {
+        '"deit_small_patch16_224", pretrained=True': '"vit_digits"',
+        "/data/": "",
+        ", workers=8": "",
+    },
+}
 PATHS = re.compile(r"(?<![\w/])(?:vitprune_env|agents|baselines|examples|tests)/[\w/]+(?:\.\w+)?")
 GLOSSARY = (DOCS / "glossary.md").read_text("utf-8")
 CONTAINERS = ("Observation", "Decision", "Step", "Outcome", "Episode")
 REGISTRIES: tuple[tuple[ModuleType, str], ...] = (
+    (foreign, "_BUILDERS"),
     (evidence, "EVIDENCE"),
     (families, "FAMILIES"),
     (policy, "_CLASSES"),
@@ -46,24 +69,30 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", EXECUTED)
-def test_snippets_run_one_after_the_other(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_every_snippet_stands_alone(
+    snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs in an empty namespace and an empty folder, and prints what the page shows beneath it."""
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)
-    assert snippets
-    namespace: dict[str, Any] = {"__name__": "docs"}
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec", dont_inherit=True), namespace)  # without this file's __future__ import
+    code, shown = SNIPPETS[snippet]
+    for package in OPTIONAL:
+        if package in code:
+            pytest.importorskip(package)
+    for folder in BROUGHT.get(snippet, ()):
+        Path(folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(Path(folder, "image_0001.jpg"))
+    for brought, instead in REPLACED.get(snippet, {}).items():
+        assert brought in code
+        code = code.replace(brought, instead)
+    program = compile(code, snippet, "exec", dont_inherit=True)  # without the __future__ import of this file
+    exec(program, {"__name__": "snippet"})
+    assert shown is None or capsys.readouterr().out == shown
 
 
-@pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", ["game.md", "play.md"])
-def test_every_snippet_stands_alone(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec", dont_inherit=True), {"__name__": "docs"})
+def test_the_pages_have_snippets() -> None:
+    assert {"README.md-6", "CONTRIBUTING.md-9", "docs/environment.md-9"} <= SNIPPETS.keys()
+    assert not re.search(r"^```py$", "".join(page.read_text("utf-8") for page in PAGES), flags=re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:

@@ -15,7 +15,6 @@ from places import ROOT
 from vitprune_env.cli import main as vitprune
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = sorted(
     {
@@ -24,21 +23,6 @@ COMMANDS = sorted(
         for name, flags in re.findall(r"(examples/\w+\.py|vitprune [\w-]+)([^&`]*)", line)
     }
 )
-
-
-def test_snippets_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # one of them writes a folder
-    assert len(SNIPPETS) >= 3
-    namespace: dict[str, object] = {}
-    for snippet in SNIPPETS:
-        exec(re.sub(r"range\(200\)", "range(2)", snippet), namespace)
-
-
-def test_snippets_of_the_training_docs_run() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text("utf-8"), flags=re.DOTALL)
-    assert len(snippets) >= 2
-    for snippet in snippets:
-        exec(snippet, {"__name__": "docs"})
 
 
 @cache
