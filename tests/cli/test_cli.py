@@ -114,6 +114,8 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").touch()
     assert "--output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
     assert "did you mean evit" in mistake(capsys, "info", "--method", "evt")
+    assert "--policy: expected a baseline with a keep rate, got tome" in mistake(capsys, "export", "--policy", "tome")
+    assert "expected a baseline without training, got ltmp" in mistake(capsys, "export", "--policy", "ltmp")
 
 
 def test_arguments_of_the_library_are_called_by_their_flags() -> None:

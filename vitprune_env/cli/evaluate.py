@@ -174,13 +174,17 @@ def load(args: Args) -> tuple[Policy, Backbone]:
         SettingsError: for a policy and a network that do not fit, or a named policy without a budget.
     """
     from vitprune_env.deploy.policy_files import load_policy
-    from vitprune_env.errors import SettingsError
+    from vitprune_env.errors import CheckpointError, SettingsError
 
     source, common = args.source, args.common
     if args.policy is not None:
         backbone = source.network(common.seed, common.device)
         return named_policy(args, args.policy, backbone), backbone
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: expected a policy file, found none; `vitprune train` writes one, and --policy names a baseline"
+        )
     policy = load_policy(path, device=common.device)
     info = getattr(policy, "info", {})  # of trained policies: where they come from
     if info.get("finetune", "off") != "off" and source.weights is None:
