@@ -105,6 +105,9 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert line == "error: --epochs: expected at least 1, got 0"
     line = mistake(capsys, "evaluate", "--checkpoint", "nowhere", "--output", tmp_path)
     assert re.search("error: .*nowhere.*expected a policy file, found none", line)
+    for command in ("evaluate", "export"):
+        line = mistake(capsys, command, "--checkpoint", "mine", "--keep-rate", 0.5, "--output", tmp_path)
+        assert line.startswith("error: --keep-rate: expected none beside a saved policy")
     line = mistake(capsys, "benchmark", "--methods", "evt", "--output", tmp_path)
     assert "did you mean evit" in line
     line = mistake(capsys, "benchmark", "--images", 0, "--output", tmp_path)

@@ -39,8 +39,8 @@ class Args:
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
     """A baseline without training that has a keep rate (evit, topk, ...), instead of a checkpoint."""
-    keep_rate: float = 0.7
-    """Fraction of the tokens that the named policy keeps at every site."""
+    keep_rate: float | None = None
+    """Fraction of the tokens that the named policy keeps at every site; None: 0.7."""
     max_batch: int | None = None
     """Largest batch that a graph must take; None: one image for learnt policies, any number for the others."""
     int8: bool = False
