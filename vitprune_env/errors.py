@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 12  # that a message lists
+
 
 class VitPruneError(ValueError):
     """Base class: a mistake in the arguments, explained in one sentence."""
@@ -68,5 +70,6 @@ class UnknownNameError(VitPruneError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known[:12])}"
+        listed = ", ".join([*known[:MOST_NAMES], *["..."] * (len(known) > MOST_NAMES)])
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {listed}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")

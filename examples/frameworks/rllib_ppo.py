@@ -33,9 +33,10 @@ def train(iterations: int = 10, seed: int = 0, runners: int = 2, on_prune: str =
         .debugging(seed=seed)
         .build_algo()
     )
+    agents = len(parallel_env().possible_agents)
     for iteration in range(iterations):
         result = algorithm.train()
-        mean = result["env_runners"]["episode_return_mean"] / len(parallel_env().possible_agents)
+        mean = result["env_runners"]["episode_return_mean"] / agents
         print(f"{iteration}: mean return {mean:.3f}, {result['time_this_iter_s']:.0f} s")
     module = algorithm.get_module("token")
     algorithm.stop()

@@ -20,6 +20,7 @@ from vitprune_env.benchmarking.published import (
 )
 from vitprune_env.benchmarking.published.beside import beside_figure, rows_beside
 from vitprune_env.benchmarking.published.rows import LEARNED, METHODS
+from vitprune_env.cli import main
 from vitprune_env.errors import SettingsError
 
 PAPERS = {"RL4EViT", "Long et al., 2023", "Bonnaerens & Dambre, 2023", "Chen et al."}
@@ -90,3 +91,10 @@ def test_networks_that_no_paper_has_are_refused() -> None:
     check_published("deit_small_patch16_224", 4.599)
     with pytest.raises(SettingsError, match=r"of 4.6 GMACs \(RL4EViT, Table I\), got 2.1 GMACs"):
         check_published("deit_small_patch16_224", 2.1)
+
+
+def test_redrawing_shows_them_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    RESULT.json(tmp_path / "results.json")
+    main(["benchmark", "--redraw", "--published", "--output", str(tmp_path)])
+    assert "not pruned" in (tmp_path / "published.md").read_text()

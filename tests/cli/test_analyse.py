@@ -21,7 +21,7 @@ def read(path: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made, and their files are there; drawing takes seconds."""
-    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -44,6 +44,14 @@ def test_every_view_is_a_figure_with_its_numbers(tmp_path: Path, capsys: pytest.
     assert len(read(tmp_path / "life_map.csv")) == 100
     assert [row["policy"] for row in read(tmp_path / "diversity.csv")] == ["evit:fuse=False", "random"]
     assert "undefined: one of the two is the same for all images" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_policy_is_shown_at_the_sites_that_are_asked_for(tmp_path: Path) -> None:
+    main(["analyse", "--quick", "--policy", "topk", "--images", "6", "--views", "layers", "diversity", "--sites", "2",
+          "4", "--budgets", "0.7", "--output", str(tmp_path)])  # fmt: skip
+    assert [row["site"] for row in read(tmp_path / "layers.csv")] == ["2", "4"]
+    assert [row["sites"] for row in read(tmp_path / "diversity.csv")] == ["2 4"]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert line == "error: --epochs: expected at least 1, got 0"
     line = mistake(capsys, "evaluate", "--checkpoint", "nowhere", "--output", tmp_path)
     assert re.search("error: .*nowhere.*expected a policy file, found none", line)
+    for command in ("evaluate", "export"):
+        line = mistake(capsys, command, "--checkpoint", "mine", "--keep-rate", 0.5, "--output", tmp_path)
+        assert line.startswith("error: --keep-rate: expected none beside a saved policy")
     line = mistake(capsys, "benchmark", "--methods", "evt", "--output", tmp_path)
     assert "did you mean evit" in line
     line = mistake(capsys, "benchmark", "--images", 0, "--output", tmp_path)
@@ -137,6 +140,8 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").touch()
     assert "--output: expected a folder" in mistake(capsys, "export", "--output", tmp_path / "file")
     assert "did you mean evit" in mistake(capsys, "info", "--method", "evt")
+    assert "--policy: expected a baseline with a keep rate, got tome" in mistake(capsys, "export", "--policy", "tome")
+    assert "expected a baseline without training, got ltmp" in mistake(capsys, "export", "--policy", "ltmp")
 
 
 def test_arguments_of_the_library_are_called_by_their_flags() -> None:

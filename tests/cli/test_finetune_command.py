@@ -61,4 +61,6 @@ def test_flags_that_would_not_be_heard_are_refused(tmp_path: Path, capsys: pytes
     assert "policy: expected life_regression with --scheme" in mistake(capsys, *flags, "evit", "--sharpness", 3)
     line = mistake(capsys, *flags, "life_regression", "--scheme", "two_stages", "--distill", 0.5)
     assert line == "error: --distill: expected 0.0 with --scheme, got 0.5"
+    line = mistake(capsys, "--checkpoint", "mine", "--target-share", 0.5, "--output", tmp_path)
+    assert line == "error: --target-share: expected none beside --checkpoint, whose policy stays as it is, got 0.5"
     assert not any(tmp_path.iterdir()), "before anything was done"

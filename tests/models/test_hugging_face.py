@@ -112,6 +112,9 @@ def test_folder_of_save_pretrained(tmp_path: Path) -> None:
         torch.testing.assert_close(load_backbone(where)(images), expected(model, images), rtol=1e-5, atol=1e-5)
     prepared = load_backbone(f"hf:{tmp_path}").model.pretrained_cfg
     assert (prepared["mean"], prepared["interpolation"], prepared["crop_pct"]) == ((0.1, 0.2, 0.3), "bilinear", 0.8)
+    (tmp_path / "preprocessor_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="expected settings of an image processor"):
+        load_backbone(str(tmp_path))
 
 
 @torch.no_grad()

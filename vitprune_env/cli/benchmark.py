@@ -168,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vitprune_env.data import Digits, RandomViews
 
     if args.redraw:
-        BenchmarkResult.load(args.common.output).save(args.common.output)
+        drawn = BenchmarkResult.load(args.common.output)
+        drawn.save(args.common.output)
+        if args.published:
+            save_beside(drawn, args.common.output)
         print(f"tables and figures are in {args.common.output}/")
         return
     policies = entries(args)  # a wrong name ends the command before any network is loaded

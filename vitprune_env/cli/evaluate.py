@@ -171,16 +171,24 @@ def load(args: Args) -> tuple[Policy, Backbone]:
     Raises:
         BudgetError: for a budget that the named policy cannot meet.
         CheckpointError: for a policy file that cannot be read.
-        SettingsError: for a policy and a network that do not fit, or a named policy without a budget.
+        SettingsError: for a policy and a network that do not fit, a named policy without a budget, or flags of a named
+            policy beside a saved one.
     """
     from vitprune_env.deploy.policy_files import load_policy
-    from vitprune_env.errors import SettingsError
+    from vitprune_env.errors import CheckpointError, SettingsError
 
     source, common = args.source, args.common
     if args.policy is not None:
         backbone = source.network(common.seed, common.device)
         return named_policy(args, args.policy, backbone), backbone
+    for name in ("keep_rate", "sites"):
+        if (given := getattr(args, name)) != getattr(Args, name):
+            raise SettingsError(f"{name}: expected none beside a saved policy, which brings its own, got {given}")
     path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: expected a policy file, found none; `vitprune train` writes one, and --policy names a baseline"
+        )
     policy = load_policy(path, device=common.device)
     info = getattr(policy, "info", {})  # of trained policies: where they come from
     if info.get("finetune", "off") != "off" and source.weights is None:

@@ -39,14 +39,14 @@ class Args:
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
     """A baseline without training that has a keep rate (evit, topk, ...), instead of a checkpoint."""
-    keep_rate: float = 0.7
-    """Fraction of the tokens that the named policy keeps at every site."""
+    keep_rate: float | None = None
+    """Fraction of the tokens that the named policy keeps at every site; None: 0.7."""
     max_batch: int | None = None
     """Largest batch that a graph must take; None: one image for learnt policies, any number for the others."""
     int8: bool = False
     """Beside the ONNX file write one with matrices of 8-bit integers, and print accuracy and time of both."""
     images: int = 500
-    """Held-out images for that."""
+    """Held-out images that --int8 measures on."""
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/export")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = args.common
     if args.int8 and args.to != "onnx":
         raise SettingsError(f"to: expected onnx with --int8, got {args.to}")
+    if args.policy is not None:
+        check_fixed(args.policy)
     common.prepare()
     wanted = EvaluateArgs(args.checkpoint, args.policy, args.keep_rate, common=common, source=args.source)
     policy, backbone = load(wanted)
@@ -79,6 +81,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"the pruned model is in {path}")
     if args.int8:
         compare_int8(args, model, path, max_batch)
+
+
+def check_fixed(name: str) -> None:
+    """Refuse a baseline that needs more than a keep rate.
+
+    Raises:
+        SettingsError: for a method that is trained, or that has no keep rate.
+    """
+    from vitprune_env.baselines import parsed
+    from vitprune_env.errors import SettingsError
+
+    method, _ = parsed(name)
+    if method.recipe is not None:
+        hint = f"`vitprune evaluate --policy {name} --target-share 0.5` trains it, and --checkpoint reads what it wrote"
+        raise SettingsError(f"policy: expected a baseline without training, got {name}; {hint}")
+    if method.knob.name != "keep_rate":
+        raise SettingsError(f"policy: expected a baseline with a keep rate, got {name}, which has {method.knob.name}")
 
 
 def compare_int8(args: Args, model: PrunedViT, path: Path, max_batch: int | None) -> None:

@@ -147,12 +147,24 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
         SettingsError: for flags that do not go together.
     """
     args = read_flags(Args, argv, __doc__, prog)
+    check_checkpoint(args)
     check_life(args)
     _ = args.config  # refuses its values before time is spent
     if not args.common.quick:
         return args
     optimiser = lowered(args.optimiser, steps=5, batch_size=16, cache_images=32)
     return lowered(replace(args, optimiser=optimiser), train_images=64, images=100)
+
+
+def check_checkpoint(args: Args) -> None:
+    """Refuse flags of a baseline beside a policy that has its budget and its sites.
+
+    Raises:
+        SettingsError: naming the flag.
+    """
+    for name in ("target_share", "sites") if args.checkpoint is not None else ():
+        if (given := getattr(args, name)) != getattr(Args, name):
+            raise SettingsError(f"{name}: expected none beside --checkpoint, whose policy stays as it is, got {given}")
 
 
 def check_life(args: Args) -> None:

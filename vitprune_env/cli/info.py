@@ -1,10 +1,12 @@
 """Show versions, the built-in network, all baselines, what a saved policy or a weight file is, or what papers print.
 
-vitprune info
-vitprune info --method evit
-vitprune info --published deit_small_patch16_224 --method evit
-vitprune info --checkpoint runs/mappo
-vitprune info --weights runs/finetune/backbone.safetensors
+    vitprune info
+    vitprune info --method evit
+    vitprune info --published deit_small_patch16_224 --method evit
+    vitprune info --checkpoint runs/mappo
+    vitprune info --weights runs/finetune/backbone.safetensors
+
+Without flags it shows versions, networks and baselines.
 """
 
 from __future__ import annotations

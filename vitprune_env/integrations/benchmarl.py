@@ -14,6 +14,7 @@ from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.envs.vector import TokenVectorEnv
+from vitprune_env.errors import MissingPackageError
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.types import Site
@@ -21,7 +22,9 @@ from vitprune_env.types import Site
 try:
     from benchmarl.environments.common import TaskClass
 except ImportError as error:
-    raise ImportError(f"TokenTask: expected BenchMARL, got {error}; pip install vitprune_env[benchmarl]") from error
+    raise MissingPackageError(
+        f"TokenTask: expected BenchMARL, got {error}; pip install vitprune_env[benchmarl]"
+    ) from error
 
 from tensordict import TensorDictBase
 from torchrl.data import Composite

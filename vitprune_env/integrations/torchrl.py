@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vitprune_env.envs.vector import TokenVectorEnv
+from vitprune_env.errors import MissingPackageError
 
 try:
     import torch
@@ -17,7 +18,7 @@ try:
     from torchrl.data import Categorical, Composite, Unbounded
     from torchrl.envs import EnvBase
 except ImportError as error:
-    raise ImportError(f"TokenEnv: expected TorchRL, got {error}; pip install vitprune_env[torchrl]") from error
+    raise MissingPackageError(f"TokenEnv: expected TorchRL, got {error}; pip install vitprune_env[torchrl]") from error
 
 GROUP = "tokens"
 ACTION_MASK = "action_mask"

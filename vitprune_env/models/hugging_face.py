@@ -276,10 +276,17 @@ def _timm_state(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
 
 
 def _preparation(path: Path) -> dict[str, Any]:
-    """How images are prepared, in timm's terms, from the settings of an image processor if there are any."""
+    """How images are prepared, in timm's terms, from the settings of an image processor if there are any.
+
+    Raises:
+        CheckpointError: for a file that does not hold settings.
+    """
     if not path.is_file():
         return {}
-    settings = json.loads(path.read_text())
+    try:
+        settings = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected settings of an image processor, got {error!r}") from error
     found: dict[str, Any] = {
         name: tuple(settings[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in settings
     }

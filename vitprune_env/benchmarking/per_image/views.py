@@ -20,6 +20,7 @@ from vitprune_env.benchmarking.tables import comma_separated
 from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.files import replace_file
+from vitprune_env.plots.figures import save_figure
 from vitprune_env.plots.per_image import Mark, difficulty_figure, diversity_figure, layers_figure, lives_figure
 from vitprune_env.plots.render import label_text
 from vitprune_env.policy import Policy
@@ -166,5 +167,4 @@ class Views:
         replace_file(self.folder / f"{name}.csv", comma_separated(rows).encode())
 
     def _figure(self, name: str, figure: Figure) -> None:
-        for kind in ("png", "pdf"):
-            figure.savefig(self.folder / f"{name}.{kind}", dpi=150)
+        save_figure(figure, self.folder / name)

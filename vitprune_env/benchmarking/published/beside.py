@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from vitprune_env.benchmarking.measurement import Row
 from vitprune_env.benchmarking.published.rows import DENSE, LEARNED, METHODS, PublishedRow, published_rows
-from vitprune_env.benchmarking.result import BenchmarkResult
+from vitprune_env.benchmarking.result import BenchmarkResult, accuracy_text
 from vitprune_env.benchmarking.tables import markdown
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import PathLike, replace_file
+from vitprune_env.plots.figures import save_figure
 from vitprune_env.plots.published import PublishedMark, published_figure
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def beside_table(result: BenchmarkResult) -> str:
 
 
 def _ours(row: Row, where: str) -> dict[str, str]:
-    low, high = row.interval
-    accuracy = f"{100 * row.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    accuracy = accuracy_text(row)
     return {"method": row.name, "GMACs": f"{row.gmacs:.2f}", "top-1 % (95 %)": accuracy, "from": where, "note": ""}
 
 
@@ -110,7 +110,5 @@ def save_beside(result: BenchmarkResult, folder: PathLike) -> str:
     """
     table = beside_table(result)
     replace_file(Path(folder) / "published.md", table.encode())
-    figure = beside_figure(result)
-    for kind in ("png", "pdf"):
-        figure.savefig(Path(folder) / f"published.{kind}", dpi=150)
+    save_figure(beside_figure(result), Path(folder) / "published")
     return table

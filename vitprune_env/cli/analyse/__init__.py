@@ -95,6 +95,7 @@ def points_of(
         PreparedImages(backbone, args.tuning(backbone)),
         args.training(backbone) if any(line.needs_fit for line in lines) else None,
         shares=args.budgets,
+        sites=evaluate.sites_of(args),
         seed=args.common.seed,
         seeds=1,
         fits=Fits(quick=args.common.quick),
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with autocast(args.common.device, args.amp):
         policy, backbone = evaluate.load(args)
         test = args.held_out(backbone, args.budgeted or bool(args.budgets))
-        records = record(backbone, policy, test)
+        records = record(backbone, policy, test, evaluate.sites_of(args))
         views = Views(name_of(args), policy, backbone, records, test, args.common.output)
         print(views.images())
         if "difficulty" in args.views:

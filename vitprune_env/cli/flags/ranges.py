@@ -39,10 +39,11 @@ RANGES = {
     "smallest_view": PART,
     "keep_rate": PART,
     "keep": PART,
+    "target_share": PART,
     "views": Range(0),
     "spread": Range(0),
     "drop_path": Range(0, 0.99),
-    **dict.fromkeys(("target_share", "target_gmacs", "ratios", "seconds"), POSITIVE),
+    **dict.fromkeys(("target_gmacs", "ratios", "seconds"), POSITIVE),
     **dict.fromkeys(
         (
             "images",
@@ -87,7 +88,8 @@ def check_ranges(flags: Any, usual: Any) -> None:
         values = value if isinstance(value, tuple) else (value,)
         if not values and name in FILLED:
             raise SettingsError(f"{name}: expected at least one, got none")
-        wrong = [each for each in values if name in RANGES and each is not None and each not in RANGES[name]]
+        numbers = [each for each in values if isinstance(each, int | float)]  # `views` of analyse are words
+        wrong = [each for each in numbers if name in RANGES and each not in RANGES[name]]
         if wrong:
             raise SettingsError(f"{name}: expected {RANGES[name]}, got {wrong[0]}")
 

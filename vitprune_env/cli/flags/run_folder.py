@@ -72,4 +72,4 @@ def make_way(folder: Path, results: Sequence[str], overwrite: bool, quick: bool)
         )
     for name in found:
         if not (folder / name).is_dir():
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)  # processes of one run clear its folder at the same time

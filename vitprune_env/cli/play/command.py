@@ -38,7 +38,7 @@ class Args:
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Class names in the order of the network's head, where it knows none."""
     model: str | None = None
-    """Network: vit_digits, lv_vit_s, or any plain ViT of timm."""
+    """Network: vit_digits, lv_vit_s, any plain ViT of timm, or hf:FOLDER; None: that of the policies, or vit_digits."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Its weights: .pth, .safetensors or .npz."""
     pretrained: bool = False
