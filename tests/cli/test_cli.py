@@ -69,6 +69,20 @@ def test_the_list_of_commands_comes_without_loading_torch() -> None:
     assert all(re.search(rf"^  {name} +\w", "\n".join(shown), flags=re.MULTILINE) for name in COMMANDS)
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `head` does."""
+    code = "from vitprune_env.cli import explained\nwith explained():\n    while True: print('line')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.readline() == b"line\n"
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_flags_in_groups_with_defaults(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -117,6 +117,18 @@ def test_folder_of_save_pretrained(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
+def test_classes_keep_their_names(tmp_path: Path) -> None:
+    names = ("boat", "ant", "cup", "eye", "dog")
+    model = random_model("ViTForImageClassification", id2label=dict(enumerate(names)))
+    model.save_pretrained(tmp_path)
+    for source in (model, f"hf:{tmp_path}"):
+        assert load_backbone(source).class_names == names
+    assert load_backbone(model, class_names=list("abcde")).class_names == tuple("abcde")
+    for numbers in (load_backbone(model, num_classes=5), load_backbone(random_model("ViTForImageClassification"))):
+        assert numbers.class_names is None
+    assert load_backbone(random_model("CLIPVisionModelWithProjection")).class_names is None
+
+
 @torch.no_grad()
 def test_another_head_and_another_image_size(tmp_path: Path) -> None:
     model = random_model("Dinov2WithRegistersModel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,9 @@ def explained() -> Iterator[None]:
     log.addHandler(shown)
     try:
         yield
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left written at the exit
+        raise SystemExit(1) from None
     except (VitPruneError, ConnectionError) as error:
         _fail(_in_flags(str(error)))
     except (ValueError, TypeError) as error:

@@ -150,8 +150,8 @@ def convert(model: nn.Module, **options: Any) -> ConvertedViT:
     name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in KINDS), None)
     if name is None:
         raise UnsupportedBackboneError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}")
-    kind, config = KINDS[name], cast(Any, model).config
-    config = getattr(config, "vision_config", config)
+    kind, whole = KINDS[name], cast(Any, model).config
+    config = getattr(whole, "vision_config", whole)
     if (why := _refusal(config)) is not None:
         raise UnsupportedBackboneError(f"model: expected a {name} that a VisionTransformer of timm can be, got {why}")
     state = _timm_state(model.state_dict(), kind)
@@ -161,6 +161,8 @@ def convert(model: nn.Module, **options: Any) -> ConvertedViT:
     network = converted_vit(**{**_sizes(config, kind, state), **classes, **options})
     mean, std = kind.mean_std
     cast(Any, network).pretrained_cfg |= {"mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bicubic"}
+    if "num_classes" in classes and "num_classes" not in options:
+        cast(Any, network).pretrained_cfg |= {"label_names": _label_names(whole, network.num_classes)}
     heads = {key: value for key, value in network.state_dict().items() if key.startswith("head.")}
     network.load_state_dict({**heads, **checkpoint_filter_fn(dict(state), network)}, strict=True)
     return network.eval()
@@ -211,6 +213,13 @@ def _refusal(config: Any) -> str | None:
     if not getattr(config, "vision_use_head", True):
         return "vision_use_head=False (nothing reads the tokens in the end)"
     return None
+
+
+def _label_names(config: Any, classes: int) -> list[str] | None:
+    """Names of the head's classes in its order; None: it has only numbers, or names that are not told apart."""
+    names = [str(getattr(config, "id2label", {}).get(number)) for number in range(classes)]
+    numbered = names == [f"LABEL_{number}" for number in range(classes)]
+    return None if numbered or len(set(names)) < classes else names
 
 
 def _sizes(config: Any, kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Any]:

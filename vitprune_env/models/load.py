@@ -101,7 +101,8 @@ def load_backbone(
             under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
             interpolated as timm does it. Files of `save_backbone` bring image size, number and names of their classes.
         sites: default pruning sites; None: the preset's, or after every quarter of the blocks.
-        class_names: names of the head's classes in its order; None: those of the file, if it has any.
+        class_names: names of the head's classes in its order; None: those of the file, or of a model of transformers, if
+            it has any.
         new_head: whether the network keeps its random head, for classes that the file does not know; a head in the file
             is left out, and one that is missing is not missed.
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`; for a model of transformers
@@ -129,6 +130,7 @@ def load_backbone(
             convert(cast(nn.Module, model), **timm_options) if folder is None else read_folder(folder, **timm_options)
         )
         name = ARCHITECTURE
+        class_names = cast(Any, network).pretrained_cfg.get("label_names") if class_names is None else class_names
     elif isinstance(model, nn.Module):
         if pretrained or timm_options:
             raise ValueError("model: expected a name beside pretrained or timm options, got a module")
