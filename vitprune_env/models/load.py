@@ -101,8 +101,8 @@ def load_backbone(
             under `"model"` or `"state_dict"`. Patch size and position embeddings made for another image size are
             interpolated as timm does it. Files of `save_backbone` bring image size, number and names of their classes.
         sites: default pruning sites; None: the preset's, or after every quarter of the blocks.
-        class_names: names of the head's classes in its order; None: those of the file, or of a model of transformers, if
-            it has any.
+        class_names: names of the head's classes in its order; None: those of the file or of the model of
+            transformers, if it has any.
         new_head: whether the network keeps its random head, for classes that the file does not know; a head in the file
             is left out, and one that is missing is not missed.
         **timm_options: passed to `timm.create_model`, such as `num_classes` or `img_size`; for a model of transformers
