@@ -87,6 +87,13 @@ def test_options_of_others_are_left_to_them() -> None:
         env.reset(seed=0, options={"options": 1})
 
 
+def test_actions_are_a_dict() -> None:
+    env: Any = parallel_env(BACKBONE, DATA)
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match=r"^actions: expected a dict with one for each of env\.agents, got list$"):
+        env.step([1] * N)
+
+
 SEEDED = {
     "batched": lambda: TokenVectorEnv(GAME, DATA, num_envs=2),
     "PettingZoo": lambda: parallel_env(BACKBONE, DATA),

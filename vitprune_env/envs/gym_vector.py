@@ -100,8 +100,8 @@ class SingleAgentVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             options: `{"indices": [num_envs]}` plays these items of the dataset instead.
 
         Raises:
-            ValueError: for a negative seed, indices that do not fit the dataset, or images or labels that do not fit the
-                model.
+            ValueError: for a negative seed, indices that do not fit the dataset, or images or labels that do not fit
+                the model.
         """
         check_seed(seed)
         super().reset(seed=seed)

@@ -161,6 +161,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             episode is over.
 
         Raises:
+            TypeError: for actions that are not a dict.
             ValueError: for an agent that is missing or was never in the game, or an action outside its space, naming
                 the agent.
         """
@@ -258,10 +259,13 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """The actions of a dict in the order of the agents; frameworks also send some for agents that have left.
 
         Raises:
+            TypeError: for something that is not a dict.
             ValueError: for an agent that is missing or was never in the game, or an action outside the space, naming
                 the agent.
         """
         num_agents = self.game.num_agents
+        if not isinstance(actions, Mapping):
+            raise TypeError(f"actions: expected a dict with one for each of env.agents, got {type(actions).__name__}")
         for agent in actions.keys() - self.action_spaces.keys():
             raise ValueError(f"actions: expected one for each of env.agents; {agent} was never in the game")
         for agent in self.agents:
