@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_gets_images_once(folder: Path) -> None:
-    with pytest.raises(SettingsError, match="output: expected a folder without images, got one with .*; two would mix"):
+    with pytest.raises(SettingsError, match=r"output: expected a folder without images, got one .*; two would mix"):
         write_scenes(Digits("test", 70), folder / "val")
     assert len(list((folder / "val").rglob("*.png"))) == 60
 
