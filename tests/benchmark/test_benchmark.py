@@ -59,19 +59,6 @@ def test_results_are_kept_and_found_again(tmp_path: Path) -> None:
     assert BenchmarkResult.load(tmp_path / "results.json").rows == (second, better)
 
 
-def test_a_damaged_number_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path, SETTINGS).add(row("evit", 0.25, gmacs=0.8125))
-    path = tmp_path / "results.json"
-    BenchmarkResult.load(path).json(tmp_path / "saved.json")
-    for place in (path, tmp_path / "saved.json"):
-        whole = place.read_text()
-        place.write_text(whole.replace("0.8125", "0.9125"))
-        with pytest.raises(CheckpointError, match=r"\.json: expected what was written, got a damaged file"):
-            BenchmarkResult.load(place)
-        place.write_text(re.sub(r'"sha256": "\w+"', '"about_nothing": 0', whole))  # of an earlier version
-        assert BenchmarkResult.load(place).rows[0].gmacs == 0.8125
-
-
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     Store(tmp_path, SETTINGS).add(row("evit", 0.25))
     with pytest.raises(CheckpointError, match=r"same settings to resume, got other images 20 \(now 30\)"):
