@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..envs.actions import ActionKind, KeepActions, action_kind, registered_actions
-from ..policy import BasePolicy, register_policy
+from ..policy import BasePolicy, check_precision, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
 from .senses import needed, see
@@ -29,17 +29,6 @@ def checked_threshold(threshold: float) -> float:
     if isnan(threshold):
         raise ValueError("threshold: expected a number in logits, got nan")
     return float(threshold)
-
-
-def check_precision(network: nn.Module, tokens: Tensor) -> None:
-    """Refuse tokens of another precision than a policy's network.
-
-    Raises:
-        TypeError: naming both.
-    """
-    own = next(network.parameters()).dtype
-    if tokens.dtype != own:
-        raise TypeError(f"policy: expected {tokens.dtype}, as the tokens are, got {own}; policy.to() changes it")
 
 
 @register_policy("token_policy")
@@ -101,8 +90,8 @@ class TokenPolicy(BasePolicy, nn.Module):
     def decide(self, obs: Observation) -> Decision:
         """Choose an action for every alive token."""
         # In half precision, logits near the threshold would be rounded, and the calibrated budget would be missed.
-        check_precision(self.actor, obs.tokens)
         with full_precision(obs.tokens.device.type):
+            check_precision(self.actor, obs.tokens)
             chosen = self._chosen(obs)
         return joint_decision(self.actions, chosen, obs, self.actor)
 

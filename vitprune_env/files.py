@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitprune_env.errors import CheckpointError, StorageError
+from vitprune_env.errors import CheckpointError, SettingsError, StorageError
 
 try:
     __version__ = version("vitprune-env")
@@ -217,6 +217,27 @@ def prepare_folder(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"output: expected a folder that can be written, got {folder} ({_reason(error)})") from error
+
+
+def make_way(folder: Path, results: Sequence[str], overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or remove the files that say so.
+
+    Args:
+        folder: of a run that is not to go on with what is there.
+        results: names of files that a run leaves there.
+        overwrite: whether the run may be replaced.
+
+    Raises:
+        SettingsError: for a folder with a run that may not be replaced.
+    """
+    found = [folder / name for name in results if (folder / name).exists()]
+    if found and not overwrite:
+        raise SettingsError(
+            f"output: expected a folder without a run, got {folder}, which holds {found[0].name}; resume=True goes on "
+            "with the run, overwrite=True replaces it"
+        )
+    for path in found:
+        path.unlink()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune_env.types import Decision, Observation, Site
 
@@ -199,3 +199,14 @@ def check_keep_rate(keep_rate: float) -> None:
         raise TypeError(message)
     if not 0 < keep_rate <= 1:
         raise ValueError(message)
+
+
+def check_precision(network: nn.Module, tokens: Tensor) -> None:
+    """Refuse tokens of another precision than a policy's network, unless autocast converts them.
+
+    Raises:
+        TypeError: naming both.
+    """
+    own = next(network.parameters()).dtype
+    if tokens.dtype != own and not torch.is_autocast_enabled(tokens.device.type):
+        raise TypeError(f"policy: expected {tokens.dtype}, as the tokens are, got {own}; policy.to() changes it")

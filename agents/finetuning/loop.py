@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError
-from ...files import PathLike, load_state, locked, prepare_folder, save_state
+from ...files import PathLike, load_state, locked, make_way, prepare_folder, save_state
 from ...models.load import save_backbone, weights_digest
 from ...policy import Policy, check_keep_rate
 from ...types import Site
@@ -36,6 +36,7 @@ __all__ = ["CosineKeepRate", "FineTuner", "FinetuneConfig", "FinetuneResult", "L
 
 STATE_FILE = "finetuning.safetensors"
 WEIGHTS_FILE = "backbone.safetensors"
+RESULTS = (WEIGHTS_FILE, STATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def finetune(
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume: bool = False,
+    overwrite: bool = False,
     processes: Processes | None = None,
     after_step: Callable[[int, Backbone], Mapping[str, float]] | None = None,
 ) -> FinetuneResult:
@@ -76,8 +78,8 @@ def finetune(
             current step finish and save.
         device: where to train.
         progress: whether to show a progress bar.
-        resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh. Otherwise
-            an old checkpoint is removed.
+        resume: whether to go on from the checkpoint in `output`; on an empty folder training starts afresh.
+        overwrite: whether to replace a run that is in `output`, which is refused otherwise.
         processes: those that train together; each gets the same arguments and the same result.
         after_step: called with the number of steps done and the network; what it returns joins the step's row of the
             history.
@@ -88,8 +90,8 @@ def finetune(
     Raises:
         TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
         StorageError: for an `output` that cannot be written, at once; when the disk is full, as soon as it is.
-        ValueError: for a schedule with a policy that has no keep rate, `resume` without `output`, or fewer images per
-            step than processes.
+        ValueError: for a schedule with a policy that has no keep rate, `resume` without `output`, an `output` that
+            holds a run, or fewer images per step than processes.
         CheckpointError: for a checkpoint that cannot be read or belongs to other settings.
         NumericalError: for a loss or gradient that is not finite; the last checkpoint is kept.
     """
@@ -101,7 +103,7 @@ def finetune(
     generator = torch.Generator().manual_seed(config.seed)
     student = deepcopy(backbone)
     processes = Processes() if processes is None else processes
-    state_file = None if folder is None else _prepared(folder, resume, processes)
+    state_file = None if folder is None else _prepared(folder, resume, overwrite, processes)
     tuner = FineTuner(student, dataset, config, scheduled(0.0), generator, sites, device, processes)
     facts = {} if folder is None else _facts(tuner, policy)
     drawn = getattr(policy, "generator", None)  # policies such as RandomDrop draw from a stream of their own
@@ -137,14 +139,13 @@ def finetune(
     return FinetuneResult(student.eval(), tuple(history))
 
 
-def _prepared(folder: Path, resume: bool, processes: Processes) -> Path:
-    """Check that the folder can be written; the checkpoint's path, where an old one is removed unless resumed."""
-    path = folder / STATE_FILE
+def _prepared(folder: Path, resume: bool, overwrite: bool, processes: Processes) -> Path:
+    """Check that the folder can be written and holds no run, unless it is resumed; the checkpoint's path."""
     if processes.is_main:
         prepare_folder(folder)
         if not resume:
-            path.unlink(missing_ok=True)
-    return path
+            make_way(folder, RESULTS, overwrite)
+    return folder / STATE_FILE
 
 
 def _facts(tuner: FineTuner, policy: Policy) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from ...data import ImageFiles, RandomViews
 from ...engine.backbone import Backbone
 from ...engine.kernels import AMP, Amp, autocast, multiplies_bf16
 from ...errors import CheckpointError
-from ...files import PathLike, prepare_folder, replace_file
+from ...files import PathLike, make_way, prepare_folder, replace_file
 from ...policy import BasePolicy, keep_top
 from ...types import Decision, Observation
 from ..shared.settings import as_json, check, check_numbers, differences
 from .head import fit_head, linear_head
-from .loop import STATE_FILE, FinetuneResult, finetune
+from .loop import RESULTS, STATE_FILE, FinetuneResult, finetune
 from .settings import FinetuneConfig, LastBlocks
 
 SETTINGS_FILE = "settings.json"
@@ -187,6 +187,7 @@ def finetune_backbone(
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume: bool = False,
+    overwrite: bool = False,
     after_step: Callable[[int, Backbone], Mapping[str, float]] | None = None,
 ) -> FinetuneResult:
     """Fit the head of a network to labelled images, then fine-tune its last blocks while tokens are missing.
@@ -204,6 +205,7 @@ def finetune_backbone(
         progress: whether to show progress bars.
         resume: whether to go on from the checkpoint in `output`. An interruption before the first checkpoint costs the
             head's fit, which then starts again.
+        overwrite: whether to replace a run that is in `output`, which is refused otherwise.
         after_step: called with the number of steps done and the network; what it returns joins the step's row of the
             history. Zero steps: the head is fitted, the blocks are as they were; there is no row yet.
 
@@ -212,7 +214,7 @@ def finetune_backbone(
 
     Raises:
         UnsupportedBackboneError: for a head that is not one linear layer.
-        ValueError: for more blocks than the network has, or `resume` without `output`.
+        ValueError: for more blocks than the network has, `resume` without `output`, or an `output` that holds a run.
         CheckpointError: for a run with other settings to resume, or a checkpoint that cannot be read.
         TrainingStopped, StorageError, NumericalError: as in `finetune`.
     """
@@ -224,6 +226,8 @@ def finetune_backbone(
         raise ValueError("resume: expected an output folder to resume from, got output=None")
     if output is not None:
         prepare_folder(Path(output))
+        if not resume:
+            make_way(Path(output), RESULTS, overwrite)
         _note_settings(Path(output) / SETTINGS_FILE, config, backbone, len(images), resume)
     student, seed, scale = deepcopy(backbone), config.seed, config.view_scale
     if not (resume and output is not None and (Path(output) / STATE_FILE).exists()):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...game.bipartite_matching import merge_senders
-from ...policy import BasePolicy, register_policy
+from ...policy import BasePolicy, check_precision, register_policy
 from ...types import Decision, Observation, Site
-from ..policies import check_precision, checked_threshold, full_precision
+from ..policies import checked_threshold, full_precision
 from .pairs import FEATURES, Pairs
 
 
@@ -137,8 +137,8 @@ class MergePolicy(BasePolicy, nn.Module):
     @torch.no_grad()
     def decide(self, obs: Observation) -> Decision:
         """Merge the senders whose score is not above the threshold."""
-        check_precision(self.actor, obs.tokens)
         with full_precision(obs.tokens.device.type):
+            check_precision(self.actor, obs.tokens)
             pairs = self.actor.pairs(obs)
             stays = self.actor(pairs.features, obs.step) > self.threshold
         return merged(obs, pairs, stays, self.actor)

@@ -12,7 +12,7 @@ from typing import Any
 from ...deploy.policy_files import save_policy
 from ...engine.backbone import Backbone
 from ...errors import CheckpointError, NumericalError, StorageError
-from ...files import PathLike, load_state, locked, prepare_folder, save_state
+from ...files import PathLike, load_state, locked, make_way, prepare_folder, save_state
 from ...models.load import save_backbone
 from ..finetuning.loop import STATE_FILE as FINETUNING_FILE
 from ..finetuning.loop import WEIGHTS_FILE
@@ -52,6 +52,11 @@ class RunFolder:
     def alone(self) -> AbstractContextManager[None]:
         """Keep other runs out of the folder, see `files.locked`."""
         return locked(self.path) if self.processes.is_main else nullcontext()
+
+    def make_way(self, overwrite: bool) -> None:
+        """Refuse a folder that holds a run, or remove what says so, see `files.make_way`."""
+        if self.processes.is_main:
+            make_way(self.path, (POLICY_FILE, STATE_FILE), overwrite)
 
     def writers(
         self, done: Sequence[Row], steps: int, project: str | None, settings: Mapping[str, Any]

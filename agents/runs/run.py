@@ -84,6 +84,7 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume: bool = False,
+    overwrite: bool = False,
     processes: Processes | None = None,
 ) -> TrainResult:
     """Train a token policy for a backbone, which itself stays as it is; fine-tuning, if asked for, trains a copy.
@@ -113,6 +114,7 @@ def train(
         device: where to train.
         progress: whether to show a progress bar.
         resume: whether to continue from the checkpoint in `output`; with an empty folder training starts afresh.
+        overwrite: whether to replace a run that is in `output`, which is refused otherwise.
         processes: those that train together (`launched`); each gets the same arguments and the same result.
 
     Returns:
@@ -122,7 +124,8 @@ def train(
         TrainingStopped: (a `SystemExit`) after a signal, once everything is saved.
         StorageError: for an `output` that cannot be written, at once; when the disk is full, as soon as it is.
         TypeError: for an argument of another type than described.
-        ValueError: for `resume` without `output`, an empty dataset, or settings that do not fit.
+        ValueError: for `resume` without `output`, an `output` that holds a run, an empty dataset, or settings that do
+            not fit.
         BudgetError: for a budget that no policy can meet.
         CheckpointError: for a checkpoint that cannot be read or belongs to other settings.
         NumericalError: for NaN in logits, rewards or losses, or losses that explode; the last checkpoint is kept.
@@ -152,6 +155,8 @@ def train(
     backbone = backbone if finetune is None else deepcopy(backbone)
     alone = nullcontext() if folder is None else folder.alone()
     with alone, torch_train_mode(backbone.to(device), enabled=False):
+        if folder is not None and not resume:
+            folder.make_way(overwrite)
         training = Run(backbone, data, settings, folder, torch.device(device), processes, calibration, validation)
         if resume:
             training.resume()
@@ -426,6 +431,7 @@ class Run:
             device=self.images.device,
             progress=progress,
             resume=resume and self.folder is not None,
+            overwrite=True,  # what is left there is of the run that this one replaces
             processes=self.processes,
         )
         self.game.backbone.load_state_dict(tuned.backbone.state_dict())

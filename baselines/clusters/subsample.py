@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...policy import check_precision
 from ...types import Observation, Site
 from ..argument_checks import whole_number
 from .decouple import DecoupleAndMerge, Merged
@@ -120,6 +121,7 @@ class SubSampleMerge(nn.Module, DecoupleAndMerge):
                 f"num_sites, embed_dim: this {self.kind} was made for {self.num_sites} sites of width {self.embed_dim},"
                 f" got {obs.num_steps} of width {obs.tokens.shape[1]}"
             )
+        check_precision(self.layers, obs.tokens)
         layers = self.layers[obs.step]
         assert isinstance(layers, SubSample)
         return Merged(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...engine.cost import mlp_macs
 from ...engine.tokens import segment_mean
 from ...errors import CheckpointError, SiteError
-from ...policy import BasePolicy, check_keep_rate, keep_top
+from ...policy import BasePolicy, check_keep_rate, check_precision, keep_top
 from ...types import Decision, Observation, Site
 from ..argument_checks import whole_number
 
@@ -120,6 +120,7 @@ class DynamicViT(BasePolicy, nn.Module):
         Raises:
             SiteError: for more or fewer sites than predictors.
             ValueError: for tokens of another width.
+            TypeError: for tokens of another precision.
         """
         if not self.score_predictor:
             self.build(like.shape[-1], num_steps)
@@ -130,6 +131,7 @@ class DynamicViT(BasePolicy, nn.Module):
         assert isinstance(module, ScorePredictor)
         if module.sizes[0] != like.shape[-1]:
             raise ValueError(f"tokens: DynamicViT was made for width {module.sizes[0]}, got {like.shape[-1]}")
+        check_precision(module, like)
         return module
 
     @torch.no_grad()

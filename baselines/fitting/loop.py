@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from ...data import ImageDataset, fetch
 from ...errors import CheckpointError, NumericalError
-from ...files import PathLike, load_state, save_state
+from ...files import PathLike, load_state, locked, prepare_folder, save_state
 from ..argument_checks import check_fields
 from .inputs import PreparedTokens
 from .task import FitTask, Row
@@ -127,15 +128,19 @@ def fit_task(
 
     Raises:
         ValueError: for `resume` without `output`, or too few images.
+        StorageError: for an `output` that cannot be written, or that another process writes to.
         CheckpointError: for a checkpoint that cannot be read or belongs to another fit.
         NumericalError: for a loss or gradient that is not finite; the last good checkpoint stays.
     """
     if resume and output is None:
         raise ValueError("resume: expected an output folder to resume from, got output=None")
-    run = _Run(task, data, FitConfig() if config is None else config, output, torch.device(device), settings or {})
-    if resume:
-        run.resume()
-    return run.learn(progress)
+    if output is not None:
+        prepare_folder(Path(output))
+    with nullcontext() if output is None else locked(Path(output)):
+        run = _Run(task, data, FitConfig() if config is None else config, output, torch.device(device), settings or {})
+        if resume:
+            run.resume()
+        return run.learn(progress)
 
 
 class _Run:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar
 from ...data import ImageDataset
 from ...engine.backbone import Backbone
 from ...files import PathLike
+from ...models.load import weights_digest
 from ...policy import Policy
 from ...types import Site, parse_sites
 from .inputs import device_of
@@ -122,5 +123,6 @@ def fit_policy(
     with frozen(backbone):
         task = recipe.task(Problem(backbone, dataset, target_gmacs, where, asked, seed, config))
         options: dict[str, Any] = {"output": output, "resume": resume, "progress": progress}
-        fit_task(task, task.data, loop, device=device_of(backbone), settings=task.settings, **options)
+        settings = {**task.settings, "network": weights_digest(backbone)}
+        fit_task(task, task.data, loop, device=device_of(backbone), settings=settings, **options)
         return task.fitted()

@@ -22,6 +22,7 @@ from ...engine.masked import MaskedState, classify_masked, run_masked, start_mas
 from ...engine.walk import Masked, Walk
 from ...files import PathLike
 from ...game.token_game import TokenGame
+from ...models.load import weights_digest
 from ...types import Site, parse_sites, quarter_sites
 from ..argument_checks import check_fields
 from ..fitting.inputs import ImageInputs, device_of
@@ -277,6 +278,7 @@ def _learning_copy(backbone: Backbone) -> Backbone:
 
 def _run(task: _BackboneTask, loop: FitConfig, original: Backbone, **options: Any) -> None:
     """Train the task's network; afterwards the same parameters require gradients as in the original."""
-    fit_task(task, task.data, loop, device=device_of(original), settings=task.settings, **options)
+    settings = {**task.settings, "network": weights_digest(original)}
+    fit_task(task, task.data, loop, device=device_of(original), settings=settings, **options)
     for copied, parameter in zip(task.game.backbone.parameters(), original.parameters(), strict=True):
         copied.requires_grad_(parameter.requires_grad)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ...policy import BasePolicy, check_keep_rate, keep_top
+from ...policy import BasePolicy, check_keep_rate, check_precision, keep_top
 from ...types import Decision, Observation, Site, quarter_sites
 from ..argument_checks import whole_number
 
@@ -119,6 +119,7 @@ class LifeRegression(BasePolicy, nn.Module):
 
         Raises:
             ValueError: for tokens of another width.
+            TypeError: for tokens of another precision.
         """
         if self.weight is None:
             self.build(tokens.shape[-1])
@@ -127,6 +128,7 @@ class LifeRegression(BasePolicy, nn.Module):
         assert self.weight is not None
         if len(self.weight) != tokens.shape[-1]:
             raise ValueError(f"tokens: LifeRegression was made for width {len(self.weight)}, got {tokens.shape[-1]}")
+        check_precision(self, tokens)
         query = self.norm(cls) @ self.weight
         return (self.norm(tokens) @ query[:, :, None]).squeeze(2)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.cost import mlp_macs
+from ...policy import check_precision
 from ...types import Decision, Observation, Site
 from ..argument_checks import check_number, whole_number
 from ..calibration import Knob
@@ -107,6 +108,7 @@ class TokenScores(Selection, nn.Module):
 
         Raises:
             ValueError: for tokens of another width.
+            TypeError: for tokens of another precision.
         """
         if self.network is None:
             self.build(like.shape[-1])
@@ -114,6 +116,7 @@ class TokenScores(Selection, nn.Module):
         assert self.network is not None
         if self.network.sizes[0] != like.shape[-1]:
             raise ValueError(f"tokens: TokenScores was made for width {self.network.sizes[0]}, got {like.shape[-1]}")
+        check_precision(self.network, like)
         return self.network
 
     @torch.no_grad()

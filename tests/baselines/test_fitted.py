@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,10 @@ def test_resumed_is_uninterrupted(method: str, tmp_path: Path) -> None:
         quick_fit(method, config=config, output=tmp_path, resume=True, seed=9)
     with pytest.raises(CheckpointError, match=r"another \['first_image'\]"):
         fit(toy(NAME), OwnLabels(48, seed=1), target, **options, resume=True)
+    other = deepcopy(toy(NAME))
+    other.model.norm.bias.data += 0.1
+    with pytest.raises(CheckpointError, match=r"another \['network'\]"):
+        fit(other, OwnLabels(48), target, **options, resume=True)
 
 
 @every_method

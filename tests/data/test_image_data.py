@@ -17,7 +17,7 @@ from timm.data.dataset import ImageDataset as TimmDataset
 from vitprune_env import Backbone, load_backbone
 from vitprune_env.cli.digits_folder import write_scenes
 from vitprune_env.data import Digits, ImageFiles, batches_of, data_config, fetch, open_images
-from vitprune_env.errors import UnreadableImageError
+from vitprune_env.errors import SettingsError, UnreadableImageError
 
 TINY: dict[str, Any] = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3, "num_classes": 10}
 SCENES = Digits("test", 60)
@@ -30,6 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scenes(SCENES, root / "val")
     assert len(list((root / "val").iterdir())) == 10
     return root
+
+
+def test_a_folder_gets_images_once(folder: Path) -> None:
+    with pytest.raises(SettingsError, match=r"output: expected a folder without images, got one .*; two would mix"):
+        write_scenes(Digits("test", 70), folder / "val")
+    assert len(list((folder / "val").rglob("*.png"))) == 60
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,7 @@ from vitprune_env.agents import TokenActor, TokenPolicy
 from vitprune_env.baselines import EViT, RandomDrop, TopK
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.errors import EvidenceError, SiteError, UnknownNameError, UnsupportedBackboneError
+from vitprune_env.errors import EvidenceError, NumericalError, SiteError, UnknownNameError, UnsupportedBackboneError
 
 SITES = ["1", "2.attn", "2", "3"]  # two of them share one attention
 ALL = frozenset({"cls_attention", "mean_attention", "keys", "value_norms"})
@@ -201,6 +202,16 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type[Excep
     arguments = {"backbone": "deit_tiny_patch16_224", "policy": KeepAll(), **changes}
     with pytest.raises(error, match=words):
         PrunedViT(**{**arguments, "backbone": toy(arguments["backbone"])})
+
+
+def test_no_number_is_no_answer() -> None:
+    backbone = deepcopy(toy("deit_tiny_patch16_224"))
+    model, images = PrunedViT(backbone, TopK(0.5)).eval(), random_images(backbone, 3)
+    with pytest.raises(NumericalError, match="logits: expected finite numbers, got NaN or infinity in 1 of 3 images"):
+        model(images.index_fill(0, torch.tensor([1]), float("nan")))
+    backbone.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NumericalError, match="in 3 of 3 images"):
+        model(images)
 
 
 def test_images_that_do_not_fit_are_refused() -> None:

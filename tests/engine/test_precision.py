@@ -11,6 +11,7 @@ import torch
 from helpers import random_images, toy
 from vitprune_env import KeepAll, PrunedViT, TokenGame
 from vitprune_env.agents import TokenActor, TokenPolicy
+from vitprune_env.baselines import DynamicViT, LifeRegression, SubSampleMerge, TokenScores
 from vitprune_env.engine.kernels import autocast, multiplies_bf16
 
 NAME = "deit_tiny_patch16_224"
@@ -54,6 +55,18 @@ def test_images_have_the_precision_of_the_network(dtype: torch.dtype) -> None:
 def test_a_policy_has_the_precision_of_the_network() -> None:
     backbone = deepcopy(toy(NAME)).to(torch.bfloat16)
     policy = TokenPolicy(TokenActor(backbone.embed_dim, generator=torch.Generator()))
+    images = random_images(backbone, 2).to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"policy: expected torch\.bfloat16, as the tokens are, got torch\.float32"):
+        PrunedViT(backbone, policy)(images)
+    assert PrunedViT(backbone, policy.to(torch.bfloat16))(images).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [DynamicViT, LifeRegression, TokenScores, SubSampleMerge])
+def test_a_fitted_baseline_has_the_precision_of_the_network(kind: Any) -> None:
+    backbone, sites = deepcopy(toy(NAME)).to(torch.bfloat16), ("1.attn",)
+    rate = {} if kind is TokenScores else {"keep_rate": 0.5}
+    steps = {"num_sites": 1} if kind is SubSampleMerge else {}
+    policy = kind(**rate, embed_dim=backbone.embed_dim, sites=sites, **steps)
     images = random_images(backbone, 2).to(torch.bfloat16)
     with pytest.raises(TypeError, match=r"policy: expected torch\.bfloat16, as the tokens are, got torch\.float32"):
         PrunedViT(backbone, policy)(images)

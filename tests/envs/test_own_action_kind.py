@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import gymnasium
@@ -15,12 +16,13 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test
+from torch import Tensor
 
 from envs import AVERAGE, BACKBONES, CLASS_TOKEN, REWARDS, images_for, make_env
 from helpers import toy
 from stay_drop_wait import StayDropWait
 from vitprune_env.baselines import EvoViT, RandomDrop, TopK
-from vitprune_env.envs.actions import MergeActions
+from vitprune_env.envs.actions import KeepActions, MergeActions
 from vitprune_env.envs.gym import SingleAgentEnv
 from vitprune_env.envs.parallel import PRUNE_MODES, TokenPruningEnv, env
 from vitprune_env.envs.registration import ENV_ID
@@ -282,3 +284,34 @@ def test_kinds_that_cannot_express_waiting_or_merging_refuse_it() -> None:
     waiting.reset(seed=0)
     with pytest.raises(ValueError, match=r"Merging cannot play .* merges 1 tokens"):
         waiting.actions_from(Merging())
+
+
+class Backwards(KeepActions):
+    """What stays, in reversed order."""
+
+    name = "backwards"
+
+    def decision(self, actions: Tensor, obs: Observation) -> Decision:
+        return replace(super().decision(actions, obs), order=-obs.order)
+
+
+class AsItIs(BasePolicy):
+    """Keeps all tokens in their order, and says so."""
+
+    def decide(self, obs: Observation) -> Decision:
+        return Decision(keep=obs.alive, order=obs.order)
+
+
+def test_the_order_of_a_policy_is_for_the_step_that_it_was_asked_for() -> None:
+    venv = TokenVectorEnv(TokenGame(toy(CLASS_TOKEN)), images_for(CLASS_TOKEN), 1, action_space=Backwards())
+    venv.reset(options={"indices": [3]})
+    order, keep = venv.observation().order, torch.ones(1, venv.game.num_agents, dtype=torch.int64)
+    venv.step(venv.actions_from(AsItIs()))
+    assert torch.equal(venv.observation().order, order)
+    venv.step(keep)
+    assert torch.equal(venv.observation().order, order.flip(1))
+    venv.reset(options={"indices": [3]})
+    venv.actions_from(AsItIs())
+    venv.reset(options={"indices": [3]})  # the game that it was asked for is not played
+    venv.step(keep)
+    assert torch.equal(venv.observation().order, order.flip(1))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzing import TIMES, attempt, inputs, odd
+from fuzzing import ODD, TIMES, attempt, inputs, odd
 from tiny import tiny_backbone, tiny_data
 from vitprune_env import Decision, TokenGame, TokenVectorEnv, parallel_env
+from vitprune_env.envs.gym import SingleAgentEnv
+from vitprune_env.envs.gym_vector import SingleAgentVectorEnv
 
 BACKBONE, DATA = tiny_backbone(), tiny_data()
 GAME, N = TokenGame(BACKBONE), BACKBONE.num_patches
@@ -82,6 +85,32 @@ def test_options_of_others_are_left_to_them() -> None:
     """PettingZoo's own test passes one."""
     for env in (TokenVectorEnv(GAME, DATA, num_envs=2, seed=0), parallel_env(BACKBONE, DATA)):
         env.reset(seed=0, options={"options": 1})
+
+
+def test_actions_are_a_dict() -> None:
+    env: Any = parallel_env(BACKBONE, DATA)
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match=r"^actions: expected a dict with one for each of env\.agents, got list$"):
+        env.step([1] * N)
+
+
+SEEDED = {
+    "batched": lambda: TokenVectorEnv(GAME, DATA, num_envs=2),
+    "PettingZoo": lambda: parallel_env(BACKBONE, DATA),
+    "one agent": lambda: SingleAgentEnv(BACKBONE, DATA),
+    "batched for one agent": lambda: SingleAgentVectorEnv(2, BACKBONE, DATA),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_seeds_are_refused_or_the_same_images_come_again(kind: str) -> None:
+    env: Any = SEEDED[kind]()
+    for seed in ODD:
+        first = attempt(lambda seed=seed: env.reset(seed=seed))
+        assert (first is not None) == (seed is None or (type(seed) is int and seed >= 0))
+        if seed is not None and first is not None:
+            again = env.reset(seed=seed)
+            assert str(first[0]) == str(again[0])
 
 
 def test_the_games_are_the_same() -> None:

@@ -63,13 +63,16 @@ HOWS = ("bit", "cut", "overwritten", "inserted", "removed", "longer", "zeros", "
 
 @TIMES
 def test_damaged_files_are_refused(times: int, kinds: list[Kind]) -> None:
+    places: set[tuple[int, int]] = set()
+
     @inputs(300 * times)
     @given(st.integers(0, len(kinds) - 1), st.sampled_from(HOWS), st.floats(0, 1), st.binary(min_size=1, max_size=9))
     def check(number: int, how: str, part: float, other: bytes) -> None:
         path, content, read = kinds[number]
         header = 8 + int.from_bytes(content[:8], "little")
         end = header if other[0] % 2 else len(content)  # half of the damage in the header, which is small
-        changed = damaged(content, how, int(part * (end - 1)), other)
+        place = int(part * (end - 1))
+        changed = damaged(content, how, place, other)
         path.write_bytes(changed)
         try:
             if changed == content:
@@ -78,7 +81,9 @@ def test_damaged_files_are_refused(times: int, kinds: list[Kind]) -> None:
             with in_time(), pytest.raises(CheckpointError) as refused:
                 read()
             assert "\n" not in str(refused.value)
+            places.add((number, place))
         finally:
             path.write_bytes(content)
 
     check()
+    assert len(places) >= 200

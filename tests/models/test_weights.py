@@ -184,6 +184,14 @@ def test_weights_carry_class_names_and_sizes(named: Backbone, tmp_path: Path) ->
         load_backbone(NAME, checkpoint=path, **(sizes | {"num_classes": 7}))
 
 
+def test_what_a_damaged_file_says_is_not_believed(named: Backbone, tmp_path: Path) -> None:
+    path = save_backbone(named, tmp_path / "weights.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"num_classes":"5"', b'"num_classes":"7"'))
+    for read in (about_weights, lambda path: load_backbone(NAME, checkpoint=path, new_head=True, **TINY)):
+        with pytest.raises(CheckpointError, match=r"checkpoint: .*weights\.safetensors: .* a damaged file"):
+            read(path)
+
+
 def test_weights_can_be_kept_in_half_precision(named: Backbone, tmp_path: Path) -> None:
     whole, half = (save_backbone(named, tmp_path / f"{dtype}.safetensors", dtype) for dtype in (None, torch.float16))
     assert half.stat().st_size < 0.6 * whole.stat().st_size
@@ -202,9 +210,9 @@ def test_files_of_others_say_nothing_or_something_else(network: nn.Module, tmp_p
     assert about_weights(path) == {}
     assert load_backbone(NAME, checkpoint=path, **TINY).class_names is None
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
-    for missing in ("no.safetensors", "nowhere.safetensors"):
-        with pytest.raises(CheckpointError, match=f"checkpoint: expected a weight file, got .*{missing}"):
-            load_backbone(NAME, checkpoint=tmp_path / missing, **TINY)
+    for missing, said in (("no", "no.safetensors: expected a safetensors"), ("nowhere", "nowhere.safetensors, where")):
+        with pytest.raises(CheckpointError, match=f"^checkpoint: .*{said}"):
+            load_backbone(NAME, checkpoint=tmp_path / f"{missing}.safetensors", **TINY)
 
 
 def test_class_names_survive_whatever_is_saved(named: Backbone, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_agents_and_baselines_are_imported_by_their_full_names(path: Path) -> None:
     assert not imported(path) & {"agents", "baselines"}
+
+
+def test_timm_is_new_enough() -> None:
+    """Older ones unpickle class maps and weight files with whatever code is in them."""
+    needed = configparser.ConfigParser()
+    needed.read(ROOT / "setup.cfg")
+    floor = re.search(r"^timm>=([\d.]+)$", needed["options"]["install_requires"], re.M)
+    assert floor is not None
+    assert tuple(map(int, floor[1].split("."))) >= (1, 0, 28)
 
 
 def test_files_stay_readable() -> None:

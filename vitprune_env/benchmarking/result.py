@@ -16,7 +16,7 @@ from torch import Tensor
 from vitprune_env.benchmarking.contestants.task import PUBLISHED
 from vitprune_env.benchmarking.intervals import difference
 from vitprune_env.benchmarking.measurement import Row
-from vitprune_env.benchmarking.store import RESULTS, json_text, read_results, results_content
+from vitprune_env.benchmarking.store import RESULTS, json_text, read_results, results_content, sealed
 from vitprune_env.benchmarking.tables import booktabs, comma_separated, escape, markdown
 from vitprune_env.files import PathLike, read_file, replace_file, write_file
 from vitprune_env.plots.figures import fates_figure, save_figure
@@ -229,7 +229,7 @@ class BenchmarkResult:
 
     def json(self, path: PathLike | None = None) -> str:
         """Everything as JSON, for `load`; written to a file if a path is given."""
-        return _written(json_text(results_content(self.settings, list(self.rows), self.about)), path)
+        return _written(json_text(sealed(results_content(self.settings, list(self.rows), self.about))), path)
 
     def latex(self, path: PathLike | None = None) -> str:
         """A booktabs table: a line per policy, a column per budget with accuracy and interval in per cent.

@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ import torch
 
 from vitprune_env.benchmarking.measurement import Row, Run
 from vitprune_env.errors import CheckpointError
-from vitprune_env.files import PathLike, replace_file
+from vitprune_env.files import CHECKSUM, PathLike, replace_file
 
 RESULTS = "results.json"
 Key = tuple[str, float | None, str]  # name, budget and origin of a row
@@ -84,7 +85,8 @@ class Store:
             {"name": name, "share": share, "origin": origin, "runs": [asdict(run) for run in runs]}
             for (name, share, origin), runs in self._runs.items()
         ]
-        write_json(self.path, {**results_content(self.settings, self.rows, self.about), "unfinished": unfinished})
+        content = {**results_content(self.settings, self.rows, self.about), "unfinished": unfinished}
+        write_json(self.path, sealed(content))
 
 
 class Content(NamedTuple):
@@ -102,24 +104,34 @@ def results_content(settings: Mapping[str, Any], rows: list[Row], about: Mapping
     return {"settings": settings, "about": about, "results": results}
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a results file with a checksum of it, by which damage is noticed."""
+    return {**content, CHECKSUM: sha256(json_text(content).encode()).hexdigest()}
+
+
 def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
     """Settings, what else is known of the run, and rows of a results file.
 
     Raises:
-        CheckpointError: if it cannot be read.
+        CheckpointError: if it cannot be read, or is not what was written; one without a checksum is believed.
     """
     return _content(path)[:3]
 
 
 def _content(path: Path) -> Content:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        written = found.pop(CHECKSUM, None)
+        if written is not None and written != sealed(found)[CHECKSUM]:
+            raise CheckpointError(f"{path}: expected what was written, got a damaged file (its checksum differs)")
         runs = {
             (each["name"], each["share"], each["origin"]): [Run.load(run) for run in each["runs"]]
             for each in found.get("unfinished", [])
         }
         rows = [Row.load(row) for row in found["results"]]
         return Content(dict(found["settings"]), dict(found.get("about", {})), rows, runs)
+    except CheckpointError:
+        raise
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: expected results of the benchmark, got something else") from error
 

@@ -34,10 +34,27 @@ class Args:
     common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/digits")))
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that exists: images that are there would mix with new ones.
+
+    Raises:
+        SettingsError: naming it.
+    """
+    from vitprune_env.errors import SettingsError
+
+    if folder.exists():
+        raise SettingsError(f"output: expected a folder without images, got one with {folder}; two would mix")
+
+
 def write_scenes(scenes: Digits, folder: Path) -> None:
-    """Write every scene as `<folder>/<label>/<number>.png`, 8 bits per channel."""
+    """Write every scene as `<folder>/<label>/<number>.png`, 8 bits per channel.
+
+    Raises:
+        SettingsError: for a folder that exists.
+    """
     from PIL import Image
 
+    check_free(folder)
     images, labels = scenes.batch(range(len(scenes)))
     pixels = (scenes.to_rgb(images) * 255).round().byte().movedim(1, -1).numpy()
     for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
@@ -51,11 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_flags(Args, argv, __doc__, prog="vitprune digits-folder")
     args = lowered(args, train=20, val=20) if args.common.quick else args
     from vitprune_env.data import TASKS, Digits
-    from vitprune_env.errors import SettingsError
 
     for folder in (args.common.output / "train", args.common.output / "val"):
-        if folder.exists():
-            raise SettingsError(f"output: expected a folder without images, got one with {folder}; two would mix")
+        check_free(folder)
     scene, seed, output = TASKS[args.task].resized(args.size), args.common.seed, args.common.output
     write_scenes(Digits("train", args.train, seed, scene), output / "train")
     write_scenes(Digits("test", args.val, seed, scene), output / "val")

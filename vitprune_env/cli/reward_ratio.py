@@ -115,6 +115,7 @@ def run(args: Args, form: Form, ratio: float, backbone: Backbone, task: train.Ta
             output=args.common.output / f"{form}_{ratio:g}",
             device=args.common.device,
             resume=args.common.resume,
+            overwrite=not args.common.resume,  # a folder that may not be replaced was refused at the start
         )
         policies = result.policy.sampling(args.common.seed), result.policy
         rows = [measure(name, result.backbone, each, task.test) for name, each in zip(names, policies, strict=True)]

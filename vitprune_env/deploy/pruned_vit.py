@@ -77,8 +77,17 @@ class PrunedViT(nn.Module, ModelHubMixin, library_name="vitprune_env"):
         self._how = Execution(AttendPacked(kernel(execution)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to logits `[B, classes]`."""
-        return self.forward_head(self.forward_features(images))
+        """Images `[B, C, H, W]` to logits `[B, classes]`.
+
+        Raises:
+            ValueError: for images that do not fit the model.
+            NumericalError: for logits that are NaN or infinite. Not on a GPU, where the host would have to wait for
+                them, and not in a compiled or exported model.
+        """
+        logits = self.forward_head(self.forward_features(images))
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.backbone.check_logits(logits)
+        return logits
 
     def forward_features(
         self, images: Tensor, on_decision: Callable[[Decision, Site], object] | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.engine.families import family_of
 from vitprune_env.engine.reduction import recall
 from vitprune_env.engine.tokens import TokenState, segment_mean, start_state
-from vitprune_env.errors import UnsupportedBackboneError
+from vitprune_env.errors import NumericalError, UnsupportedBackboneError
 from vitprune_env.policy import Policy, published_sites
 from vitprune_env.types import Site, parse_sites, quarter_sites
 
@@ -154,6 +154,18 @@ class Network(nn.Module):
         last = self.num_classes - 1
         if labels.min() < 0 or labels.max() > last:
             raise ValueError(f"labels: expected 0 to {last}, got {int(labels.min())} to {int(labels.max())}")
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Refuse logits that are no answer, as weights or images that hold NaN give them.
+
+        Raises:
+            NumericalError: for NaN or infinity.
+        """
+        if not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+            raise NumericalError(
+                f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images"
+            )
 
     def embed(self, images: Tensor) -> TokenState:
         """Images `[B, C, H, W]` to the token state before the first block."""

@@ -7,9 +7,11 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vitprune_env.data.batches import whole_numbers
 from vitprune_env.engine.reduction import check_decision
 from vitprune_env.envs.actions import ActionKind, action_kind, check_actions
 from vitprune_env.game.rollout import check_fit
@@ -30,6 +32,28 @@ def option(options: Any, name: str) -> Any:
     if near := get_close_matches(name, [str(key) for key in given if key != name], n=1, cutoff=0.5):
         raise ValueError(f"options: expected {name!r}, got {near[0]!r}")
     return given.get(name)
+
+
+def random_stream(seed: int | None) -> np.random.Generator:
+    """Random numbers of an environment; None: unpredictable ones.
+
+    Raises:
+        TypeError: for a seed that is no whole number.
+        ValueError: for a negative one.
+    """
+    check_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        TypeError: for something that is no whole number.
+        ValueError: for a negative number.
+    """
+    if seed is not None and whole_numbers("seed", [seed])[0] < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed}")
 
 
 class ActionGame:

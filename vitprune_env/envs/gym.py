@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.envs.action_game import check_seed
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.envs.parallel import Action, parallel_env
 from vitprune_env.game.rewards import RewardFn, TeamOutcome
@@ -105,8 +106,10 @@ class SingleAgentEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             options: `{"index": i}` plays item i of the dataset instead.
 
         Raises:
-            ValueError: for an index outside the dataset, or an image or label that does not fit the model.
+            ValueError: for a negative seed, an index outside the dataset, or an image or label that does not fit the
+                model.
         """
+        check_seed(seed)
         super().reset(seed=seed)
         self.tokens.np_random = self.np_random
         _, infos = self.tokens.reset(options=options)

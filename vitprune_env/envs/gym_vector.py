@@ -14,6 +14,7 @@ from torch import nn
 
 from vitprune_env.data import ImageDataset
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.envs.action_game import check_seed
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.envs.parallel import make_game
 from vitprune_env.envs.vector import TokenVectorEnv
@@ -99,8 +100,10 @@ class SingleAgentVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             options: `{"indices": [num_envs]}` plays these items of the dataset instead.
 
         Raises:
-            ValueError: for indices that do not fit the dataset, or images or labels that do not fit the model.
+            ValueError: for a negative seed, indices that do not fit the dataset, or images or labels that do not fit
+                the model.
         """
+        check_seed(seed)
         super().reset(seed=seed)
         _, infos = self.tokens.reset(seed=seed, options=options)
         self._np_random, self._over = self.tokens.np_random, False

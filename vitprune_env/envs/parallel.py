@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
-from vitprune_env.envs.action_game import ActionGame, option
+from vitprune_env.envs.action_game import ActionGame, option, random_stream
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.game.rewards import RewardFn
 from vitprune_env.game.token_game import TokenGame
@@ -134,10 +134,11 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             options: `{"index": i}` plays item i of the dataset instead.
 
         Raises:
-            ValueError: for an index outside the dataset, or an image or label that does not fit the model.
+            ValueError: for a negative seed, an index outside the dataset, or an image or label that does not fit the
+                model.
         """
         if seed is not None or self.np_random is None:
-            self.np_random = np.random.default_rng(seed)
+            self.np_random = random_stream(seed)
         index = option(options, "index")
         if index is None:
             index = int(self.np_random.integers(len(self.dataset)))
@@ -160,6 +161,7 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
             episode is over.
 
         Raises:
+            TypeError: for actions that are not a dict.
             ValueError: for an agent that is missing or was never in the game, or an action outside its space, naming
                 the agent.
         """
@@ -257,10 +259,13 @@ class TokenPruningEnv(ParallelEnv[str, np.ndarray, Action]):
         """The actions of a dict in the order of the agents; frameworks also send some for agents that have left.
 
         Raises:
+            TypeError: for something that is not a dict.
             ValueError: for an agent that is missing or was never in the game, or an action outside the space, naming
                 the agent.
         """
         num_agents = self.game.num_agents
+        if not isinstance(actions, Mapping):
+            raise TypeError(f"actions: expected a dict with one for each of env.agents, got {type(actions).__name__}")
         for agent in actions.keys() - self.action_spaces.keys():
             raise ValueError(f"actions: expected one for each of env.agents; {agent} was never in the game")
         for agent in self.agents:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from vitprune_env.data import ImageDataset, fetch
 from vitprune_env.data.batches import whole_numbers
-from vitprune_env.envs.action_game import ActionGame, option
+from vitprune_env.envs.action_game import ActionGame, option, random_stream
 from vitprune_env.envs.actions import ActionKind
 from vitprune_env.game.token_game import TokenGame
 from vitprune_env.policy import Policy
@@ -69,7 +69,7 @@ class TokenVectorEnv:
         actions: the `ActionKind`.
 
     Raises:
-        ValueError: for an empty dataset, `num_envs` below 1 or an unknown action space.
+        ValueError: for an empty dataset, `num_envs` below 1, a negative seed or an unknown action space.
     """
 
     metadata = {"name": "token_pruning_v0", "autoreset_mode": AutoresetMode.DISABLED, "render_modes": ()}
@@ -89,7 +89,7 @@ class TokenVectorEnv:
         self.data = data
         self._play = ActionGame(game, action_space)
         self.actions = self._play.kind
-        self.np_random = None if seed is None else np.random.default_rng(seed)
+        self.np_random = None if seed is None else random_stream(seed)
         self._source = _source(data)
         if self.np_random is not None:
             self._source.restart(self.np_random)
@@ -123,10 +123,11 @@ class TokenVectorEnv:
             Observations `[B, N, D]` and infos, see the table above.
 
         Raises:
-            ValueError: for images or labels that do not fit the model, or indices that do not fit the dataset.
+            ValueError: for a negative seed, images or labels that do not fit the model, or indices that do not fit the
+                dataset.
         """
         if seed is not None:
-            self.np_random = np.random.default_rng(seed)
+            self.np_random = random_stream(seed)
             self._source.restart(self.np_random)
         elif self.np_random is None:
             self.np_random = np.random.default_rng()

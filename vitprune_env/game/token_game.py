@@ -15,7 +15,6 @@ from vitprune_env.engine.evidence import check_needs, from_attention
 from vitprune_env.engine.reduction import check_decision, recall
 from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
-from vitprune_env.errors import NumericalError
 from vitprune_env.game.credit import attribution
 from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome, check_reward
 from vitprune_env.policy import Policy, check_members
@@ -272,11 +271,8 @@ class TokenGame:
         """Run to the logits, settle the outcome, and return the last step's reward with everything deferred."""
         state = recall(self._walk.finish(self.state))
         logits = self.backbone.classify(state)
-        if self.check and not torch.isfinite(logits).all():
-            bad = int((~torch.isfinite(logits)).any(dim=1).sum())
-            raise NumericalError(
-                f"logits: expected finite numbers, got NaN or infinity in {bad} of {len(logits)} images"
-            )
+        if self.check:
+            self.backbone.check_logits(logits)
         table = None
         if self._labels is not None and reward is not None:
             deferred = self._deferred(logits.detach(), self._labels)

@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -196,22 +196,23 @@ def weights_digest(backbone: Backbone) -> str:
 
 
 def about_weights(path: PathLike) -> dict[str, Any]:
-    """What a file of `save_backbone` says of its weights; what other files say in other ways is left out.
+    """What an undamaged file of `save_backbone` says of its weights; what other files say in other ways is left out.
 
     Returns:
         `architecture`, `img_size` (height, width), `num_classes` and, where they are known, `class_names`; of a
         `converted_vit` also `options` and `global_pool`.
 
     Raises:
-        CheckpointError: for a `.safetensors` file that cannot be read.
+        CheckpointError: for a `.safetensors` file that is damaged or cannot be read.
     """
     if Path(path).suffix != ".safetensors":
         return {}
+    if not Path(path).is_file():
+        raise CheckpointError(f"checkpoint: expected a weight file, got {path}, where there is none")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except NOT_WEIGHTS as error:
-        raise CheckpointError(f"checkpoint: expected a weight file, got {path} ({error})") from error
+        metadata = read_tensors(Path(path))[1]  # with its tensors, which the checksum is of
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
     found: dict[str, Any] = {name: metadata[name] for name in ("architecture",) if name in metadata}
     for name, fits in ABOUT.items():
         try:
@@ -258,7 +259,7 @@ def _create_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.
 
 
 def _load_weights(backbone: Backbone, path: Path, new_head: bool) -> None:
-    """Load a local weight file strictly, with its head or without.
+    """Load a local weight file, which `about_weights` has checked, strictly, with its head or without.
 
     Raises:
         CheckpointError: for a file that is missing, not a weight file, or of another model.
@@ -267,8 +268,6 @@ def _load_weights(backbone: Backbone, path: Path, new_head: bool) -> None:
         if path.suffix == ".npz":
             _load_augreg(backbone.model, path, new_head)
         else:
-            if path.suffix == ".safetensors" and path.is_file():
-                read_tensors(path)  # refuses a damaged file
             _load_state(backbone, load_state_dict(str(path), weights_only=True), new_head)
     except CheckpointError as error:
         said = str(error)

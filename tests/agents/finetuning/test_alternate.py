@@ -98,7 +98,7 @@ def test_another_runs_fine_tuning_is_not_taken_for_this_ones(tmp_path: Path, mon
 
     monkeypatch.setattr(trainer, "check_health", dying)
     with pytest.raises(RuntimeError, match="killed"):
-        run(config, output=tmp_path)
+        run(config, output=tmp_path, overwrite=True)
     resumed = run(config, output=tmp_path, resume=True)
     assert not changed(run(config).backbone, resumed.backbone)
 

@@ -22,7 +22,7 @@ from vitprune_env.agents.shared.processes import Processes
 from vitprune_env.agents.shared.signals import TrainingStopped
 from vitprune_env.baselines import Brightness, EViT, LifeRegression, RandomDrop
 from vitprune_env.data import Digits, fetch
-from vitprune_env.errors import CheckpointError, NumericalError
+from vitprune_env.errors import CheckpointError, NumericalError, SettingsError
 
 SITES = ("1.attn", "3")
 SHORT = FinetuneConfig(steps=6, batch_size=8, cache_images=16, warmup_steps=2, checkpoint_every=2, lr=1e-2)
@@ -193,8 +193,12 @@ def test_a_checkpoint_serves_only_the_run_that_left_it(tmp_path: Path) -> None:
         tuned(config, policy=RandomDrop(0.6), output=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="sites"):
         tuned(config, sites=("2",), output=tmp_path, resume=True)
+    with pytest.raises(SettingsError, match=r"output: expected a folder without a run, .* backbone\.safetensors"):
+        tuned(config, output=tmp_path)
+    empty: Any = []
+    begun: dict[str, Any] = {"sites": SITES, "output": tmp_path, "progress": False, "overwrite": True}
     with pytest.raises(ValueError, match="dataset"):  # begun anew, and ended before anything was saved
-        finetune(toy(NAME), EViT(0.6), [], config=config, sites=SITES, output=tmp_path, progress=False)  # type: ignore[arg-type]
+        finetune(toy(NAME), EViT(0.6), empty, config=config, **begun)
     assert not (tmp_path / "finetuning.safetensors").exists()
 
 

@@ -27,7 +27,7 @@ from vitprune_env.agents import (
 from vitprune_env.agents.finetuning import token_dropping
 from vitprune_env.agents.finetuning.step import FineTuner
 from vitprune_env.data import ImageFiles, open_images
-from vitprune_env.errors import CheckpointError
+from vitprune_env.errors import CheckpointError, SettingsError
 
 NAME = "vit_tiny_patch16_224"
 NAMES = ("Zebra", "ant", "bee")  # in timm's order ant, bee, Zebra
@@ -181,6 +181,9 @@ def test_a_run_with_other_settings_is_not_resumed(files: ImageFiles, tmp_path: P
     other = replace(SHORT, dropping=TokenDropping(dense=0.5), view_scale=(0.5, 1.0))
     with pytest.raises(CheckpointError, match=r"recipe.dropping.dense was 0.25, now is 0.5, .*view_scale"):
         run(files, other, output=tmp_path, resume=True)
+    with pytest.raises(SettingsError, match="output: expected a folder without a run"):
+        run(files, other, output=tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["recipe"]["dropping"]["dense"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -258,5 +258,5 @@ def test_a_folder_that_vanished_keeps_no_checkpoint(tmp_path: Path) -> None:
 
 def test_starting_anew_in_a_used_folder_forgets_the_old_run(tmp_path: Path) -> None:
     run(but(TINY, updates=3), output=tmp_path)
-    run(but(TINY, updates=2, seed=5), output=tmp_path)
+    run(but(TINY, updates=2, seed=5), output=tmp_path, overwrite=True)
     assert Counter(logged(tmp_path)) == {1: 1, 2: 1}

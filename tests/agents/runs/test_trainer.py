@@ -35,7 +35,7 @@ from vitprune_env.agents import (
     load_policy,
     train,
 )
-from vitprune_env.errors import BudgetError, CheckpointError, NumericalError
+from vitprune_env.errors import BudgetError, CheckpointError, NumericalError, SettingsError
 from vitprune_env.files import load_state
 from vitprune_env.game.rewards import Attribution, PaperReward, SharedOutcome, margin
 from vitprune_env.game.rollout import play
@@ -92,6 +92,11 @@ def test_a_run_meets_its_budget_and_says_what_happened(tmp_path: Path) -> None:
     assert loaded.info["backbone"] == NAME
     assert loaded.info["target_macs"] == result.target_macs
     assert list((tmp_path / "tensorboard").iterdir())
+    with pytest.raises(SettingsError, match=r"output: expected a folder without a run, got .*policy\.safetensors"):
+        run(but(TINY, updates=1), output=tmp_path)
+    assert load_policy(tmp_path / "policy.safetensors").info["updates"] == 6
+    run(but(TINY, updates=1), output=tmp_path, overwrite=True)
+    assert load_policy(tmp_path / "policy.safetensors").info["updates"] == 1
 
 
 def test_same_seed_same_bits_whatever_the_global_streams_say() -> None:

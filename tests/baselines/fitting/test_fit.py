@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from helpers import random_images, toy
 from vitprune_env.baselines.fitting import FitConfig, ImageInputs, ModuleTask, PreparedTokens, fit_task, frozen
 from vitprune_env.engine.masked import classify_masked
-from vitprune_env.errors import CheckpointError, NumericalError
-from vitprune_env.files import load_state
+from vitprune_env.errors import CheckpointError, NumericalError, StorageError
+from vitprune_env.files import load_state, locked
 
 CONFIG = FitConfig(epochs=3, batch_size=8, lr=0.05, validation=8, validate_every=3, checkpoint_every=3, seed=1)
 
@@ -141,6 +141,14 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert len(load_state(tmp_path / "fit.safetensors", "fit")["history"]) == 6
     with pytest.raises(NumericalError, match="step 1; no checkpoint was asked for"):
         fit_task(Line(nan=1), Points(), CONFIG, progress=False)
+
+
+def test_two_fits_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(StorageError, match="another process"):
+        fit_task(Line(), Points(), CONFIG, output=tmp_path, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"^output: expected a folder that can be written, got .*file"):
+        fit_task(Line(), Points(), CONFIG, output=tmp_path / "file", progress=False)
 
 
 def test_resume_refuses_another_fit_and_starts_afresh_on_an_empty_folder(tmp_path: Path) -> None:
