@@ -68,7 +68,7 @@ def check_decision(
         number = getattr(decision, name)
         if number is None:
             continue
-        if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number <= most:
+        if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= int(number) <= most:
             raise DecisionError(f"{name}: expected None or a whole number of tokens from 0 to {most}, got {number!r}")
     if decision.count is not None and (goes.sum(dim=1) != decision.count).any():
         raise DecisionError(f"count: expected tokens that go on in every image, got {decision.count}, which is not so")
