@@ -25,7 +25,7 @@ from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import Store, write_json
 from vitprune_env.cli import main
 from vitprune_env.data import Digits, batches_of
-from vitprune_env.errors import CheckpointError, ParameterError, UnknownNameError
+from vitprune_env.errors import CheckpointError, ParameterError, SettingsError, UnknownNameError
 
 
 def row(name: str, share: float | None, accuracy: float = 0.8, group: str = "baseline", **changes: Any) -> Row:
@@ -400,6 +400,8 @@ def test_a_whole_comparison_is_written_resumed_and_extended(
         ("dense", None), ("random", 0.8), ("untrained actor", 0.8), ("topk", 0.8), ("dense again", None),
     ]  # fmt: skip
     assert (first.row("topk").speedup or 0) > 0
+    with pytest.raises(SettingsError, match=r"output: expected a folder without a run, .* holds results.json"):
+        compare({"topk": "topk"})
     again = compare({"topk": "topk", "dense again": KeepAll(), "MAPPO": checkpoints[0.6]}, resume=True)
     assert again.rows[:5] == first.rows  # nothing was measured again
     assert [(found.name, found.share) for found in again.rows[5:]] == [("MAPPO", 0.8)]

@@ -26,12 +26,12 @@ from vitprune_env.benchmarking.images import (
 from vitprune_env.benchmarking.measurement import SHOWN, Row, Sites, Timing, row_of, run_of, speed_of
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.result import BenchmarkResult, Scenes
-from vitprune_env.benchmarking.store import Store, machine
+from vitprune_env.benchmarking.store import RESULTS, Store, machine
 from vitprune_env.data import data_config
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import Amp, autocast
 from vitprune_env.errors import BudgetError, SettingsError
-from vitprune_env.files import PathLike, locked, prepare_folder
+from vitprune_env.files import PathLike, locked, make_way, prepare_folder
 
 TIMING = Timing()
 FITS = Fits()
@@ -56,6 +56,7 @@ def benchmark(
     fits: Fits = FITS,
     output: PathLike | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
     command: str = "",
@@ -93,6 +94,7 @@ def benchmark(
         fits: how methods are trained: for each budget or once for the middle one, and for how many steps.
         output: folder for everything: results after each run, tables and figures in the end; None: nothing is written.
         resume: go on from the runs in `output`; on an empty folder this starts fresh.
+        overwrite: whether to replace results that are in `output`, which are refused otherwise.
         progress: whether to show a progress bar.
         settings: further settings to note, and to be the same when resuming, such as the split of the images.
         command: what the user typed, for the head of `table.md`.
@@ -120,6 +122,8 @@ def benchmark(
     precision = autocast(device, amp)
     if folder is not None:
         prepare_folder(folder)
+        if not resume:
+            make_way(folder, (RESULTS,), overwrite)
     names = backbone.class_names or getattr(data, "class_names", None)
     data = read_once(data)
     if needs_fit and fit is not None:
