@@ -52,7 +52,7 @@ class Args(CommonFlags):
 register_backbone("my_vit", create_vit_digits)  # any function that builds a timm module
 
 
-@register_policy("loudest")
+@register_policy("my_loudest")
 @dataclass(frozen=True)
 class Loudest(BasePolicy):
     """Keeps the tokens with the largest features."""

@@ -73,7 +73,7 @@ def test_training_on_a_folder_leaves_a_policy_and_its_comparison(trained: Path) 
     assert policy.info["backbone"] == "deit_tiny_patch16_224"
     assert policy.actor.hidden == (4 * 192, 256, 64)  # the widths that the paper prints, of this network
     assert [site.label for site in policy.sites or ()] == ["3", "6", "9"]
-    assert [row["name"] for row in summary["rows"]][0::2] == ["dense", "untrained actor (mean of 2)", "EViT", "MAPPO"]
+    assert [row["name"] for row in summary["rows"]][0::2] == ["dense", "untrained actor (mean of 1)", "EViT", "MAPPO"]
     assert summary["gmacs"] == pytest.approx(BUDGET, rel=0.05)
     assert (trained / "tokens.png").exists()
 
