@@ -15,7 +15,7 @@ from helpers import golden, golden_model
 from vitprune_env.engine.backbone import Backbone
 
 torch.set_num_threads(1)
-for name, derandomize, examples in (("repeatable", True, 12), ("explore", False, 200)):
+for name, derandomize, examples in (("repeatable", True, 8), ("explore", False, 200)):
     settings.register_profile(
         name,
         derandomize=derandomize,

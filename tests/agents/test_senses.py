@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from games import NAME, OwnLabels
-from helpers import random_images, toy
+from helpers import everyday, random_images, toy
 from ragged import check_batch_independence
 from runs import TINY, but
 from vitprune_env import PrunedViT, TokenGame, check_policy, evaluate
@@ -165,7 +165,7 @@ def test_deployed_play_sees_what_training_saw() -> None:
     assert torch.equal(play(game, policy.sampling(3), DATA.images).keep, play(game, explorer, DATA.images).keep)
 
 
-@pytest.mark.parametrize("kind", ["mappo", "ppo_single", "adaptive"])
+@pytest.mark.parametrize("kind", everyday(["mappo", "ppo_single", "adaptive"], "mappo"))
 def test_trained_saved_and_deployed(kind: str, tmp_path: Path) -> None:
     config = but(TINY, senses=SOME, updates=2)
     if kind == "ppo_single":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from games import OwnLabels
-from helpers import rewrite, toy
+from helpers import everyday, rewrite, toy
 from vitprune_env import PrunedViT, TokenGame, evaluate, load_backbone
 from vitprune_env.baselines import EViT, RandomDrop, calibrate, describe, load_fitted, save_fitted
 from vitprune_env.baselines.dynamicvit.fitting import DynamicViTConfig, fit_dynamicvit
@@ -75,9 +75,7 @@ def check_worth(method: str, share: float, config: Any, train: int, images: int,
         assert result.accuracy > measured(other).accuracy + margin, f"better than {other}"
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "dynamicvit")) for name in METHODS]
-)
+@pytest.mark.parametrize("method", everyday(METHODS, "dynamicvit"))
 def test_a_short_fit_already_beats_no_fit(method: str) -> None:
     config = METHODS[method][2]
     short = replace(config.fit, steps=12, batch_size=16, validation=32)
@@ -91,7 +89,7 @@ def test_the_default_fit_is_worth_it(method: str, share: float) -> None:
     check_worth(method, share, METHODS[method][2], train=4096, images=2000, margin=0.005)
 
 
-@every_method
+@pytest.mark.parametrize("method", everyday(METHODS, "dynamicvit", "masks"))
 def test_same_seed_same_bits_and_the_backbone_stays(method: str) -> None:
     before = [parameter.clone() for parameter in toy(NAME).parameters()]
     fits = [quick_fit(method, seed=seed) for seed in (3, 3, 4)]
@@ -118,7 +116,7 @@ class Killed(OwnLabels):
         return super().batch(indices)
 
 
-@every_method
+@pytest.mark.parametrize("method", everyday(METHODS, "dynamicvit"))
 def test_resumed_is_uninterrupted(method: str, tmp_path: Path) -> None:
     _, fit, config = METHODS[method]
     config = replace(config.quick(), images=0)

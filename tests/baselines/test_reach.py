@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers import make_model, random_images
+from helpers import everyday, make_model, random_images
 from vitprune_env import Backbone, TokenGame, load_backbone
 from vitprune_env.baselines import EvoViT, available, calibrate, describe, fit
 from vitprune_env.data import Digits, batches_of
@@ -18,7 +18,6 @@ from vitprune_env.types import every_block
 
 LTMPS = [name for name in available() if name.startswith("ltmp")]
 SHARES = (0.7, 0.35)
-every_ltmp = pytest.mark.parametrize("name", LTMPS)
 
 
 def problem(network: str) -> tuple[Backbone, list[Any]]:
@@ -34,8 +33,8 @@ def share_of(backbone: Backbone, policy: Any, batches: list[Any], sites: Any = N
     return evaluate(game, policy, batches).macs / game.cost.dense()
 
 
-@every_ltmp
-@pytest.mark.parametrize("network", ["digits", pytest.param("random weights", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", everyday(LTMPS, LTMPS[0]))
+@pytest.mark.parametrize("network", everyday(["digits", "random weights"], "digits"))
 def test_unfitted_thresholds_reach_the_budgets(name: str, network: str) -> None:
     backbone, batches = problem(network)
     dense = CostModel.of(backbone).dense() / 1e9
@@ -44,7 +43,7 @@ def test_unfitted_thresholds_reach_the_budgets(name: str, network: str) -> None:
         assert share_of(backbone, policy, batches) == pytest.approx(share, abs=0.03)
 
 
-@pytest.mark.parametrize("network", ["digits", "random weights"])
+@pytest.mark.parametrize("network", everyday(["digits", "random weights"], "digits"))
 def test_heights_of_ats_reach_the_budgets_on_other_networks(network: str) -> None:
     backbone, batches = problem(network)
     dense = CostModel.of(backbone).dense() / 1e9

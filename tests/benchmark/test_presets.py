@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from helpers import everyday
 from vitprune_env import Backbone, PrunedViT, TokenGame, load_policy, save_policy
 from vitprune_env.baselines import available, calibrate, describe, fit
 from vitprune_env.benchmarking.presets import DEIT_B, DEIT_S, PUBLISHED, Published
@@ -53,7 +54,7 @@ CLOSE = 0.02  # where the search may stop, above the budget
 ONCE = [f"{method}-{KINDS[index % 3]}-half" for index, method in enumerate(available())]
 
 
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", everyday(ONCE, *ONCE[::3]))
 def test_every_preset_builds_calibrates_deploys_and_is_read_back(name: str, tmp_path: Any) -> None:
     preset = PUBLISHED[name]
     backbone, method = shrunk(preset.model), describe(preset.policy)

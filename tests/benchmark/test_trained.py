@@ -59,7 +59,12 @@ def test_a_rival_that_cannot_meet_the_budget_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("actions", "end"), [("keep_or_merge", "merging"), ("drop_merge_keep", "merging"), ("keep_or_fuse", "fusing")]
+    ("actions", "end"),
+    [
+        ("keep_or_merge", "merging"),
+        pytest.param("drop_merge_keep", "merging", marks=pytest.mark.slow),
+        pytest.param("keep_or_fuse", "fusing", marks=pytest.mark.slow),
+    ],
 )
 def test_rivals_have_the_same_way_out(actions: str, end: str) -> None:
     report = compared(0.995, actions=action_kind(actions), fit=OwnLabels(12, seed=1), fits=Fits(steps=2))

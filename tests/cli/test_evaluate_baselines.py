@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import everyday
 from vitprune_env import TokenGame
 from vitprune_env import evaluate as play_all
 from vitprune_env.baselines import available, describe
@@ -28,13 +29,11 @@ def few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate.Args, "_apart", lambda *_: images)
 
 
-SLOW = {"ltmp", "ltmp_merge"}  # `ltmp_prune` is trained by the same recipe
+EVERYDAY = ("ats", "distilled_attention", "dpc", "dynamicvit", "evit", "evo_vit", "random", "tome")
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in available()]
-)
+@pytest.mark.parametrize("name", everyday(available(), *EVERYDAY))
 def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
     args = options(tmp_path, "--policy", name, "--target-share", "0.6")
     policy, backbone = evaluate.load(args)
@@ -49,7 +48,7 @@ def test_every_baseline_meets_the_budget(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("name", ["ats", "dynamicvit", "evit", pytest.param("ltmp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", everyday(["ats", "dynamicvit", "evit", "ltmp"], "evit"))
 def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path) -> None:
     from vitprune_env import save_policy
 
@@ -65,7 +64,7 @@ def test_a_saved_baseline_is_brought_to_another_budget(name: str, tmp_path: Path
     ]
 
 
-@pytest.mark.parametrize("name", ["random", "topk", "evit", "distilled_attention"])
+@pytest.mark.parametrize("name", everyday(["random", "topk", "evit", "distilled_attention"], "evit"))
 def test_tokens_that_leave_in_another_way_meet_the_budget(name: str, tmp_path: Path) -> None:
     policy, backbone = evaluate.load(options(tmp_path, "--policy", f"{name}:leave=merge", "--target-share", "0.6"))
     args = options(tmp_path)

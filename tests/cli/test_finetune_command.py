@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import everyday
 from vitprune_env import load_backbone, load_policy
 from vitprune_env.baselines import LifeRegression
 from vitprune_env.cli import main
@@ -35,7 +36,9 @@ def weights(path: Path) -> torch.Tensor:
     return load_backbone("vit_digits", checkpoint=path).block(8).mlp.fc1.weight
 
 
-@pytest.mark.parametrize("flags", [(), ("--scheme", "two_stages", "--sharpness", 1.5), ("--scheme", "single_stage")])
+@pytest.mark.parametrize(
+    "flags", everyday([(), ("--scheme", "two_stages", "--sharpness", 1.5), ("--scheme", "single_stage")], ())
+)
 def test_life_regression_is_trained(
     flags: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

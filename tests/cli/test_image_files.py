@@ -59,6 +59,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the preset of DeiT-S leaves behind, on a smaller network and a few images."""
     output = tmp_path_factory.mktemp("runs")
     network = ["--model", "deit_tiny_patch16_224", "--no-pretrained", *SMALL]
+    network += ["--updates", "2", "--images", "8", "--cache-images", "16", "--calibration-images", "32"]
     vitprune("train", "--preset", "rl4evit-deit-s", "--data-dir", folder, "--target-gmacs", BUDGET, "--output", output,
              *network)  # fmt: skip
     return output

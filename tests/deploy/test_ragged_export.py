@@ -38,10 +38,9 @@ def alive_at_the_end(model: PrunedViT, images: list[Tensor]) -> set[int]:
     ("backbone", "policy"),
     [
         (DEIT, "learnt"),
-        (DEIT, ATS(16)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((POOLED, "learnt"), (DEIT, LTMP(prune_thresholds=0.05)))
+            for case in ((POOLED, "learnt"), (DEIT, ATS(16)), (DEIT, LTMP(prune_thresholds=0.05)))
         ),
     ],
     ids=describe,

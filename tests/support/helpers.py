@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,11 @@ from vitprune_env.engine.tokens import TokenState
 from vitprune_env.files import read_tensors
 from vitprune_env.policy import BasePolicy
 from vitprune_env.types import Decision, Observation, Site, parse_sites
+
+
+def everyday(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Cases of a test of which only the chosen ones are not slow."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @cache

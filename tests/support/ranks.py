@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[Preset, tuple[int, ...]]] = {  # settings, numbers of proc
     ),
 }
 FAULTS = "faults"
-EVERYDAY = ("uneven", "alternate", FAULTS)  # the others take their time
+EVERYDAY = ("uneven", FAULTS)  # the others take their time
 Work = Callable[[Processes], object]
 
 

@@ -119,7 +119,7 @@ def test_a_signal_in_the_last_update_stops_before_fine_tuning(tmp_path: Path, mo
     assert not changed(run(config).backbone, run(config, output=tmp_path, resume=True).backbone)
 
 
-@pytest.mark.parametrize("mode", ["alternate", "after"])
+@pytest.mark.parametrize("mode", ["alternate", pytest.param("after", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_gives_the_same_bits(
     mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

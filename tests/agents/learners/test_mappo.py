@@ -125,11 +125,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, stock
     "entropy": ({"value_clip": None, "ent_coef": 0.1, "vf_coef": 1.0}, {"ent_coef": 0.1, "vf_coef": 1.0}),
     "unbounded": ({"value_clip": None, "max_grad_norm": None}, {"max_grad_norm": None}),
 }
+FURTHER = [name for name in VARIANTS if name not in ("default", "value_clip", "discounted")]
 
 
 @pytest.mark.parametrize(
     ("variant", "told", "senses"),
-    [*((variant, False, ()) for variant in VARIANTS), ("default", True, ()), ("default", False, SENSES)],
+    [
+        *((variant, False, ()) for variant in ("default", "value_clip", "discounted")),
+        *(pytest.param(variant, False, (), marks=pytest.mark.slow) for variant in FURTHER),
+        ("default", True, ()),
+        ("default", False, SENSES),
+    ],
 )
 def test_update_equals_stock_ppo(
     variant: str, told: bool, senses: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

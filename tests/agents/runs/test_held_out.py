@@ -43,8 +43,8 @@ def validated(result: TrainResult) -> dict[float, float]:
     "changes",
     [
         {},
-        {"reward": Attribution(0.01), "cache_images": 0, "updates": 3},
-        {"budget": BudgetRange(0.45, 0.8), "updates": 2},
+        pytest.param({"reward": Attribution(0.01), "cache_images": 0, "updates": 3}, marks=pytest.mark.slow),
+        pytest.param({"budget": BudgetRange(0.45, 0.8), "updates": 2}, marks=pytest.mark.slow),
         {"finetune": FinetuneConfig(when="alternate", every=1, steps=4, batch_size=8), "updates": 3},
     ],
     ids=["default", "attribution", "adaptive", "alternate"],
