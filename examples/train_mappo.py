@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv, description=__doc__)
 
     with launched(args.common.device) as (processes, device):
-        args = args.on(device)
+        args = args.on(device, processes.is_main)
         backbone = args.images.network(args.common.seed, device)  # any plain ViT of timm
         task = open_task(args, backbone)  # images to train on, to calibrate and to validate on, and to report on
         start = start_policy(args, backbone, task, processes.is_main)  # None: a new actor

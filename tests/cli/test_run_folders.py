@@ -34,6 +34,16 @@ def test_a_training_run_is_called_after_what_is_trained(words: str, name: str) -
     assert parse(words.split()).common.output == Path("runs", name)
 
 
+def test_other_processes_may_come_when_the_first_has_begun(tmp_path: Path) -> None:
+    args = parse(["--output", str(tmp_path)])
+    args.on("cpu", is_main=True)
+    (tmp_path / "policy.safetensors").touch()
+    (tmp_path / "training.safetensors").touch()
+    assert args.on("cpu", is_main=False).common.output == tmp_path
+    with pytest.raises(SettingsError, match="--resume goes on"):
+        args.on("cpu", is_main=True)
+
+
 def test_other_commands_are_called_after_what_they_do() -> None:
     assert parse(["--output", "runs/x", "--quick"]).common.output == Path("runs/x")
     assert parse([], start=reward_ratio.Args()).common.output == Path("runs/reward_ratio")

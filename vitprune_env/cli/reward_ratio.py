@@ -204,7 +204,7 @@ def figure(lines: Sequence[dict[str, Any]]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, report."""
     args = check(train.parse(argv, "vitprune reward-ratio", __doc__, Args()))
-    args = args.on(args.common.device)
+    args = args.on(args.common.device, is_main=True)
     output = args.common.output
     backbone = args.images.network(args.common.seed, args.common.device)
     task = train.open_task(args, backbone)

@@ -134,10 +134,13 @@ class Args:
         ]
         return "-".join(filter(None, parts))
 
-    def on(self, device: str) -> Self:
-        """The same on the device of this process, with the output folder made and the number of threads set."""
+    def on(self, device: str, is_main: bool) -> Self:
+        """The same on the device of this process, with the output folder made and the number of threads set.
+
+        Process 0 alone looks for another run in the folder: the others may come when its own files are already there.
+        """
         common = replace(self.common, device=device)
-        common.prepare(not self.images.reads_files, self.results)
+        common.prepare(not self.images.reads_files, self.results if is_main else ())
         if self.training.run.amp and not multiplies_bf16(device):
             print("note: this processor has no units for bfloat16, which makes --amp slower than single precision")
         return replace(self, common=common)
@@ -393,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     args = parse(argv, prog="vitprune train")
     with launched(args.common.device) as (processes, device):
-        args = args.on(device)
+        args = args.on(device, processes.is_main)
         backbone = args.images.network(args.common.seed, device)
         task = open_task(args, backbone)
         start = start_policy(args, backbone, task, processes.is_main)
