@@ -16,6 +16,7 @@ from torch import Tensor
 
 from games import NAME, OwnLabels
 from helpers import toy
+from places import EXAMPLES
 from places import SUPPORT as HERE
 from ranks import EVERYDAY, RUNS
 from runs import TINY, but
@@ -27,7 +28,7 @@ from vitprune_env.files import load_state
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
 
-EXAMPLE = HERE.parent / "examples" / "train_mappo.py"
+EXAMPLE = EXAMPLES / "train_mappo.py"
 
 
 def environment() -> dict[str, str]:
