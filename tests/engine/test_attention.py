@@ -136,11 +136,8 @@ def test_a_removed_key_may_be_larger_than_all_others() -> None:
     assert torch.isfinite(factor.grad).all()
 
 
-def test_gated_attention_of_newer_timm() -> None:
-    try:
-        attn = attention(gated=True)
-    except TypeError:
-        pytest.skip("this timm has no gated attention")
+def test_gated_attention() -> None:
+    attn = attention(gated=True)
     x, rows, images = packed([3, 5])
     expected = torch.cat([attn(image)[0] for image in images])
     torch.testing.assert_close(attend(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)
@@ -164,10 +161,7 @@ def test_uniform_rows_attend_as_one_batch() -> None:
 
 
 def test_heads_wider_than_the_model() -> None:
-    try:
-        attn = attention(attn_head_dim=16)
-    except TypeError:
-        pytest.skip("this timm derives the width of a head from that of the model")
+    attn = attention(attn_head_dim=16)
     x, rows, images = packed([2, 5])
     expected = torch.cat([attn(image)[0] for image in images])
     torch.testing.assert_close(attend(attn, x, rows)[0], expected, atol=1e-6, rtol=1e-5)

@@ -140,6 +140,10 @@ def test_another_head_and_another_image_size(tmp_path: Path) -> None:
     assert again(some_images()).shape == (3, 6)
     with pytest.raises(ValueError, match="num_classes: expected 24, the features of a network without a head, got 6"):
         load_backbone("converted_vit", checkpoint=features, num_classes=6)
+    with pytest.raises(ValueError, match="num_classes: expected the width of the head, got None"):
+        load_backbone("converted_vit", checkpoint=features, new_head=True)
+    with pytest.raises(ValueError, match="expected a file that gives the sizes of converted_vit, got none"):
+        load_backbone("converted_vit")
 
 
 @torch.no_grad()

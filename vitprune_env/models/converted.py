@@ -49,21 +49,23 @@ class ConvertedViT(VisionTransformer):
     """A timm ViT of given sizes that remembers them.
 
     Args:
+        embed_dim: width of the tokens.
         norm_eps: epsilon of the norms.
         act: activation of the MLPs, by timm's name.
         swiglu: whether the MLPs are gated.
         has_head: whether there is a linear head; without one, the pooled features stand for logits.
         global_pool: as in timm, or `"token_and_mean"`, for a head that reads the class token and the mean of the patch
             tokens side by side, as DINOv2's does.
-        num_classes: width of the head; None: 1000. Without a head it can only be that of the features.
+        num_classes: width of the head; without a head it can only be that of the features, or None.
         **options: of `VisionTransformer`, as JSON values.
 
     Raises:
-        ValueError: for a number of classes without a head.
+        ValueError: for a number of classes without a head, or a head without one.
     """
 
     def __init__(
         self,
+        embed_dim: int,
         norm_eps: float = 1e-6,
         act: str = "gelu",
         swiglu: bool = False,
@@ -73,13 +75,16 @@ class ConvertedViT(VisionTransformer):
         **options: Any,
     ) -> None:
         both = global_pool == "token_and_mean"
-        width = options.get("embed_dim", 768) * (2 if both else 1)
+        width = embed_dim * (2 if both else 1)
         if not has_head and num_classes not in (None, width):
             raise ValueError(
                 f"num_classes: expected {width}, the features of a network without a head, got {num_classes}"
             )
-        classes = width if not has_head else 1000 if num_classes is None else num_classes
+        if has_head and num_classes is None:
+            raise ValueError("num_classes: expected the width of the head, got None")
+        classes = width if num_classes is None else num_classes
         super().__init__(
+            embed_dim=embed_dim,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),  # pyright: ignore[reportArgumentType]  # timm takes any
             act_layer=act,  # pyright: ignore[reportArgumentType]  # timm resolves names here
             mlp_layer=cast(Any, SwiGLUPacked if swiglu else Mlp),
@@ -91,7 +96,7 @@ class ConvertedViT(VisionTransformer):
             self.global_pool: Any = global_pool
             self.head = nn.Linear(width, classes) if has_head else nn.Identity()
         self.num_classes = classes
-        own = {"norm_eps": norm_eps, "act": act, "swiglu": swiglu, "has_head": has_head}
+        own = {"embed_dim": embed_dim, "norm_eps": norm_eps, "act": act, "swiglu": swiglu, "has_head": has_head}
         self.options = {name: value for name, value in {**own, **options}.items() if name in OPTIONS}
         """What the constructor is to be called with again, beside image size, channels, pooling and classes."""
 
@@ -110,10 +115,12 @@ def converted_vit(pretrained: bool = False, **options: Any) -> ConvertedViT:
     """A `ConvertedViT` by a name of timm, for files that describe one.
 
     Raises:
-        ValueError: for `pretrained`, since the name alone has no weights.
+        ValueError: for `pretrained`, or without sizes, since the name alone has neither.
     """
     if pretrained:
         raise ValueError(f"pretrained: expected False, got True; the weights of {ARCHITECTURE} come from a file")
+    if "embed_dim" not in options:
+        raise ValueError(f"checkpoint: expected a file that gives the sizes of {ARCHITECTURE}, got none")
     model = ConvertedViT(**{name: value for name, value in options.items() if name not in TIMMS_OWN})
     cast(Any, model).pretrained_cfg = default_cfgs[ARCHITECTURE].default.to_dict()
     return model
