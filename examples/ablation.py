@@ -6,6 +6,7 @@
     python examples/ablation.py --variants mappo paper attribution log_probability margin      # rewards
     python examples/ablation.py --variants mappo neighbours early early_scalars                # where, what is seen
     python examples/ablation.py --task twins --shares 0.2 --updates 240                 # where agents have to agree
+    python examples/ablation.py --variants mappo masks distilled_attention evit         # beside baselines
     python examples/ablation.py --data-dir DIR --weights FILE --shares 0.35 --sites 1 3 5 7    # on photographs
 
 Every run is a row of results.json, so that `--resume` does only what is missing. Reports table.md, results.csv and
@@ -42,7 +43,7 @@ from vitprune_env.agents import (
     Share,
     train,
 )
-from vitprune_env.baselines import RandomDrop, calibrate
+from vitprune_env.baselines import available, calibrate, describe, fit
 from vitprune_env.benchmarking import Row, difference, interval, measure
 from vitprune_env.benchmarking.store import Store
 from vitprune_env.benchmarking.tables import comma_separated, markdown
@@ -50,7 +51,8 @@ from vitprune_env.cli import explained
 from vitprune_env.cli.flags import CommonFlags, ImageFlags, lowered, read_flags
 from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.cli.train import Args as TrainArgs
-from vitprune_env.cli.train import open_task
+from vitprune_env.cli.train import Task, open_task
+from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file
 from vitprune_env.game.rewards import (
@@ -62,6 +64,7 @@ from vitprune_env.game.rewards import (
     margin,
     probability,
 )
+from vitprune_env.policy import Policy
 
 ADAPTIVE = BudgetRange(0.2, 0.6)
 EARLY = ("1.attn", "2", "3", "5")  # the first look comes before the MLP of block 1, 6 % of the dense network's MACs
@@ -72,14 +75,13 @@ def sensing(*senses: str) -> MAPPOConfig:
     return MAPPOConfig(networks=LightNetworks(senses=senses))
 
 
-VARIANTS: dict[str, Preset | None] = {
+VARIANTS: dict[str, Preset] = {
     "mappo": Preset(),
     "ppo_single": Preset(learner=PPOSingleConfig()),
     "critic_context": Preset(learner=MAPPOConfig(networks=LightNetworks(critic_context=True))),
     **{sense: Preset(learner=sensing(sense)) for sense in SENSES},
     "early": Preset(sites=EARLY),
     "early_scalars": Preset(learner=sensing("crowd", "class_attention", "alive", "site", "position"), sites=EARLY),
-    "random": None,  # not trained: RandomDrop at the same budget
     "paper": Preset(reward=PaperReward(outcome_bonus=1.0)),
     "attribution": Preset(reward=Attribution(START_PRICE)),
     "log_probability": Preset(reward=SharedOutcome(START_PRICE, log_probability)),
@@ -99,7 +101,7 @@ class Args(CommonFlags):
     output: Path = Path("runs/ablation")
     """Folder for results; made if it does not exist."""
     variants: tuple[str, ...] = ("mappo", "ppo_single", "random")
-    """What to compare; differences are taken to the first."""
+    """What to compare, variants of learning or baselines by name; differences are taken to the first."""
     shares: tuple[float, ...] = (0.25, 0.35, 0.45)
     """Budgets, as shares of the dense model's MACs."""
     seeds: int = 5
@@ -133,8 +135,8 @@ class Job:
 
     @property
     def settings(self) -> Preset | None:
-        """The settings of the variant at this budget and seed; None: it is not trained."""
-        variant, quick = VARIANTS[self.variant], self.args.quick
+        """The settings of the variant at this budget and seed; None: it is a baseline."""
+        variant, quick = VARIANTS.get(self.variant), self.args.quick
         if variant is None:
             return None
         length = {} if self.args.updates is None else {"updates": self.args.updates}
@@ -155,8 +157,9 @@ def check(args: Args) -> Args:
         SettingsError: for a variant that does not exist, or a budget that one cannot have.
     """
     for name in args.variants:
-        if name not in VARIANTS:
-            raise SettingsError(f"variants: expected some of {', '.join(VARIANTS)}, got {name}")
+        if name not in VARIANTS and name not in available():
+            names = f"{', '.join(VARIANTS)}, or a baseline ({', '.join(available())})"
+            raise SettingsError(f"variants: expected some of {names}, got {name}")
         low, high = (ADAPTIVE.low, ADAPTIVE.high) if name == "adaptive" else (0.0, 1.0)
         if not all(low <= share <= high for share in args.shares):
             raise SettingsError(f"shares: expected {low:g} to {high:g} with variant {name}, got {args.shares}")
@@ -173,9 +176,7 @@ def work(job: Job) -> list[Row]:
     asked = TrainArgs(split=args.split, test_images=args.images, common=common, training=training, images=args.source)
     task = open_task(asked, backbone)
     if settings is None:
-        target = job.share * TokenGame(backbone).cost.dense() / 1e9
-        make = lambda rate: RandomDrop(rate, job.seed)  # noqa: E731
-        policy = calibrate(make, target, backbone, task.tune, sites=args.sites or backbone.default_sites)
+        policy = baseline(job, backbone, task)
     else:
         options: dict[str, Any] = {"calibration": task.calibration, "device": args.device, "progress": False}
         result = train(backbone, task.training, **settings.arguments, **options)
@@ -187,6 +188,19 @@ def work(job: Job) -> list[Row]:
     pruned = measure(job.name, backbone, policy, task.test, sites=sites, share=job.share)
     dense = measure(f"{job.name}, dense", backbone, KeepAll(), task.test, share=job.share)
     return [replace(pruned, seconds=seconds), dense]
+
+
+def baseline(job: Job, backbone: Backbone, task: Task) -> Policy:
+    """A baseline at the budget, trained on the images of the seed if it has something to train."""
+    target, method = job.share * TokenGame(backbone).cost.dense() / 1e9, describe(job.variant)
+    sites = job.args.sites or method.sites(backbone)
+    if method.recipe is not None:
+        config = method.fit_config().quick() if job.args.quick else None
+        options: dict[str, Any] = {"config": config, "sites": sites, "seed": job.seed, "progress": False}
+        fitted: Any = fit(method, backbone, task.training, target, **options)
+        return calibrate(fitted.at, target, backbone, task.tune, sites=sites, knob=method.fitted_knob)
+    seed = {"seed": job.seed} if method.is_random else {}
+    return calibrate(method.name, target, backbone, task.tune, sites=sites, **seed)
 
 
 def run_all(jobs: Sequence[Job], store: Store) -> None:
