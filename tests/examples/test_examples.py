@@ -144,10 +144,11 @@ def test_a_baseline_is_fine_tuned_for(policy: str, tmp_path: Path, capsys: pytes
 
 
 def test_variants_are_compared_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--quick", "--output", tmp_path, "--variants", "mappo", "random")
+    flags = ("--quick", "--output", tmp_path, "--variants", "mappo", "random", "distilled_attention")
     example("ablation", *flags)
     first = capsys.readouterr().out
-    assert [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| 25")] == ["mappo", "random"]
+    shown = [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| 25")]
+    assert shown == ["mappo", "random", "distilled_attention"]  # learnt, as it is, and fitted
     results = (tmp_path / "results.json").read_bytes()
     assert b" at 0x" not in results  # an address would forbid another process to resume
     example("ablation", *flags, "--resume")
