@@ -2,7 +2,7 @@
 
 from ..deploy.policy_files import load_policy, save_policy
 from .budgets.adaptive import AdaptivePolicy, BudgetRange
-from .budgets.calibration import calibrate_threshold
+from .budgets.calibration import calibrate_counts, calibrate_threshold
 from .budgets.controller import Budget, BudgetController, Equilibrium, GMACs, KeepRate, Share
 from .cloning import Cloning, cloned_policy
 from .finetuning.loop import CosineKeepRate, FinetuneConfig, FinetuneResult, LastBlocks, finetune
@@ -72,6 +72,7 @@ __all__ = [
     "TrainResult",
     "TrainingStopped",
     "Trajectory",
+    "calibrate_counts",
     "calibrate_threshold",
     "cloned_policy",
     "distilled_policy",

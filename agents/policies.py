@@ -1,4 +1,4 @@
-"""The learnt policy as it is deployed: greedy or sampling, with a threshold that calibration sets."""
+"""The learnt policy as it is deployed: greedy, with equal counts, or sampling; calibration sets its threshold."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from math import isnan
-from typing import Any, Literal
+from math import exp, isnan
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..envs.actions import ActionKind, KeepActions, action_kind, registered_actions
-from ..policy import BasePolicy, check_precision, register_policy
+from ..policy import BasePolicy, check_precision, keep_top, register_policy
 from ..types import Decision, Observation, Site
 from .networks import TokenActor
 from .senses import needed, see
@@ -38,6 +38,10 @@ class TokenPolicy(BasePolicy, nn.Module):
     With the two actions prune and keep, tokens are kept whose log-odds of being kept exceed the threshold. With any
     number of actions, a higher threshold drops more tokens, if action 0 is the one that drops.
 
+    With a schedule, every image keeps equally many tokens at a site, those with the largest log-odds. The threshold
+    then scales the schedule: the shares are divided by its exponential. Every image costs the same, and exported models
+    take batches of any size.
+
     With a seed, actions are drawn with their probabilities instead, as in training and as the authors' code of RL4EViT
     evaluates. The noise of an image follows from the seed and from how many images the policy has seen before.
 
@@ -48,9 +52,12 @@ class TokenPolicy(BasePolicy, nn.Module):
         info: notes on its origin (backbone, budget, seed); JSON values.
         actions: what the actor's actions mean.
         seed: of the noise with which actions are drawn; None: the most probable ones are taken.
+        schedule: `[T]`, share of all N tokens that stays after each site, in every image; None: each token that exceeds
+            the threshold stays.
 
     Raises:
-        ValueError: if the actor has other than two actions, and no kind of actions is given that has as many.
+        ValueError: if the actor has other than two actions, and no kind of actions is given that has as many; for a
+            schedule that is no such shares, or beside a seed or more than two actions.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         info: Mapping[str, Any] | None = None,
         actions: ActionKind | None = None,
         seed: int | None = None,
+        schedule: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.num_actions = getattr(actor, "num_actions", 2)  # a module of one's own decides between prune and keep
@@ -75,6 +83,7 @@ class TokenPolicy(BasePolicy, nn.Module):
         self.needs = needed(self.senses) | self.actions.needs
         self.attention_bias: Literal["log_size"] | None = self.actions.attention_bias
         self.seed = seed
+        self.schedule = None if schedule is None else self._checked(schedule)
         self._first_game = self._next_game = 0
 
     def default_sites(self, depth: int) -> Sequence[int | str | Site] | None:
@@ -92,8 +101,21 @@ class TokenPolicy(BasePolicy, nn.Module):
         # In half precision, logits near the threshold would be rounded, and the calibrated budget would be missed.
         with full_precision(obs.tokens.device.type):
             check_precision(self.actor, obs.tokens)
+            if self.schedule is not None:
+                return self._equal_counts(obs, self.schedule)
             chosen = self._chosen(obs)
         return joint_decision(self.actions, chosen, obs, self.actor)
+
+    def _equal_counts(self, obs: Observation, schedule: tuple[float, ...]) -> Decision:
+        """As many tokens as the schedule says stay in every image."""
+        if obs.step >= len(schedule):
+            raise ValueError(f"schedule: expected a share for site number {obs.step + 1}, got {schedule}")
+        count = max(1, round(min(1.0, schedule[obs.step] * exp(-self.threshold)) * obs.num_agents))
+        scores = self.actor.keep_logit(see(obs, self.senses).tokens)
+        chosen = obs.gather(keep_top(obs, scores, torch.full_like(obs.num_alive, count))).long()
+        decision = joint_decision(self.actions, chosen, obs, self.actor)
+        known = obs.count is not None and self.actions == KeepActions()
+        return replace(decision, count=min(count, cast(int, obs.count))) if known else decision
 
     def _chosen(self, obs: Observation) -> Tensor:
         """Actions of the alive tokens, `[sum n_i]` int64."""
@@ -109,21 +131,42 @@ class TokenPolicy(BasePolicy, nn.Module):
 
     def with_threshold(self, threshold: float) -> TokenPolicy:
         """The same policy, sharing its weights, with another threshold."""
-        return self._like(threshold, self.seed)
+        return self._like(threshold, self.seed, self.schedule)
+
+    def with_schedule(self, schedule: Sequence[float] | None) -> TokenPolicy:
+        """The same policy, sharing its weights, that keeps these shares of all tokens in every image.
+
+        Args:
+            schedule: `[T]`; None: each token that exceeds the threshold stays.
+        """
+        return self._like(0.0, None, schedule)
 
     def starting_actor(self) -> TokenActor:
         """A copy of the actor with the threshold in its biases: what training goes on from."""
         actor = deepcopy(self.actor)
-        with torch.no_grad():
-            actor.last.bias[0] += self.threshold
+        if self.schedule is None:
+            with torch.no_grad():
+                actor.last.bias[0] += self.threshold
         return actor
 
     def sampling(self, seed: int = 0) -> TokenPolicy:
         """The policy, sharing its weights, that draws every action with the probability that it has in training."""
         return self._like(0.0, seed)
 
-    def _like(self, threshold: float, seed: int | None) -> TokenPolicy:
-        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, seed)
+    def _like(self, threshold: float, seed: int | None, schedule: Sequence[float] | None = None) -> TokenPolicy:
+        return TokenPolicy(self.actor, threshold, self.sites, self.info, self.actions, seed, schedule)
+
+    def _checked(self, schedule: Sequence[float]) -> tuple[float, ...]:
+        """A schedule that this policy can follow."""
+        shares = tuple(float(share) for share in schedule)
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"schedule: expected shares of the tokens, 0 to 1, one for each site, got {schedule}")
+        if self.sites is not None and len(shares) != len(self.sites):
+            raise ValueError(f"schedule: expected {len(self.sites)} shares, one for each site, got {len(shares)}")
+        if self.num_actions != 2 or self.seed is not None:
+            got = f"{self.num_actions} actions" if self.num_actions != 2 else f"seed {self.seed}"
+            raise ValueError(f"schedule: expected None unless there are two actions and none is drawn, got {got}")
+        return shares
 
     @property
     def width(self) -> int:
@@ -150,6 +193,8 @@ class TokenPolicy(BasePolicy, nn.Module):
         }
         if self.seed is not None:
             values["seed"] = self.seed
+        if self.schedule is not None:
+            values["schedule"] = list(self.schedule)
         return values if self.actions == KeepActions() else {**values, "actions": registered_actions(self.actions)}
 
     @classmethod
@@ -171,9 +216,11 @@ class TokenPolicy(BasePolicy, nn.Module):
         return cls(actor, actions=action_kind(actions, "actions"), **settings)
 
     def extra_repr(self) -> str:
-        """Threshold and sites, and the seed of a policy that draws."""
+        """Threshold and sites, the seed of a policy that draws, and the schedule of one with equal counts."""
         sites = None if self.sites is None else [site.label for site in self.sites]
-        return f"threshold={self.threshold:.4g}, sites={sites}" + ("" if self.seed is None else f", seed={self.seed}")
+        more = {"seed": self.seed, "schedule": self.schedule}
+        shown = (f", {name}={value}" for name, value in more.items() if value is not None)
+        return f"threshold={self.threshold:.4g}, sites={sites}" + "".join(shown)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:

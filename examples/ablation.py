@@ -199,7 +199,7 @@ def baseline(job: Job, backbone: Backbone, task: Task) -> Policy:
         options: dict[str, Any] = {"config": config, "sites": sites, "seed": job.seed, "progress": False}
         fitted: Any = fit(method, backbone, task.training, target, **options)
         return calibrate(fitted.at, target, backbone, task.tune, sites=sites, knob=method.fitted_knob)
-    seed = {"seed": job.seed} if method.is_random else {}
+    seed: dict[str, Any] = {"seed": job.seed} if method.is_random else {}
     return calibrate(method.name, target, backbone, task.tune, sites=sites, **seed)
 
 

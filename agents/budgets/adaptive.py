@@ -23,6 +23,7 @@ from ...types import Decision, Observation, Site
 from ..networks import TokenActor
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
+from ..shared.settings import check
 from .calibration import calibrate_threshold
 from .controller import Batches, Budget
 from .prices import RewardSchedule, start_price
@@ -121,6 +122,16 @@ class AdaptivePolicy(TokenPolicy):
         made = self.at(self.share)
         made.threshold = float(threshold)
         return made
+
+    def with_schedule(self, schedule: Sequence[float] | None) -> AdaptivePolicy:
+        """Refused: a schedule belongs to one budget.
+
+        Raises:
+            ValueError: for any schedule but None.
+        """
+        if schedule is not None:
+            raise ValueError(f"schedule: expected None for an adaptive policy, whose budget varies, got {schedule}")
+        return self.at(self.share)
 
     def sampling(self, seed: int = 0) -> AdaptivePolicy:
         """The policy, sharing its weights, that draws every action with the probability that it has in training."""
@@ -231,6 +242,7 @@ class BudgetRange(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self, "fixed_counts", not self.fixed_counts, "False for an adaptive policy, whose budget varies")
         if not 0 < self.low < self.high <= 1:
             raise ValueError(
                 "budget: expected two shares of dense for an adaptive policy, increasing, above 0 and at most 1, got "

@@ -1,4 +1,4 @@
-"""The threshold at which a trained policy meets its budget."""
+"""The threshold, or the equal counts, at which a trained policy meets its budget."""
 
 from __future__ import annotations
 
@@ -94,6 +94,37 @@ def calibrate_threshold(
             macs / 1e9,
         )
     return best
+
+
+class HasSchedule(HasThreshold, Protocol):
+    """A policy that can also keep equally many tokens in every image."""
+
+    def with_schedule(self, schedule: Sequence[float] | None) -> Any:
+        """The same policy that keeps these shares of all tokens, `[T]`."""
+        ...
+
+
+def calibrate_counts(
+    game: TokenGame, policy: HasSchedule, batches: Sequence[Tensor | TokenState], target_macs: float
+) -> Any:
+    """The same policy with equally many tokens in every image, at the target or a little less.
+
+    At each site they are the share of all tokens that the policy keeps on average; all shares are then scaled together
+    until the budget is met.
+
+    Args:
+        game: what is played.
+        policy: one with a method `with_schedule`, at the budget already.
+        batches: training images (or prepared states) to measure on.
+        target_macs: MACs per image, policy included.
+
+    Raises:
+        BudgetError: if even one token at every site costs more.
+        ValueError: for no images, or a policy that cannot follow a schedule.
+    """
+    kept = torch.cat([play(game, policy, batch).outcome.n_kept for batch in batches]).double().mean(dim=0)
+    schedule = (kept / game.backbone.num_patches).tolist()
+    return calibrate_threshold(game, policy.with_schedule(schedule), batches[:1], target_macs)
 
 
 def _search(

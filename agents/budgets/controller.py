@@ -24,7 +24,7 @@ from ..networks import TokenActor
 from ..policies import TokenPolicy
 from ..shared.processes import Processes
 from ..shared.settings import check, check_numbers
-from .calibration import calibrate_threshold
+from .calibration import calibrate_counts, calibrate_threshold
 from .prices import (
     AnnealedKeepCost,
     CollapseDetector,
@@ -72,6 +72,9 @@ class Budget(ABC):
     sampled: bool = False
     """Whether the deployed policy draws its actions, as the authors' code of RL4EViT evaluates; otherwise it takes the
     most probable ones."""
+    fixed_counts: bool = False
+    """Whether the deployed policy keeps equally many tokens in every image, on average those that it keeps with a
+    threshold; otherwise each token that exceeds the threshold."""
 
     extra_features: ClassVar[int] = 0
     """Features that `RewardSchedule.view` adds to every token."""
@@ -82,6 +85,7 @@ class Budget(ABC):
             check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         for name in ("price_rate", "price_gain"):
             check(self, name, getattr(self, name) >= 0, "at least 0")
+        check(self, "fixed_counts", not (self.fixed_counts and self.sampled), "False where actions are drawn")
 
     @abstractmethod
     def target(self, cost: PolicyCost, reward: RewardFn) -> float:
@@ -139,7 +143,7 @@ class Budget(ABC):
         return TokenPolicy(actor, sites=sites, info=info, actions=actions, seed=self.seed)
 
     def calibrated(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
-        """The policy with the threshold at which it meets the budget.
+        """The policy with the threshold, or the equal counts, at which it meets the budget.
 
         Args:
             game: what is played.
@@ -147,7 +151,8 @@ class Budget(ABC):
             batches: training images, or states that `game.prepare` made of them.
             target: mean MACs per image.
         """
-        return calibrate_threshold(game, policy, batches, target)
+        found = calibrate_threshold(game, policy, batches, target)
+        return calibrate_counts(game, found, batches, target) if self.fixed_counts else found
 
     def at_target(self, game: TokenGame, policy: Any, batches: Batches, target: float) -> Any:
         """The policy at the target, for a look at it during training; as `calibrated` gives it unless that takes long.
@@ -282,7 +287,7 @@ class Equilibrium(Budget):
             return policy
         explorer = policy.sampling()
         explored = torch.cat([play(game, explorer, batch).outcome.macs for batch in batches])
-        return calibrate_threshold(game, policy, batches, float(explored.mean()))
+        return super().calibrated(game, policy, batches, float(explored.mean()))
 
 
 class BudgetController:

@@ -91,6 +91,11 @@ class Settings:
             check_type("finetune", self.finetune, FinetuneConfig, "a FinetuneConfig or None")
         self.learner.check_reward(self.reward)
         self._check_start()
+        if self.budget.fixed_counts and self.actions.count(num_agents=3) != 2:  # 3: some have as many as agents
+            raise SettingsError(
+                f"fixed_counts: expected False unless a token stays or leaves in one way, got True with actions "
+                f"{self.actions.name}"
+            )
         if self.run.images % (times := self.learner.games_per_image):
             raise SettingsError(
                 f"images: expected a multiple of {times}, the games that {type(self.learner).__name__} plays of every "
@@ -123,6 +128,8 @@ class Settings:
                 raise SettingsError(f"actions: expected keep for a policy that merges, got {self.actions.name}")
             if budget.sampled:
                 raise SettingsError("sampled: expected False for a policy that merges and draws nothing, got True")
+            if budget.fixed_counts:
+                raise SettingsError("fixed_counts: expected False for a policy that merges, got True")
             if self.finetune is not None and self.finetune.when == "alternate":
                 raise SettingsError("finetune: expected after or none for a policy that merges, got alternate")
 

@@ -66,6 +66,9 @@ class BudgetFlags:
     """How strongly the price answers an excess at once."""
     sampled: bool = Budget.sampled
     """Whether the deployed policy draws its actions; otherwise it takes the most probable ones."""
+    fixed_counts: bool = Budget.fixed_counts
+    """Whether the deployed policy keeps equally many tokens in every image, its means; otherwise those above a
+    threshold."""
 
     def budget(self, usual: Budget) -> Budget:
         """The budget that the flags stand for; `usual` where they name none.
