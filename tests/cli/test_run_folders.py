@@ -9,6 +9,7 @@ import pytest
 from test_cli import mistake
 
 from vitprune_env.cli import benchmark, evaluate, finetune, reward_ratio
+from vitprune_env.cli.analyse import command as analyse
 from vitprune_env.cli.flags import ResumableFlags, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.errors import CheckpointError, SettingsError
@@ -117,11 +118,19 @@ def test_a_flag_that_would_do_nothing_is_unknown(words: str, capsys: pytest.Capt
 @pytest.mark.parametrize("command", ["evaluate", "analyse"])
 def test_only_training_is_resumed(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--resume", "--overwrite"):
-        line = mistake(capsys, command, flag, "--checkpoint", "mine", "--output", tmp_path)
-        assert line == f"error: {flag}: expected a policy that is trained first (--policy), got mine"
+        for words in (("--checkpoint", "mine"), ("--policy", "mine")):
+            line = mistake(capsys, command, flag, *words, "--output", tmp_path)
+            assert line == f"error: {flag}: expected a policy that is trained first, such as dynamicvit, got mine"
     (tmp_path / "fit").mkdir()  # of a training that was interrupted
     line = mistake(capsys, command, "--policy", "ltmp", "--target-share", 0.5, "--output", tmp_path)
     assert "which holds an interrupted run (fit); --resume goes on with it" in line
+
+
+def test_policies_beside_another_may_be_trained() -> None:
+    words = ["--resume", "--checkpoint", "mine", "--budgets", "0.5", "--beside", "evit"]
+    with pytest.raises(SettingsError, match="resume: expected a policy that is trained first"):
+        analyse.parse(words)
+    assert analyse.parse([*words, "ltmp"]).fits
 
 
 @pytest.mark.parametrize("command", ["train", "benchmark", "finetune", "finetune-backbone", "reward-ratio"])

@@ -74,8 +74,8 @@ class Args:
 
     @property
     def fits(self) -> bool:
-        """Whether there is a policy that may have to be trained."""
-        return self.policy is not None
+        """Whether a policy is trained first."""
+        return self.policy is not None and is_trained(self.policy)
 
     @property
     def budgeted(self) -> bool:
@@ -83,8 +83,8 @@ class Args:
         return self.target_share is not None or self.target_gmacs is not None
 
     def prepare(self) -> None:
-        """Make the output folder, unless it holds another policy that was trained there."""
-        self.common.prepare(not self.source.reads_files, (POLICY_FILE, FIT) if self.policy else ())
+        """Make the output folder, unless a policy would be trained where another one was."""
+        self.common.prepare(not self.source.reads_files, (POLICY_FILE, FIT) if self.fits else ())
 
     def tuning(self, backbone: Backbone) -> Batches:
         """Training images to calibrate on, as random views of them; none is reported on or trained on."""
@@ -187,7 +187,15 @@ def check_fits(args: Args) -> None:
 
     for name in ("resume", "overwrite"):
         if getattr(args.common, name) and not args.fits:
-            raise SettingsError(f"{name}: expected a policy that is trained first (--policy), got {args.checkpoint}")
+            got = args.policy or args.checkpoint
+            raise SettingsError(f"{name}: expected a policy that is trained first, such as dynamicvit, got {got}")
+
+
+def is_trained(policy: str) -> bool:
+    """Whether a baseline, with parameters or without, has something to train; False for what is no baseline."""
+    from vitprune_env.baselines import available, parsed
+
+    return policy.partition(":")[0] in available() and parsed(policy)[0].recipe is not None
 
 
 def load(args: Args) -> tuple[Policy, Backbone]:

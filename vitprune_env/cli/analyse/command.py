@@ -54,8 +54,8 @@ class Args(evaluate.Args):
 
     @property
     def fits(self) -> bool:
-        """Whether there is a policy that may have to be trained."""
-        return super().fits or bool(self.beside)
+        """Whether a policy is trained first."""
+        return super().fits or any(map(evaluate.is_trained, self.beside))
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
