@@ -314,7 +314,7 @@ def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture
         ("train --target-keep 2", "--target-keep: expected a number above 0 and at most 1, got 2.0"),
         ("train --untrained-actors 0", "--untrained-actors: expected 1 or more, got 0"),
         ("train --batch-size -1", "--batch-size: expected 1 or more, got -1"),
-        ("train --epoch 3", "Unrecognized options: --epoch, 3; did you mean --epochs?"),
+        ("train --epoch 3", "Unrecognized options: --epoch; did you mean --epochs?"),
         ("train --updates x", "Error parsing --updates: invalid literal for int() with base 10: 'x'"),
         ("evaluate --threads 100000", "--threads: expected a number from 1 to 1024, got 100000"),
         ("evaluate --device meta --policy evit", "--device: expected one that torch finds, got 'meta'"),

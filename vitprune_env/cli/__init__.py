@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         _fail(f"unknown command {name!r}; {hint}")
+    from vitprune_env.cli.flags.known import misspelt
+
+    if (mistake := misspelt(name, rest)) is not None:
+        _fail(mistake)
     module = import_module(f"vitprune_env.cli.{name.replace('-', '_')}")
     with explained(module.Args):
         module.main(rest)

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -114,12 +114,14 @@ def _named(args: T) -> T:
     return _changed(args, output=common.output.with_name(name + "-quick" * common.quick))
 
 
-def _names(flags: type, kind: Any = None) -> list[str]:
-    """Names of the fields of a dataclass, of those inside it as well; of one kind, or of all."""
-    found = []
+def names_of(flags: type, kind: Any = None) -> list[str]:
+    """Names of the flags of a dataclass, of those inside it as well; of one kind, or of all."""
+    found, own = [], {each.name for each in fields(flags)}
     for name, hint in get_type_hints(flags).items():
+        if name not in own:
+            continue
         if is_dataclass(hint):
-            found += _names(cast(type, hint), kind)
+            found += names_of(cast(type, hint), kind)
         elif kind in (None, hint) or kind in get_args(hint):
             found.append(name)
     return found
@@ -136,7 +138,7 @@ def _check_paths(words: Sequence[str], flags: type) -> None:
     empty = [word[:-1] for word in words if word.endswith("=")]
     empty += [word for word, after in zip(words, words[1:], strict=False) if not after.strip()]
     asked = {word.removeprefix("--").replace("-", "_") for word in empty}
-    for name in _names(flags, Path):
+    for name in names_of(flags, Path):
         if name in asked:
             raise SettingsError(f"{name}: expected a path, got none")
 
@@ -160,7 +162,7 @@ def in_flags(message: str, flags: type) -> str:
         message: of an error or a warning.
         flags: the dataclass of the command's flags.
     """
-    own = _names(flags)
+    own = names_of(flags)
     names = {name: name for name in own} | {name: flag for name, flag in ARGUMENTS.items() if flag in own}
     known = "|".join(sorted(names, key=len, reverse=True))
     long = "|".join(name for name in names if "_" in name) or "(?!)"  # no words of a sentence
