@@ -2,7 +2,7 @@
 
     vitprune oracle --task twins                  # 20 % of the dense MACs
     vitprune oracle --target-share 0.25
-    vitprune oracle --target-gmacs 0.0035
+    vitprune oracle --target-gmacs 0.008
 
 An oracle keeps the tokens with the most ink of the digit after the first site, and all of them to the end. In `twins`
 one looks for the smaller copy of the digit, one for the larger and one for both. No policy can know the ink; what the
