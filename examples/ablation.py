@@ -48,7 +48,7 @@ from vitprune_env.benchmarking import Row, difference, interval, measure
 from vitprune_env.benchmarking.store import Store
 from vitprune_env.benchmarking.tables import comma_separated, markdown
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags import ImageFlags, ResumableFlags, lowered, read_flags
 from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.cli.train import Args as TrainArgs
 from vitprune_env.cli.train import Task, open_task
@@ -95,7 +95,7 @@ QUICK = {"updates": 4, "images": 32, "cache_images": 64, "calibration_images": 6
 
 
 @dataclass(frozen=True)
-class Args(CommonFlags):
+class Args(ResumableFlags):
     """What to run."""
 
     output: Path = Path("runs/ablation")
@@ -171,7 +171,7 @@ def work(job: Job) -> list[Row]:
     torch.set_num_threads(job.args.threads or 1)
     args, start, settings = job.args, time.perf_counter(), job.settings
     backbone = args.source.network(args.seed, args.device)
-    common = CommonFlags(seed=job.seed, device=args.device, quick=args.quick)
+    common = ResumableFlags(seed=job.seed, device=args.device, quick=args.quick)
     training = TrainingFlags.of(Preset() if settings is None else settings)
     asked = TrainArgs(split=args.split, test_images=args.images, common=common, training=training, images=args.source)
     task = open_task(asked, backbone)
@@ -324,5 +324,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

@@ -18,12 +18,12 @@ from vitprune_env import benchmark, load_backbone
 from vitprune_env.baselines import TopK
 from vitprune_env.benchmarking import Timing
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ResumableFlags, read_flags
 from vitprune_env.data import Digits
 
 
 @dataclass(frozen=True)
-class Args(CommonFlags):
+class Args(ResumableFlags):
     """What to compare."""
 
     output: Path = Path("runs/comparison")
@@ -67,5 +67,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

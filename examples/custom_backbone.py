@@ -30,7 +30,7 @@ class Args(CommonFlags):
     """How long to train the network."""
 
     output: Path = Path("runs/my_vit")
-    """Folder for the saved model."""
+    """Folder for the saved model, which replaces one that is there."""
     steps: int = 300
     """Gradient steps; a good network takes some thousands."""
 
@@ -49,7 +49,7 @@ register_backbone("my_vit", my_vit)
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, prune, save, load, compare the answers."""
     args = read_flags(Args, argv, __doc__)
-    args.prepare(results=("my_vit.safetensors",))
+    args.prepare()
     torch.manual_seed(args.seed)
     backbone = load_backbone("my_vit", sites=(2, 4)).to(args.device)  # sites: where tokens are pruned by default
 
@@ -76,5 +76,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

@@ -22,7 +22,7 @@ from torch.nn.functional import layer_norm, mse_loss, one_hot
 from vitprune_env import TokenGame, evaluate, load_backbone
 from vitprune_env.agents import Learner, LearnerConfig, Parts, RunConfig, Share, Trajectory, mlp, train
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import TEST_SEED, CommonFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, ResumableFlags, read_flags
 from vitprune_env.data import Digits, batches_of
 
 
@@ -93,7 +93,7 @@ class COMA(Learner):
 
 
 @dataclass(frozen=True)
-class Args(CommonFlags):
+class Args(ResumableFlags):
     """COMA on the game of token pruning."""
 
     output: Path = Path("runs/coma")
@@ -121,5 +121,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

@@ -17,7 +17,7 @@ from torch import Tensor
 from vitprune_env import BasePolicy, Decision, Observation, benchmark, check_policy, load_backbone, register_policy
 from vitprune_env.benchmarking import Timing
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ResumableFlags, read_flags
 from vitprune_env.data import Digits
 from vitprune_env.engine.evidence import Evidence, MaskedAttention, PackedAttention, register_evidence
 from vitprune_env.policy import check_keep_rate, keep_top
@@ -55,7 +55,7 @@ class KeyNorms(BasePolicy):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the policy, then compare it with others at the same sites and the same cost."""
-    args = read_flags(CommonFlags, argv, __doc__)
+    args = read_flags(ResumableFlags, argv, __doc__)
     args.prepare(results=("table.md", "results.json"))
     backbone = load_backbone("vit_digits").to(args.device)
     images = 24 if args.quick else 2000
@@ -63,14 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_policy(KeyNorms(0.7), backbone, tune.batch(range(4))[0].to(args.device))  # shapes, determinism, independence
     policies = {"key norms": KeyNorms, "EViT": "evit", "TopK": "topk"}
-    timing, seeds = (Timing(pairs=2, images=8), 1) if args.quick else (Timing(), 2)
-    result = benchmark(
-        policies, backbone, test, tune=tune, budgets=(0.5,), timing=timing, seeds=seeds, output=args.output
-    )
+    options = {"timing": Timing(pairs=2, images=8), "seeds": 1} if args.quick else {"timing": Timing(), "seeds": 2}
+    place = {"output": args.output, "resume": args.resume}
+    result = benchmark(policies, backbone, test, tune=tune, budgets=(0.5,), **options, **place)
     print(result.table())
     print(f"table, CSV, LaTeX and figures are in {args.output}/")
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(ResumableFlags):
         main(sys.argv[1:])

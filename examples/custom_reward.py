@@ -12,7 +12,7 @@ from torch import Tensor
 from vitprune_env import load_backbone
 from vitprune_env.agents import RunConfig, Share, train
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.flags import ResumableFlags, read_flags
 from vitprune_env.data import Digits
 from vitprune_env.types import Step
 
@@ -39,7 +39,7 @@ class Confidence:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with it to 35 % of the dense MACs, and print how the price moves."""
-    args = read_flags(CommonFlags, argv, __doc__)
+    args = read_flags(ResumableFlags, argv, __doc__)
     args.prepare(results=("policy.safetensors", "training.safetensors"))
     run = RunConfig(seed=args.seed)
     if args.quick:
@@ -52,5 +52,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(ResumableFlags):
         main(sys.argv[1:])

@@ -32,7 +32,7 @@ from vitprune_env import (
 from vitprune_env.agents import RunConfig, Share, train
 from vitprune_env.baselines import calibrate
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.flags import ResumableFlags, read_flags
 from vitprune_env.data import Digits
 from vitprune_env.deploy.export import export_program
 from vitprune_env.models.vit_digits import WEIGHTS, create_vit_digits
@@ -42,7 +42,7 @@ SHARE = 0.35  # of the dense MACs
 
 
 @dataclass(frozen=True)
-class Args(CommonFlags):
+class Args(ResumableFlags):
     """Where to."""
 
     output: Path = Path("runs/deploy")
@@ -109,5 +109,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

@@ -20,12 +20,12 @@ from vitprune_env import TokenGame, evaluate, load_backbone
 from vitprune_env.agents import CosineKeepRate, FinetuneConfig, finetune
 from vitprune_env.baselines import calibrate, describe, fit
 from vitprune_env.cli import explained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ResumableFlags, read_flags
 from vitprune_env.data import Digits, batches_of
 
 
 @dataclass(frozen=True)
-class Args(CommonFlags):
+class Args(ResumableFlags):
     """What to fine-tune for."""
 
     output: Path = Path("runs/finetune")
@@ -73,5 +73,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

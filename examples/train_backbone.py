@@ -446,5 +446,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Config):
         main(sys.argv[1:])

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from vitprune_env.agents import launched, train
 from vitprune_env.cli import explained
-from vitprune_env.cli.train import compare, open_task, parse, report, start_policy
+from vitprune_env.cli.train import Args, compare, open_task, parse, report, start_policy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,5 +55,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with explained(Args):
         main(sys.argv[1:])

@@ -29,7 +29,7 @@ from vitprune_env.agents import (
     save_policy,
 )
 from vitprune_env.cli import COMMANDS, benchmark, evaluate, explained, finetune, main
-from vitprune_env.cli.flags import CommonFlags, in_flags, read_flags
+from vitprune_env.cli.flags import ResumableFlags, in_flags, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
@@ -102,7 +102,7 @@ def test_help_shows_flags_in_groups_with_defaults(
 class Flags:
     """What a command has."""
 
-    inner: CommonFlags = field(default_factory=CommonFlags)
+    inner: ResumableFlags = field(default_factory=ResumableFlags)
     first: int = 0
     """A text that goes on
     in the next line."""
@@ -159,19 +159,18 @@ def test_mistakes_are_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.C
 
 
 def test_arguments_of_the_library_are_called_by_their_flags() -> None:
-    benchmark.parse([])
-    assert in_flags("checkpoint: a head of 7 classes; num_classes=7 gives it") == (
+    args = benchmark.Args
+    assert in_flags("checkpoint: a head of 7 classes; num_classes=7 gives it", args) == (
         "--weights: a head of 7 classes; --num-classes 7 gives it"
     )
-    assert in_flags("pretrained: pass checkpoint=<a file>, or pretrained=False") == (
+    assert in_flags("pretrained: pass checkpoint=<a file>, or pretrained=False", args) == (
         "--pretrained: pass --weights <a file>, or --no-pretrained"
     )
-    assert in_flags("a class_map file, download=True") == "a --class-map file, --download"
+    assert in_flags("a class_map file, download=True", args) == "a --class-map file, --download"
     for kept in ("runs/class_map/x: an EViT(keep_rate=0.5)", "images are split", "the model: dense", "num_classes_x"):
-        assert in_flags(kept) == kept
-    assert in_flags("keep_rate: expected 0 to 1") == "keep_rate: expected 0 to 1"  # no flag of this command
-    evaluate.parse([])
-    assert in_flags("keep_rate: expected 0 to 1") == "--keep-rate: expected 0 to 1"
+        assert in_flags(kept, args) == kept
+    assert in_flags("keep_rate: expected 0 to 1", args) == "keep_rate: expected 0 to 1"  # no flag of this command
+    assert in_flags("keep_rate: expected 0 to 1", evaluate.Args) == "--keep-rate: expected 0 to 1"
 
 
 def test_a_quick_run_takes_fewer_of_everything_and_never_more() -> None:
@@ -188,8 +187,7 @@ def test_a_quick_run_takes_fewer_of_everything_and_never_more() -> None:
 
 
 def test_warnings_reach_stderr_as_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.parse([])
-    with explained():
+    with explained(evaluate.Args):
         logging.getLogger("vitprune_env.data").warning("skipped %s; num_classes=%d", "a.png", 7)
     assert capsys.readouterr().err == "warning: skipped a.png; --num-classes 7\n"
     assert not logging.getLogger("vitprune_env").handlers
@@ -313,10 +311,10 @@ def test_info_says_what_there_is(checkpoint: Path, capsys: pytest.CaptureFixture
     ("words", "said"),
     [
         ("train --seed -1", "--seed: expected a number from 0 to 4294967295, got -1"),
-        ("train --target-keep 2", "--target-keep: expected a rate above 0 and at most 1, got 2.0"),
+        ("train --target-keep 2", "--target-keep: expected a number above 0 and at most 1, got 2.0"),
         ("train --untrained-actors 0", "--untrained-actors: expected 1 or more, got 0"),
         ("train --batch-size -1", "--batch-size: expected 1 or more, got -1"),
-        ("train --epoch 3", "Unrecognized options: --epoch, 3; did you mean --epochs?"),
+        ("train --epoch 3", "Unrecognized options: --epoch; did you mean --epochs?"),
         ("train --updates x", "Error parsing --updates: invalid literal for int() with base 10: 'x'"),
         ("evaluate --threads 100000", "--threads: expected a number from 1 to 1024, got 100000"),
         ("evaluate --device meta --policy evit", "--device: expected one that torch finds, got 'meta'"),

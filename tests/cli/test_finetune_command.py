@@ -11,6 +11,7 @@ from helpers import everyday
 from vitprune_env import load_backbone, load_policy
 from vitprune_env.baselines import LifeRegression
 from vitprune_env.cli import main
+from vitprune_env.cli.finetune import parse
 
 
 def finetune(*argv: object) -> None:
@@ -59,6 +60,21 @@ def test_life_regression_is_trained(
         assert torch.equal(weights(tmp_path / "again" / "backbone.safetensors"), tuned), "the same policy from its file"
 
 
+def test_a_budget_is_a_share_or_gmacs_or_a_keep_rate() -> None:
+    backbone = load_backbone("vit_digits")
+
+    def gmacs(*words: str) -> float:
+        args = parse(words)
+        return args.budget.gmacs(backbone, args.sites)
+
+    dense = gmacs("--target-keep", "1")
+    assert gmacs() == pytest.approx(0.25 * dense)
+    assert gmacs("--target-share", "0.5") == pytest.approx(0.5 * dense)
+    assert gmacs("--target-gmacs", "0.01") == 0.01
+    early, late = (gmacs("--target-keep", "0.5", "--sites", site) for site in ("1", "7"))
+    assert early < 0.6 * dense < 0.9 * dense < late
+
+
 def test_flags_that_would_not_be_heard_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--output", tmp_path, "--policy")
     assert "policy: expected life_regression with --scheme" in mistake(capsys, *flags, "evit", "--sharpness", 3)
@@ -66,4 +82,6 @@ def test_flags_that_would_not_be_heard_are_refused(tmp_path: Path, capsys: pytes
     assert line == "error: --distill: expected 0.0 with --scheme, got 0.5"
     line = mistake(capsys, "--checkpoint", "mine", "--target-share", 0.5, "--output", tmp_path)
     assert line == "error: --target-share: expected none beside --checkpoint, whose policy stays as it is, got 0.5"
+    line = mistake(capsys, "--checkpoint", "mine", "--target-keep", 0.5, "--output", tmp_path)
+    assert line == "error: --target-keep: expected none beside --checkpoint, whose policy stays as it is, got 0.5"
     assert not any(tmp_path.iterdir()), "before anything was done"

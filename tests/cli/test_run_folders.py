@@ -9,7 +9,8 @@ import pytest
 from test_cli import mistake
 
 from vitprune_env.cli import benchmark, evaluate, finetune, reward_ratio
-from vitprune_env.cli.flags import CommonFlags, read_flags
+from vitprune_env.cli.analyse import command as analyse
+from vitprune_env.cli.flags import ResumableFlags, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.errors import CheckpointError, SettingsError
 
@@ -52,9 +53,9 @@ def test_other_commands_are_called_after_what_they_do() -> None:
     assert finetune.parse(["--policy", "tome"]).common.output == Path("runs/finetune-tome")
 
 
-def start(folder: Path, *words: str, results: tuple[str, ...] = RESULTS) -> CommonFlags:
+def start(folder: Path, *words: str, results: tuple[str, ...] = RESULTS) -> ResumableFlags:
     """What a command does first."""
-    flags = read_flags(CommonFlags, ["--output", str(folder), *words], "")
+    flags = read_flags(ResumableFlags, ["--output", str(folder), *words], "")
     flags.prepare(results=results)
     return flags
 
@@ -93,6 +94,43 @@ def test_resume_takes_the_flags_that_the_run_was_started_with(tmp_path: Path) ->
     (tmp_path / "flags.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected the flags of a run"):
         parse([*folder, "--resume"])
+
+
+def test_a_command_line_read_later_does_not_get_into_the_folder(tmp_path: Path) -> None:
+    first = parse([f"--output={tmp_path}", "--seed", "3"])
+    finetune.parse(["--policy", "tome"])
+    first.on("cpu", is_main=True)
+    assert json.loads((tmp_path / "flags.json").read_text())["flags"] == ["--seed", "3"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("speedup --resume", "oracle --resume", "export --overwrite", "play --resume", "play --quick"),
+        *("digits-folder --overwrite", "digits-folder --device cpu", "info --output x", "train --words x"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_unknown(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = words.split()[1]
+    assert mistake(capsys, *words.split()).startswith(f"error: Unrecognized options: {flag}")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyse"])
+def test_only_training_is_resumed(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--resume", "--overwrite"):
+        for words in (("--checkpoint", "mine"), ("--policy", "mine")):
+            line = mistake(capsys, command, flag, *words, "--output", tmp_path)
+            assert line == f"error: {flag}: expected a policy that is trained first, such as dynamicvit, got mine"
+    (tmp_path / "fit").mkdir()  # of a training that was interrupted
+    line = mistake(capsys, command, "--policy", "ltmp", "--target-share", 0.5, "--output", tmp_path)
+    assert "which holds an interrupted run (fit); --resume goes on with it" in line
+
+
+def test_policies_beside_another_may_be_trained() -> None:
+    words = ["--resume", "--checkpoint", "mine", "--budgets", "0.5", "--beside", "evit"]
+    with pytest.raises(SettingsError, match="resume: expected a policy that is trained first"):
+        analyse.parse(words)
+    assert analyse.parse([*words, "ltmp"]).fits
 
 
 @pytest.mark.parametrize("command", ["train", "benchmark", "finetune", "finetune-backbone", "reward-ratio"])

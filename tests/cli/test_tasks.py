@@ -11,8 +11,8 @@ import torch
 from vitprune_env import TokenGame, evaluate, load_backbone
 from vitprune_env.benchmarking.contestants.oracle import InkOracle, ink_oracle
 from vitprune_env.cli import main
-from vitprune_env.cli.flags import ImageFlags, TaskName
-from vitprune_env.cli.oracle import COPIES
+from vitprune_env.cli.flags import ImageFlags, TaskName, read_flags
+from vitprune_env.cli.oracle import BUDGET, COPIES, Args
 from vitprune_env.cli.train import open_task, parse
 from vitprune_env.data import TASKS, TWINS, Digits, batches_of
 from vitprune_env.errors import BudgetError, SettingsError
@@ -62,6 +62,30 @@ def test_the_oracle_plays_scenes_in_their_order_and_again() -> None:
         policy.reset(size, 4)
         seen += policy.rows.tolist()
     assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "gmacs"),
+    [
+        ("", 0.2 * 0.031038),
+        ("--target-share 0.5", 0.5 * 0.031038),
+        ("--target-gmacs 0.004", 0.004),
+        ("--target-keep 1", 0.031038),
+        ("--target-keep 0.5", 0.010695),  # 100, 50, 25 and 12.5 tokens in 1, 2, 2 and 3 blocks
+    ],
+)
+def test_the_budget_of_the_oracles_has_three_names(words: str, gmacs: float) -> None:
+    backbone = load_backbone("vit_digits")
+    args = read_flags(Args, words.split(), "")
+    assert args.budget.one(BUDGET).gmacs(backbone) == pytest.approx(gmacs, rel=1e-3)
+
+
+def test_two_budgets_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("oracle", "finetune"):
+        with pytest.raises(SystemExit):
+            main([command, "--target-gmacs", "0.01", "--target-keep", "0.5"])
+        said = "error: --target-gmacs, --target-keep: expected one of them, got 2\n"
+        assert capsys.readouterr().err == said
 
 
 def test_the_oracles_are_shown_beside_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,72 @@ def test_the_same_numbers_as_transformers(name: str) -> None:
     assert backbone.num_classes == wanted.shape[1]
     game = TokenGame(backbone, ("1.attn",))
     torch.testing.assert_close(play(game, KeepAll(), images).outcome.logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+DINO = {"qkv_bias": False, "hidden_act": "relu", "mlp_ratio": 2, "layerscale_value": 0.3, "use_swiglu_ffn": True}
+SETTINGS: dict[str, dict[str, Any]] = {  # of networks: what changes the result, with unusual values
+    "ViT": {"qkv_bias": False, "hidden_act": "silu", "intermediate_size": 10, "patch_size": [8, 4]},
+    "Dinov2": {**DINO, "use_mask_token": False},
+    "Dinov2WithRegisters": {**DINO, "num_register_tokens": 0},
+    "CLIPVision": {"hidden_act": "gelu", "intermediate_size": 10},
+    "SiglipVision": {"hidden_act": "relu", "intermediate_size": 10},
+}
+EVERYWHERE: dict[str, Any] = {"layer_norm_eps": 0.1, "num_channels": 1, "image_size": 44}
+SIZED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "projection_dim"}
+WITHOUT_EFFECT = {  # on what is taken over: training, the pooler of ViTModel, masked image modelling, `Dinov2Backbone`
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate", "initializer_range",
+    "initializer_factor", "encoder_stride", "pooler_output_size", "pooler_act", "apply_layernorm", "stage_names",
+    "reshape_hidden_states", "out_features", "out_indices", "_out_features", "_out_indices", "model_type",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_no_setting_changes_the_result_unheard(family: str) -> None:
+    """A version of transformers with a further setting fails here: convert it, refuse it, or list it."""
+    common, own = hf.PretrainedConfig().to_dict(), getattr(hf, f"{family}Config")().to_dict()
+    known = SIZED | WITHOUT_EFFECT | EVERYWHERE.keys() | SETTINGS[family].keys() | {"vision_use_head"}
+    assert own.keys() - common.keys() <= known
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "value"),
+    [(family, *item) for family in SETTINGS for item in {**EVERYWHERE, **SETTINGS[family]}.items()],
+)
+@torch.no_grad()
+def test_every_setting_is_taken_over(family: str, setting: str, value: Any) -> None:
+    model = random_model(f"{family}Model", **{"use_swiglu_ffn": False, setting: value})
+    channels, size = (3, 32) if setting not in EVERYWHERE else (model.config.num_channels, model.config.image_size)
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(load_backbone(model)(images), expected(model, images), rtol=1e-5, atol=2e-5)
+
+
+def test_a_classifier_of_siglip_needs_no_attention_pooling() -> None:
+    config = CASES["SiglipForImageClassification"]()
+    config.vision_config.vision_use_head = False
+    model, images = hf.SiglipForImageClassification(config).eval(), some_images()
+    with torch.no_grad():
+        torch.testing.assert_close(load_backbone(model)(images), expected(model, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]},
+        {"rescale_factor": 1 / 127.5, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1.0, 2.0]},
+        {"do_rescale": False},
+    ],
+)
+def test_images_are_prepared_as_the_image_processor_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    random_model("ViTModel").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    prepared = load_backbone(str(tmp_path)).model.pretrained_cfg
+    pixels = torch.tensor([[10.0, 200.0, 255.0]])  # one pixel, three channels
+    theirs = pixels * (settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1)
+    if settings.get("do_normalize", True):
+        mean, std = (torch.tensor(settings.get(f"image_{name}", [0.5] * 3)) for name in ("mean", "std"))
+        theirs = (theirs - mean) / std
+    ours = (pixels / 255 - torch.tensor(prepared["mean"])) / torch.tensor(prepared["std"])
+    torch.testing.assert_close(ours, theirs)
 
 
 # Every way of reading the tokens: class token beside their mean, a projection, attention pooling.

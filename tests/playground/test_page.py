@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from vitprune_env.cli import main
+from vitprune_env.cli.flags import DeviceFlags, ImageFlags, read_flags
 from vitprune_env.cli.play.command import Args
 from vitprune_env.cli.play.opening import session_of
 from vitprune_env.errors import SettingsError
@@ -44,6 +45,12 @@ def test_flags_become_a_session(tmp_path: Path) -> None:
     assert session.policies == ("evit", "topk:leave=merge", "Everything", "by hand")
     assert len(session.pictures) == 2
     assert session.timed_images == 16
+
+
+def test_network_images_and_device_are_given_as_to_other_commands() -> None:
+    words = ["--dataset", "torch/cifar10", "--device", "cuda", "--threads", "3", "--seed", "4"]
+    args = read_flags(Args, words, "")
+    assert (args.source, args.machine, args.seed) == (ImageFlags(dataset="torch/cifar10"), DeviceFlags("cuda", 3), 4)
 
 
 @pytest.mark.parametrize(

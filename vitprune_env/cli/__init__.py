@@ -46,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         _fail(f"unknown command {name!r}; {hint}")
+    from vitprune_env.cli.flags.known import misspelt
+
+    if (mistake := misspelt(name, rest)) is not None:
+        _fail(mistake)
     module = import_module(f"vitprune_env.cli.{name.replace('-', '_')}")
-    with explained():
+    with explained(module.Args):
         module.main(rest)
 
 
@@ -64,14 +68,18 @@ Token pruning of Vision Transformers as a multi-agent game.
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(flags: type | None = None) -> Iterator[None]:
     """Turn an error about what was asked for into one line on stderr and exit code 2, without a traceback.
 
-    Warnings of this package become a line on stderr each. Both name flags where the library names arguments.
+    Warnings of this package become a line on stderr each.
+
+    Args:
+        flags: the dataclass of the command's flags, which errors and warnings then name where the library names
+            arguments; None: they are said as they are.
     """
     from vitprune_env.errors import VitPruneError
 
-    log, shown = logging.getLogger("vitprune_env"), _OnStderr(logging.WARNING)
+    log, shown = logging.getLogger("vitprune_env"), _OnStderr(flags)
     log.addHandler(shown)
     try:
         yield
@@ -79,10 +87,10 @@ def explained() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left written at the exit
         raise SystemExit(1) from None
     except (VitPruneError, ConnectionError) as error:
-        _fail(_in_flags(str(error)))
+        _fail(_in_flags(str(error), flags))
     except (ValueError, TypeError) as error:
         if re.match(r"\w[\w.\[\]]*: expected", str(error)):  # the sentence that all checks of arguments speak
-            _fail(_in_flags(str(error)))
+            _fail(_in_flags(str(error), flags))
         raise
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
@@ -93,16 +101,20 @@ def explained() -> Iterator[None]:
 
 
 class _OnStderr(logging.Handler):
-    """Prints each record as one line."""
+    """Prints each record as one line that names these flags."""
+
+    def __init__(self, flags: type | None) -> None:
+        super().__init__(logging.WARNING)
+        self.flags = flags
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {_in_flags(record.getMessage())}", file=sys.stderr)
+        print(f"{record.levelname.lower()}: {_in_flags(record.getMessage(), self.flags)}", file=sys.stderr)
 
 
-def _in_flags(message: str) -> str:
+def _in_flags(message: str, flags: type | None) -> str:
     from vitprune_env.cli.flags import in_flags
 
-    return in_flags(message)
+    return message if flags is None else in_flags(message, flags)
 
 
 def _fail(message: str) -> None:

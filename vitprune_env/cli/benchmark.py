@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, named_sites, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ImageFlags, ResumableFlags, lowered, named_sites, read_flags
 
 Amp = Literal["off", "auto", "bf16", "fp16"]  # that of engine.kernels, which would import torch
 
@@ -109,7 +109,7 @@ class Args:
     published.png and .pdf. They are numbers of other images."""
     redraw: bool = False
     """Write the tables and figures of the output folder again from its results.json; nothing is measured."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/benchmark")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/benchmark")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
 

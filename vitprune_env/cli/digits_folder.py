@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitprune_env.cli.flags import CommonFlags, TaskName, lowered, read_flags
+from vitprune_env.cli.flags import OutputFlags, TaskName, lowered, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.data import Digits
@@ -31,7 +31,7 @@ class Args:
     """Validation images, of test digits."""
     size: int = 40
     """Height and width of the images, in pixels."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/digits")))
+    common: OutputFlags = field(default_factory=lambda: OutputFlags(output=Path("runs/digits")))
 
 
 def check_free(folder: Path) -> None:

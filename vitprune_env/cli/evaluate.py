@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, named_sites, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ImageFlags, ResumableFlags, lowered, named_sites, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vitprune_env.data import Digits, ImageFiles, RandomViews
     from vitprune_env.engine.backbone import Backbone
     from vitprune_env.policy import Policy
+
+POLICY_FILE, FIT = "policy.safetensors", "fit"  # a policy that was trained, and the folder of its training
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Args:
     """Images per batch."""
     amp: Literal["off", "auto", "bf16", "fp16"] = "off"
     """Precision of the matrix products; auto: bf16 where the processor has units for it."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/evaluation")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/evaluation")))
     source: ImageFlags = field(default_factory=ImageFlags)
 
     @property
@@ -71,9 +73,18 @@ class Args:
         return "evaluation" if self.policy is None else f"evaluation-{self.policy}"
 
     @property
+    def fits(self) -> bool:
+        """Whether a policy is trained first."""
+        return self.policy is not None and is_trained(self.policy)
+
+    @property
     def budgeted(self) -> bool:
         """Whether the flags name a budget."""
         return self.target_share is not None or self.target_gmacs is not None
+
+    def prepare(self) -> None:
+        """Make the output folder, unless a policy would be trained where another one was."""
+        self.common.prepare(not self.source.reads_files, (POLICY_FILE, FIT) if self.fits else ())
 
     def tuning(self, backbone: Backbone) -> Batches:
         """Training images to calibrate on, as random views of them; none is reported on or trained on."""
@@ -124,7 +135,7 @@ def parse(
         description: shown above the flags by `--help`.
 
     Raises:
-        SettingsError: for a preset that does not exist.
+        SettingsError: for a preset that does not exist, or flags that nothing would hear.
     """
     default = flags()
     args = read_flags(flags, argv, description, prog)
@@ -147,6 +158,7 @@ def parse(
         )
         args = read_flags(flags, argv, description, prog, default)
     args = _with_one_budget(args, default)
+    check_fits(args)
     return lowered(args, images=100) if args.common.quick else args
 
 
@@ -163,6 +175,27 @@ def _with_one_budget(args: A, default: A) -> A:
     if len(given) > 1:
         raise SettingsError(f"{', '.join(given)}: expected one of them, got {len(given)}")
     return replace(args, **{name: None for name in names if given and name not in given})
+
+
+def check_fits(args: Args) -> None:
+    """Refuse flags about training where nothing is trained.
+
+    Raises:
+        SettingsError: naming the flag.
+    """
+    from vitprune_env.errors import SettingsError
+
+    for name in ("resume", "overwrite"):
+        if getattr(args.common, name) and not args.fits:
+            got = args.policy or args.checkpoint
+            raise SettingsError(f"{name}: expected a policy that is trained first, such as dynamicvit, got {got}")
+
+
+def is_trained(policy: str) -> bool:
+    """Whether a baseline, with parameters or without, has something to train; False for what is no baseline."""
+    from vitprune_env.baselines import available, parsed
+
+    return policy.partition(":")[0] in available() and parsed(policy)[0].recipe is not None
 
 
 def load(args: Args) -> tuple[Policy, Backbone]:
@@ -184,7 +217,7 @@ def load(args: Args) -> tuple[Policy, Backbone]:
     for name in ("keep_rate", "sites"):
         if (given := getattr(args, name)) != getattr(Args, name):
             raise SettingsError(f"{name}: expected none beside a saved policy, which brings its own, got {given}")
-    path = args.checkpoint / "policy.safetensors" if args.checkpoint.is_dir() else args.checkpoint
+    path = args.checkpoint / POLICY_FILE if args.checkpoint.is_dir() else args.checkpoint
     if not path.exists():
         raise CheckpointError(
             f"{path}: expected a policy file, found none; `vitprune train` writes one, and --policy names a baseline"
@@ -247,12 +280,12 @@ def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
             config=config.quick() if common.quick else config,
             sites=sites,
             seed=common.seed,
-            output=common.output / "fit",
+            output=common.output / FIT,
             resume=common.resume,
         )
     policy = policy.leaving(**parameters) if parameters else policy
     policy = calibrate(policy.at, budget, backbone, cast(Any, args.tuning(backbone)), sites, knob=method.fitted_knob)
-    save_policy(policy, common.output / "policy.safetensors")
+    save_policy(policy, common.output / POLICY_FILE)
     return policy
 
 
@@ -284,7 +317,7 @@ def at_budget(args: Args, policy: Policy, backbone: Backbone, budget: float) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, play, report."""
     args = parse(argv, prog="vitprune evaluate")
-    args.common.prepare(not args.source.reads_files, ("policy.safetensors",) if args.policy else ())
+    args.prepare()
     from vitprune_env.agents import AdaptivePolicy
     from vitprune_env.benchmarking.measurement import Timing, measure
     from vitprune_env.benchmarking.trained import figure_of_tokens

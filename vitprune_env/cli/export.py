@@ -23,7 +23,7 @@ import tyro
 
 from vitprune_env.cli.evaluate import Args as EvaluateArgs
 from vitprune_env.cli.evaluate import load
-from vitprune_env.cli.flags import TEST_SEED, CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import TEST_SEED, CommonFlags, ImageFlags, ResumableFlags, read_flags
 
 if TYPE_CHECKING:
     from vitprune_env.deploy.pruned_vit import PrunedViT
@@ -66,7 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.policy is not None:
         check_fixed(args.policy)
     common.prepare()
-    wanted = EvaluateArgs(args.checkpoint, args.policy, args.keep_rate, common=common, source=args.source)
+    wanted = EvaluateArgs(
+        args.checkpoint,
+        args.policy,
+        args.keep_rate,
+        common=ResumableFlags(seed=common.seed, device=common.device),
+        source=args.source,
+    )
     policy, backbone = load(wanted)
     model = PrunedViT(backbone, policy).eval()
     max_batch = 1 if args.max_batch is None and args.policy is None else args.max_batch

@@ -1,7 +1,7 @@
 """Fine-tune a network for a policy that prunes it, and say what that gains: dense, pruned, pruned after fine-tuning.
 
     vitprune finetune                                   # EViT at 25 % of the dense MACs
-    vitprune finetune --policy tome --target-share 0.35
+    vitprune finetune --policy tome --target-share 0.35         # or --target-gmacs 0.012, or --target-keep 0.6
     vitprune finetune --checkpoint runs/mappo           # a policy of a training run, or a policy file
     vitprune finetune --policy life_regression --scheme two_stages --sharpness 1.5  # Chen et al., Algorithm 1
 
@@ -28,18 +28,18 @@ from vitprune_env.baselines import LifeConfig, Method, calibrate, describe, fit,
 from vitprune_env.benchmarking.images import Batches, as_batches
 from vitprune_env.benchmarking.measurement import Row, Sites, measure
 from vitprune_env.benchmarking.trained import comparison_table
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, ImageFlags, ResumableFlags, TargetFlags, lowered, read_flags
 from vitprune_env.data import Digits, ImageFiles
 from vitprune_env.deploy.policy_files import load_policy, save_policy
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import SettingsError
 from vitprune_env.files import replace_file
-from vitprune_env.game.token_game import TokenGame
 from vitprune_env.models.load import save_backbone
 from vitprune_env.policy import KeepAll, Policy
 
 TUNE_IMAGES = 64
 POLICY_FILE = "policy.safetensors"
+BUDGET = TargetFlags(target_share=0.25)
 LIFE = LifeConfig()
 
 
@@ -110,8 +110,6 @@ class Args:
     """A baseline, by its registry name."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder of a training run, or a policy file, whose policy to use instead."""
-    target_share: float = 0.25
-    """Budget of the baseline, as a share of the dense MACs."""
     sites: tuple[str, ...] = ()
     """Where the baseline prunes, such as 4 7 10; none: at the network's own sites, or inside every block if it acts
     there."""
@@ -123,7 +121,8 @@ class Args:
     """How many of them."""
     train_images: int = 4096
     """Images to train on."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/finetune")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/finetune")))
+    budget: TargetFlags = BUDGET
     optimiser: OptimiserFlags = field(default_factory=OptimiserFlags)
     life: LifeFlags = field(default_factory=LifeFlags)
     source: ImageFlags = field(default_factory=ImageFlags)
@@ -148,6 +147,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     """
     args = read_flags(Args, argv, __doc__, prog)
     check_checkpoint(args)
+    args = replace(args, budget=args.budget.one(BUDGET))
     check_life(args)
     _ = args.config  # refuses its values before time is spent
     if not args.common.quick:
@@ -162,8 +162,11 @@ def check_checkpoint(args: Args) -> None:
     Raises:
         SettingsError: naming the flag.
     """
-    for name in ("target_share", "sites") if args.checkpoint is not None else ():
-        if (given := getattr(args, name)) != getattr(Args, name):
+    if args.checkpoint is None:
+        return
+    usual = {"sites": (), **vars(BUDGET)}
+    for name, given in {"sites": args.sites, **vars(args.budget)}.items():
+        if given != usual[name]:
             raise SettingsError(f"{name}: expected none beside --checkpoint, whose policy stays as it is, got {given}")
 
 
@@ -209,11 +212,6 @@ def fit_config(args: Args, method: Method) -> Any:
     return config.quick() if args.common.quick else config
 
 
-def budget_of(args: Args, backbone: Backbone) -> float:
-    """GMACs per image."""
-    return args.target_share * TokenGame(backbone).cost.dense() / 1e9
-
-
 @dataclass(frozen=True)
 class Task:
     """Images to calibrate on, to report on and to train on, none of them for two."""
@@ -243,9 +241,9 @@ def pruner(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites | 
     method, sites = describe(args.policy), args.sites or None
     if method.recipe is not None:
         options = {"seed": args.common.seed, "output": args.common.output / "fit", "resume": args.common.resume}
-        config, gmacs = fit_config(args, method), budget_of(args, backbone)
+        config, gmacs = fit_config(args, method), args.budget.gmacs(backbone, args.sites)
         return fit(method, backbone, task.train, gmacs, config=config, sites=sites, **options), sites
-    return calibrate(args.policy, budget_of(args, backbone), backbone, task.tune, sites=sites), sites
+    return calibrate(args.policy, args.budget.gmacs(backbone, args.sites), backbone, task.tune, sites=sites), sites
 
 
 def on_what_is_left(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites | None, Backbone]:
@@ -273,7 +271,7 @@ def by_scheme(args: Args, backbone: Backbone, task: Task) -> tuple[Policy, Sites
     policy, network = train_life_regression(
         backbone,
         task.train,
-        budget_of(args, backbone),
+        args.budget.gmacs(backbone, args.sites),
         args.life.scheme,
         config=fit_config(args, describe(args.policy)),
         sites=sites,

@@ -29,7 +29,7 @@ from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import measure
 from vitprune_env.benchmarking.trained import FEW, comparison_table
-from vitprune_env.cli.flags import CommonFlags, ImageFlags, read_flags
+from vitprune_env.cli.flags import ImageFlags, ResumableFlags, read_flags
 from vitprune_env.data import ImageFiles, batches_of, names_of, open_source
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import Amp
@@ -96,7 +96,7 @@ class Args:
     """Steps between validations."""
     validate_images: int = 300
     """Photographs of a validation, evenly from all classes; the table in the end is measured on all."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/backbone")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/backbone")))
     recipe: RecipeFlags = field(default_factory=RecipeFlags)
     dropping: DroppingFlags = field(default_factory=DroppingFlags)
     source: ImageFlags = field(default_factory=ImageFlags)

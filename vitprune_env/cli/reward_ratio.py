@@ -30,7 +30,7 @@ from vitprune_env.benchmarking.measurement import Row, measure
 from vitprune_env.benchmarking.store import Store
 from vitprune_env.benchmarking.tables import comma_separated, markdown
 from vitprune_env.cli import train
-from vitprune_env.cli.flags import CommonFlags
+from vitprune_env.cli.flags import ResumableFlags
 from vitprune_env.cli.flags.training import OUTCOMES, values_of
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.errors import SettingsError
@@ -52,7 +52,7 @@ class Args(train.Args):
     """Ratios: outcome bonus over cost of keeping for `kept`, alpha / beta for `printed`."""
     forms: tuple[Form, ...] = ("kept",)
     """Eq. 2 times N, paid to kept tokens; or as printed: gamma / n, paid to every agent."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/reward_ratio")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/reward_ratio")))
     untrained_actors: tyro.conf.Suppress[int] = 0
     results: ClassVar[tuple[str, ...]] = ("table.md", "results.json")
     validate_scenes_every: ClassVar[int] = 0

@@ -57,7 +57,15 @@ from vitprune_env.benchmarking.measurement import Timing
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.benchmarking.store import write_json
 from vitprune_env.benchmarking.trained import WAY_OUT, TrainingReport, compare_trained
-from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED, VALIDATION_SEED, CommonFlags, ImageFlags, lowered, read_flags
+from vitprune_env.cli.flags import (
+    TEST_SEED,
+    TUNE_SEED,
+    VALIDATION_SEED,
+    ImageFlags,
+    ResumableFlags,
+    lowered,
+    read_flags,
+)
 from vitprune_env.cli.flags.training import TrainingFlags
 from vitprune_env.data import Digits, ImageFiles, RandomViews, fetch
 from vitprune_env.engine.backbone import Backbone
@@ -104,7 +112,7 @@ class Args:
     """Images per batch when reporting."""
     untrained_actors: int = 5
     """Untrained actors to average for the control row."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/mappo")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/mappo")))
     training: TrainingFlags = field(default_factory=TrainingFlags)
     shown: ViewFlags = field(default_factory=ViewFlags)
     images: ImageFlags = field(default_factory=ImageFlags)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,7 +153,7 @@ def convert(model: nn.Module, **options: Any) -> ConvertedViT:
         raise UnsupportedBackboneError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}")
     kind, whole = KINDS[name], cast(Any, model).config
     config = getattr(whole, "vision_config", whole)
-    if (why := _refusal(config)) is not None:
+    if (why := _refusal(config, kind)) is not None:
         raise UnsupportedBackboneError(f"model: expected a {name} that a VisionTransformer of timm can be, got {why}")
     state = _timm_state(model.state_dict(), kind)
     classes = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {"has_head": False}
@@ -200,17 +201,21 @@ def read_folder(folder: Path, **options: Any) -> ConvertedViT:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model: expected a {architecture} in {folder}, got one that fails ({error})") from error
     network = convert(model, **options)
-    cast(Any, network).pretrained_cfg |= _preparation(folder / "preprocessor_config.json")
+    usual = cast(Any, network).pretrained_cfg
+    usual |= _preparation(folder / "preprocessor_config.json", usual["mean"], usual["std"])
     return network
 
 
-def _refusal(config: Any) -> str | None:
-    """Which setting timm's `VisionTransformer` does not have, as the end of a sentence; None: it has all."""
+def _refusal(config: Any, kind: Kind) -> str | None:
+    """Which setting timm's `VisionTransformer` does not have, as the end of a sentence; None: it has all.
+
+    The others decide shapes of parameters, are read by `_sizes`, or have no effect in evaluation.
+    """
     if config.hidden_act not in ACTIVATIONS:
         return f"hidden_act={config.hidden_act!r} (known are {', '.join(ACTIVATIONS)})"
     if (width := getattr(config, "head_dim", None)) and width * config.num_attention_heads != config.hidden_size:
         return f"head_dim={width} (the heads together must be as wide as the tokens)"
-    if not getattr(config, "vision_use_head", True):
+    if kind.pool == "map" and not getattr(config, "vision_use_head", True):
         return "vision_use_head=False (nothing reads the tokens in the end)"
     return None
 
@@ -255,6 +260,8 @@ def _timm_state(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
         name = re.sub(TOWERS, "", name)
         if re.search(LEFT_OUT, name) or (name.startswith("head.") and kind.pool != "map"):
             continue
+        if not value.numel():  # the registers of a network that has none
+            continue
         for pattern, ours in kind.names:
             name = re.sub(pattern, ours, name)
         found[name] = value.detach().float().cpu()
@@ -284,8 +291,13 @@ def _timm_state(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
     return found
 
 
-def _preparation(path: Path) -> dict[str, Any]:
+def _preparation(path: Path, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """How images are prepared, in timm's terms, from the settings of an image processor if there are any.
+
+    Args:
+        path: of the settings.
+        mean: of each channel, unless the settings say what it is.
+        std: standard deviation, likewise.
 
     Raises:
         CheckpointError: for a file that does not hold settings.
@@ -296,9 +308,15 @@ def _preparation(path: Path) -> dict[str, Any]:
         settings = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: expected settings of an image processor, got {error!r}") from error
-    found: dict[str, Any] = {
-        name: tuple(settings[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in settings
-    }
+    if settings.get("do_normalize", True):
+        mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
+    else:
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    # Pixels come as 0 to 255 there and are scaled before they are normalised; in timm they come as 0 to 1.
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
+    if not isclose(scale, 1.0):
+        mean, std = [value / scale for value in mean], [value / scale for value in std]
+    found: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)}
     if settings.get("resample") in RESAMPLING:
         found["interpolation"] = RESAMPLING[settings["resample"]]
     size, crop = (settings.get(name) for name in ("size", "crop_size"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vitprune_env.cli import evaluate
-from vitprune_env.cli.flags import CommonFlags
+from vitprune_env.cli.flags import ResumableFlags
 
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
@@ -45,12 +45,17 @@ class Args(evaluate.Args):
     """Shares of the dense GMACs at which the diversity view compares policies; none: the policy as it is."""
     beside: tuple[str, ...] = ()
     """Further policies in the diversity view, at the same budgets: names of baselines, or saved policies."""
-    common: CommonFlags = field(default_factory=lambda: CommonFlags(output=Path("runs/analysis")))
+    common: ResumableFlags = field(default_factory=lambda: ResumableFlags(output=Path("runs/analysis")))
 
     @property
     def run_name(self) -> str:
         """Of what."""
         return "analysis" if self.policy is None else f"analysis-{self.policy}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether a policy is trained first."""
+        return super().fits or any(map(evaluate.is_trained, self.beside))
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
@@ -108,7 +113,7 @@ def points_of(
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, play, write every view."""
     args = parse(argv, prog="vitprune analyse")
-    args.common.prepare(built_in=not args.source.reads_files)
+    args.prepare()
     from vitprune_env.benchmarking.per_image import Views, record
     from vitprune_env.engine.kernels import autocast
 

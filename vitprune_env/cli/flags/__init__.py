@@ -5,14 +5,17 @@ from vitprune_env.cli.flags.common import (
     TUNE_SEED,
     VALIDATION_SEED,
     CommonFlags,
+    DeviceFlags,
     ImageFlags,
+    OutputFlags,
+    ResumableFlags,
+    TargetFlags,
     TaskName,
-    in_flags,
     lowered,
     named_sites,
-    read_flags,
 )
 from vitprune_env.cli.flags.ranges import check_ranges
+from vitprune_env.cli.flags.reading import in_flags, read_flags
 from vitprune_env.cli.flags.run_folder import make_way
 
 __all__ = [
@@ -20,7 +23,11 @@ __all__ = [
     "TUNE_SEED",
     "VALIDATION_SEED",
     "CommonFlags",
+    "DeviceFlags",
     "ImageFlags",
+    "OutputFlags",
+    "ResumableFlags",
+    "TargetFlags",
     "TaskName",
     "check_ranges",
     "in_flags",

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass, is_dataclass, replace
-from io import StringIO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
-from vitprune_env.cli.flags.help_texts import join_lines
-from vitprune_env.cli.flags.ranges import check_ranges
-from vitprune_env.cli.flags.run_folder import make_way, store_words, stored_words
+from vitprune_env.cli.flags.run_folder import make_way, store_words
 
 if TYPE_CHECKING:
     from vitprune_env.benchmarking.images import Batches
@@ -25,41 +19,101 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TaskName = Literal["digits", "twins"]  # keys of `vitprune_env.data.TASKS`, which would import torch
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
-ARGUMENTS = {  # of the library, and their flags
-    "checkpoint": "weights",
-    "root": "data_dir",
-    "data": "data_dir",
-    "keep": "target_keep",
-    "share": "target_share",
-    "gmacs": "target_gmacs",
-}
-_flags: set[str] = set()  # names of the flags of the command line that was read last
-_words: list[str] = []  # and its words
 TUNE_SEED = 1_000_003  # scenes to calibrate on: training digits, other compositions than those of training
 TEST_SEED = 2_000_003  # scenes to report on
 VALIDATION_SEED = 3_000_003  # scenes to watch training on
 
 
 @dataclass(frozen=True)
-class CommonFlags:
-    """Flags that every command and example has."""
+class OutputFlags:
+    """Flags of everything that writes results."""
 
     output: Folder = Path("runs/latest")
     """Folder for results; made if it does not exist. Without this flag its name says what runs: runs/ppo_single,
     runs/mappo-twins-0.2, runs/mappo-quick, ..."""
     seed: int = 0
     """Seed of everything random: data, initial weights, exploration."""
+    quick: bool = False
+    """A small run that shows that everything works; its numbers mean nothing."""
+
+    def make_folder(self) -> None:
+        """Make the output folder.
+
+        Raises:
+            StorageError: if it cannot be made.
+        """
+        from vitprune_env.errors import StorageError
+
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"output: expected a folder, got {self.output} ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """Flags of everything that runs a network."""
+
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1, ..."""
     threads: int | None = None
     """CPU threads; None: one for the built-in model, which is too small for more, and torch's choice for others."""
+
+    def check_device(self) -> None:
+        """Refuse a device that is not there.
+
+        Raises:
+            SettingsError: naming it.
+        """
+        import torch
+
+        from vitprune_env.errors import SettingsError
+
+        try:
+            torch.zeros(1, device=self.device).item()  # "meta" has shapes alone
+        except (RuntimeError, AssertionError) as error:  # torch built without this kind of device asserts
+            reason = str(error).splitlines()[0]
+            raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
+
+    def set_threads(self, built_in: bool) -> None:
+        """Set the number of CPU threads, which may depend on whether the network is the built-in one."""
+        import torch
+
+        threads = 1 if self.threads is None and built_in else self.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class CommonFlags(DeviceFlags, OutputFlags):
+    """Flags of everything that runs a network and writes results."""
+
+    def prepare(self, built_in: bool = True) -> None:
+        """Make the output folder and set the number of threads.
+
+        Args:
+            built_in: whether the network is the built-in one.
+
+        Raises:
+            StorageError: if the folder cannot be made.
+            SettingsError: for a device that is not there.
+        """
+        self.check_device()
+        self.make_folder()
+        self.set_threads(built_in)
+
+
+@dataclass(frozen=True)
+class ResumableFlags(CommonFlags):
+    """Flags of what takes long: its folder is never overwritten silently, and what lies there can be continued."""
+
     resume: bool = False
     """Go on from what lies in the output folder, with the flags it was started with; on an empty folder this starts
     fresh."""
     overwrite: bool = False
     """Replace the run that lies in the output folder."""
-    quick: bool = False
-    """A small run that shows that everything works; its numbers mean nothing."""
+    words: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = field(default=(), repr=False, compare=False)
+    """The command line that all flags were read from; it is kept in the folder, for `--resume`."""
 
     def prepare(self, built_in: bool = True, results: Sequence[str] = ()) -> None:
         """Make the output folder and set the number of threads.
@@ -73,29 +127,64 @@ class CommonFlags:
             StorageError: if the folder cannot be made.
             SettingsError: for a device that is not there, or a folder that holds a run.
         """
-        import torch
+        from vitprune_env.errors import SettingsError
 
-        from vitprune_env.errors import SettingsError, StorageError
-
-        try:
-            torch.zeros(1, device=self.device).item()  # "meta" has shapes alone
-        except (RuntimeError, AssertionError) as error:  # torch built without this kind of device asserts
-            reason = str(error).splitlines()[0]
-            raise SettingsError(f"device: expected one that torch finds, got {self.device!r} ({reason})") from error
-
+        self.check_device()
         if self.resume and self.overwrite:
             raise SettingsError("overwrite: expected either --resume or --overwrite, got both")
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"output: expected a folder, got {self.output} ({error.strerror})") from error
+        self.make_folder()
         if results:
             if not self.resume:
                 make_way(self.output, results, self.overwrite, self.quick)
-            store_words(self.output, _words)
-        threads = 1 if self.threads is None and built_in else self.threads
-        if threads is not None:
-            torch.set_num_threads(threads)
+            store_words(self.output, self.words)
+        self.set_threads(built_in)
+
+
+@dataclass(frozen=True)
+class TargetFlags:
+    """What a policy may cost on average, its own MACs included; give at most one of these."""
+
+    target_share: float | None = None
+    """Budget as a share of the dense network's MACs."""
+    target_gmacs: float | None = None
+    """Budget in GMACs per image."""
+    target_keep: float | None = None
+    """Budget as a keep rate: what keeping this fraction of the tokens at every site costs."""
+
+    def one(self, usual: TargetFlags) -> TargetFlags:
+        """The budget that is given, or else the usual one.
+
+        Args:
+            usual: what these flags are where none is given.
+
+        Raises:
+            SettingsError: for more than one budget.
+        """
+        from vitprune_env.errors import SettingsError
+
+        given = {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+        if len(given) > 1:
+            raise SettingsError(f"{', '.join(given)}: expected one of them, got {len(given)}")
+        return TargetFlags(**given) if given else usual
+
+    def gmacs(self, backbone: Backbone, sites: Sequence[str] = ()) -> float:
+        """The budget in GMACs per image.
+
+        Args:
+            backbone: the network that is pruned.
+            sites: where a keep rate counts; none: the network's own sites.
+        """
+        from vitprune_env.agents.budgets.targets import PolicyCost
+        from vitprune_env.engine.cost import CostModel
+        from vitprune_env.types import parse_sites
+
+        if self.target_gmacs is not None:
+            return self.target_gmacs
+        cost = CostModel.of(backbone)
+        if self.target_share is not None:
+            return self.target_share * cost.dense() / 1e9
+        places = parse_sites(sites or backbone.default_sites, backbone.depth)
+        return PolicyCost(cost, places, 0).at_keep_rate(self.target_keep or 1.0) / 1e9
 
 
 @dataclass(frozen=True)
@@ -268,141 +357,3 @@ def lowered(flags: T, **most: Any) -> T:
 def named_sites(sites: tuple[str, ...], *words: str) -> Any:
     """What `--sites` stands for: one of these words by itself, or sites."""
     return sites[0] if len(sites) == 1 and sites[0] in words else sites
-
-
-def read_flags(
-    flags: type[T],
-    argv: Sequence[str] | None,
-    description: str | None,
-    prog: str | None = None,
-    default: T | Callable[[Sequence[str]], T] | None = None,
-) -> T:
-    """Read a command line into a dataclass of flags; groups of flags are nested dataclasses, flags have short names.
-
-    Without `--output` the folder is called what `run_name` of the flags says if they have one, and a small run's has
-    `-quick` behind its name. With `--resume` the flags that are not given are those of the run in the folder.
-
-    Args:
-        flags: the dataclass.
-        argv: command line; None: that of the process.
-        description: shown above the flags by `--help`.
-        prog: name of the command; None: that of the process.
-        default: values of flags that are not given, or a function that gives them by the words of the command line;
-            None: those of the dataclass.
-
-    Raises:
-        SettingsError: for a number out of its range, an empty list, or an empty path.
-        SystemExit: with code 2, after one line on stderr, for what cannot be read as flags.
-    """
-
-    def read(words: Sequence[str]) -> T:
-        values = cast(T | None, default(words) if callable(default) else default)
-        args = _parsed(flags, words, description, prog, flags() if values is None else values)
-        return args if any(word.split("=")[0] == "--output" for word in words) else _named(args)
-
-    _flags.clear()
-    _flags.update(_names(flags))
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = read(words)
-    common = common_flags(args)
-    if common is not None and common.resume and (stored := stored_words(common.output)):
-        words = [*stored, *words]  # of a flag that is given twice, the latter counts
-        args = read([*words, "--output", str(common.output)])
-    _words[:] = words
-    return args
-
-
-def common_flags(args: Any) -> CommonFlags | None:
-    """The common flags among the flags of a command, which may be such flags themselves; None: it has none."""
-    return args if isinstance(args, CommonFlags) else getattr(args, "common", None)
-
-
-def _parsed(flags: type[T], words: Sequence[str], description: str | None, prog: str | None, default: T) -> T:
-    """The flags of a command line.
-
-    Raises:
-        SettingsError: for a number out of its range, an empty list, or an empty path.
-        SystemExit: with code 2, after one line on stderr, for what cannot be read as flags.
-    """
-    _check_paths(words, flags)
-    join_lines(flags)
-    short_names = (tyro.conf.OmitArgPrefixes,)
-    said = StringIO()
-    try:
-        with redirect_stderr(said):
-            found = tyro.cli(flags, args=words, description=description, prog=prog, config=short_names, default=default)
-    except SystemExit as stopped:
-        if stopped.code:
-            print(f"error: {_in_one_line(said.getvalue())}", file=sys.stderr)
-        raise
-    sys.stderr.write(said.getvalue())
-    check_ranges(found, default)
-    return found
-
-
-def _named(args: T) -> T:
-    """The same flags with an output folder that is called after what runs."""
-    common = common_flags(args)
-    if common is None:
-        return args
-    name = re.sub(r"[^\w.-]+", "_", getattr(args, "run_name", common.output.name))
-    output = common.output.with_name(name + "-quick" * common.quick)
-    common = replace(common, output=output)
-    return cast(T, common if isinstance(args, CommonFlags) else replace(cast(Any, args), common=common))
-
-
-def _names(flags: type, kind: Any = None) -> list[str]:
-    """Names of the fields of a dataclass, of those inside it as well; of one kind, or of all."""
-    found = []
-    for name, hint in get_type_hints(flags).items():
-        if is_dataclass(hint):
-            found += _names(cast(type, hint), kind)
-        elif kind in (None, hint) or kind in get_args(hint):
-            found.append(name)
-    return found
-
-
-def _check_paths(words: Sequence[str], flags: type) -> None:
-    """Refuse paths without a letter, such as a variable that is not set: they would mean the folder one is in.
-
-    Raises:
-        SettingsError: naming the flag.
-    """
-    from vitprune_env.errors import SettingsError
-
-    empty = [word[:-1] for word in words if word.endswith("=")]
-    empty += [word for word, after in zip(words, words[1:], strict=False) if not after.strip()]
-    asked = {word.removeprefix("--").replace("-", "_") for word in empty}
-    for name in _names(flags, Path):
-        if name in asked:
-            raise SettingsError(f"{name}: expected a path, got none")
-
-
-def _in_one_line(page: str) -> str:
-    """What tyro's page about a mistake says, without its frame, its headings and its help."""
-    lines = [line.strip("│|╰╯ ") for line in page.splitlines()[1:]]
-    parts = re.split(r"^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
-    message, *others = [part for part in parts if part.strip()]
-    near = re.search(r"Perhaps you meant:\s+(--[\w-]+)", "\n".join(others))
-    return " ".join(message.split()) + (f"; did you mean {near[1]}?" if near else "")
-
-
-def in_flags(message: str) -> str:
-    """What the library says of its arguments, with the flags of the command line that was read in their place.
-
-    `num_classes: expected` becomes `--num-classes: expected`, `num_classes=101` becomes `--num-classes 101`, and
-    `pretrained=False` becomes `--no-pretrained`.
-    """
-    names = {name: name for name in _flags} | {name: flag for name, flag in ARGUMENTS.items() if flag in _flags}
-    if not names:
-        return message
-    known = "|".join(sorted(names, key=len, reverse=True))
-    long = "|".join(name for name in names if "_" in name) or "(?!)"  # no words of a sentence
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = names[found[1]].replace("_", "-"), (found.groupdict().get("value") or "")
-        return {"True": f"--{name}", "False": f"--no-{name}", "": f"--{name}"}.get(value, f"--{name} {value}")
-
-    message = re.sub(rf"^({known})(?=: )", flag, message)
-    message = re.sub(rf"(?<![\w./(-])({known})=(?P<value><[^>]*>|[^\s,;()]+)", flag, message)
-    return re.sub(rf"(?<![\w./'\"-])({long})(?![\w/'\"=(]|\.\w)", flag, message)

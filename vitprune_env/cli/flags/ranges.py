@@ -40,6 +40,7 @@ RANGES = {
     "keep_rate": PART,
     "keep": PART,
     "target_share": PART,
+    "target_keep": PART,
     "views": Range(0),
     "spread": Range(0),
     "drop_path": Range(0, 0.99),

@@ -24,6 +24,7 @@ from vitprune_env.agents import (
     RunConfig,
     Share,
 )
+from vitprune_env.cli.flags.common import TargetFlags
 from vitprune_env.errors import SettingsError
 from vitprune_env.game.rewards import (
     START_PRICE,
@@ -45,15 +46,11 @@ OUTCOMES = {"correct": correct, "log_probability": log_probability, "probability
 
 
 @dataclass(frozen=True)
-class BudgetFlags:
+class BudgetFlags(TargetFlags):
     """What the trained policy may cost, its own MACs included; give at most one of the first four."""
 
     target_share: float | None = None
     """Budget as a share of the dense network's MACs; without any budget 0.35, or 0.6 with --paper-sizes."""
-    target_gmacs: float | None = None
-    """Budget in GMACs per image, on average."""
-    target_keep: float | None = None
-    """Budget as a keep rate: what keeping this fraction of the tokens at every site costs."""
     adaptive: tuple[float, ...] = ()
     """Smallest and largest budget, as shares of dense, of one policy that serves all in between; empty: one budget."""
     anneal_from: float = Budget.anneal_from

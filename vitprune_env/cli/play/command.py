@@ -12,13 +12,13 @@ Policies are calibrated to the budget of the slider on training images; the pict
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vitprune_env.cli.flags import CommonFlags, ImageFlags, TaskName, read_flags
+from vitprune_env.cli.flags import DeviceFlags, ImageFlags, read_flags
 
 BASELINES = ("evit", "tome_share", "dpc", "random")
 
@@ -31,22 +31,6 @@ class Args:
     """Output folders of training runs, or policy files; none: runs/mappo, if it is there."""
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = BASELINES
     """Baselines by name (`vitprune info` lists them), or your own as FILE.py:NAME or module:NAME."""
-    task: TaskName = "digits"
-    """Built-in task: one digit in each scene, or twins, two copies of it of which one is enough."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Images instead of the built-in task: class folders, directly or under train and val."""
-    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Class names in the order of the network's head, where it knows none."""
-    model: str | None = None
-    """Network: vit_digits, lv_vit_s, any plain ViT of timm, or hf:FOLDER; None: that of the policies, or vit_digits."""
-    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Its weights: .pth, .safetensors or .npz."""
-    pretrained: bool = False
-    """Let timm download the weights, unless a file is given."""
-    img_size: int | None = None
-    """Height and width of the images, in pixels."""
-    num_classes: int | None = None
-    """Classes of the network."""
     images: int = 16
     """Pictures to choose from."""
     tune_images: int | None = None
@@ -59,16 +43,8 @@ class Args:
     """Open a browser."""
     seed: int = 0
     """Seed of everything random."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, cuda:1, ..."""
-    threads: int | None = None
-    """CPU threads; None: one for the built-in model."""
-
-    @property
-    def source(self) -> ImageFlags:
-        """Network and images, as other commands have them."""
-        names = ("task", "data_dir", "class_map", "model", "weights", "pretrained", "img_size", "num_classes")
-        return ImageFlags(**{name: getattr(self, name) for name in names})
+    machine: DeviceFlags = field(default_factory=DeviceFlags)
+    source: ImageFlags = field(default_factory=ImageFlags)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vitprune_env.playground.page import gradio, serve
 
     gradio()  # says at once if it is missing
-    common = CommonFlags(output=Path(), seed=args.seed, device=args.device, threads=args.threads)
-    common.prepare(built_in=args.data_dir is None)  # nothing is written: the folder is the current one
+    args.machine.check_device()
+    args.machine.set_threads(built_in=not args.source.reads_files)
     page = serve(session_of(args), args.port, args.browser)
     print(f"the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()

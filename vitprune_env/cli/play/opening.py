@@ -43,7 +43,7 @@ def trained_of(args: Args) -> dict[str, Policy]:
         name = file.parent.name if file.name == POLICY_FILE else file.stem
         if name in found:
             raise SettingsError(f"checkpoint: expected different names of folders or files, got {name!r} twice")
-        found[name] = load_policy(file, device=args.device)
+        found[name] = load_policy(file, device=args.machine.device)
     return found
 
 
@@ -63,7 +63,7 @@ def network_of(args: Args, trained: Mapping[str, Policy]) -> Backbone:
         folder = folder if folder.is_dir() else folder.parent
         source = replace(source, weights=folder / "backbone.safetensors")  # the run wrote it beside the policy
     default = next((info["backbone"] for info in infos.values() if "backbone" in info), "vit_digits")
-    backbone = source.network(args.seed, args.device, default)
+    backbone = source.network(args.seed, args.machine.device, default)
     for name, policy in trained.items():
         if (width := getattr(policy, "width", backbone.embed_dim)) != backbone.embed_dim:
             raise SettingsError(
@@ -81,7 +81,7 @@ def session_of(args: Args) -> Session:
         SettingsError: for policies that do not fit the network, need training or share a name, or no images.
         UnknownNameError: for the name of no baseline.
     """
-    usual = FILES if args.data_dir is not None else BUILT_IN
+    usual = FILES if args.source.reads_files else BUILT_IN
     args = replace(args, **{name: count for name, count in usual.items() if getattr(args, name) is None})
     for name in ("images", *usual):
         if (count := getattr(args, name)) < 1:
@@ -95,10 +95,10 @@ def session_of(args: Args) -> Session:
     tune, test = args.source.open_apart(
         backbone,
         ("train", args.tune_images, TUNE_SEED),
-        (args.source.held_out_split(None), SCENES if args.data_dir is None else None, TEST_SEED),
+        (args.source.held_out_split(None), None if args.source.reads_files else SCENES, TEST_SEED),
     )
     views = tune if isinstance(tune, Digits) else RandomViews(tune, count=1, seed=TUNE_SEED)
-    device = torch.device(args.device)
+    device = torch.device(args.machine.device)
     held_out = as_batches(test, args.images, device)
     pictures, names = from_batches(backbone, held_out, args.images), getattr(held_out, "class_names", None)
     images = PreparedImages(backbone, list(as_batches(views, cast(int, args.tune_images), device)))
