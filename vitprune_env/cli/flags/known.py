@@ -17,7 +17,7 @@ SHARED = (ResumableFlags, ImageFlags, TargetFlags)  # groups of flags that are k
 TRAIN = """
     preset split test_images batch_size untrained_actors views smallest_view
     algorithm init_from sites actions reward outcome price charge_overhead outcome_bonus keep_cost pay scaled
-    adaptive anneal_from anneal_part price_rate price_gain sampled
+    adaptive anneal_from anneal_part price_rate price_gain sampled fixed_counts
     updates images cache_images calibration_images validate_every validation_images patience checkpoint_every amp
     log_images_every wandb
     lr lr_final adam_eps epochs minibatch max_grad_norm clip value_clip discount trace entropy value_coef
