@@ -124,7 +124,9 @@ def calibrate_counts(
     """
     kept = torch.cat([play(game, policy, batch).outcome.n_kept for batch in batches]).double().mean(dim=0)
     schedule = (kept / game.backbone.num_patches).tolist()
-    return calibrate_threshold(game, policy.with_schedule(schedule), batches[:1], target_macs)
+    first = batches[0]
+    any_image = first[:1] if isinstance(first, Tensor) else first  # all images cost the same then
+    return calibrate_threshold(game, policy.with_schedule(schedule), [any_image], target_macs)
 
 
 def _search(
