@@ -271,6 +271,11 @@ def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert page[page.index("###") :] in shown  # below the command and the settings
 
 
+def test_a_quick_benchmark_has_the_budgets_that_are_asked_for() -> None:
+    assert benchmark.parse(["--quick", "--budgets", "0.3", "0.4"]).budgets == (0.3, 0.4)
+    assert benchmark.parse(["--quick"]).budgets == (0.5,)
+
+
 def test_policies_of_a_label_share_a_line() -> None:
     args = benchmark.parse(["--methods", "topk", "--checkpoints", "a", "b", "mine=c"])
     assert benchmark.entries(args) == {"topk": "topk", "MAPPO": ["a", "b"], "mine": ["c"]}
