@@ -225,10 +225,9 @@ def fates_figure(
                 text = textwrap.shorten(class_name(guess, class_names), PANEL_LETTERS, placeholder="...")
                 axes.set_xlabel(text, fontsize=6, color=WRONG, labelpad=1)
                 axes.spines[:].set(visible=True, color=WRONG, linewidth=1.2)
-    notes = ["White: pruned.", "A tint: merged into one token.", "A frame: read as the class below it."]
-    figure.text(
-        NAMES / width, 0.03 / height, " ".join(notes[: 2 if predicted is None else 3]), fontsize=6, color="0.35"
-    )
+    mistakes = "" if predicted is None else " A frame: read as the class below it."
+    note = f"White: pruned. A tint: merged into one token.{mistakes}"
+    figure.text(NAMES / width, 0.03 / height, note, fontsize=6, color="0.35")
     return figure
 
 
