@@ -10,12 +10,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from places import ROOT
-from vitprune_env import PaperReward, PrunedViT, TeamOutcome
+from vitprune_env import KeepAll, PaperReward, PrunedViT, TeamOutcome
 from vitprune_env.agents import (
     PRESETS,
     BudgetRange,
@@ -258,6 +259,28 @@ def test_a_network_is_fine_tuned_for_a_baseline(tmp_path: Path, capsys: pytest.C
     rates = [json.loads(line)["keep_rate"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert rates[0] == 1.0
     assert rates[-1] < 1.0
+
+
+def test_a_policy_of_ones_own_is_evaluated_like_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from vitprune_env import KeepAll\nfrom vitprune_env.baselines import TopK\n"
+        "all_of_them = KeepAll()\nclass Mine(TopK): pass\nnothing = 3\n"
+    )
+
+    def loaded(name: str, *flags: str) -> Any:
+        return evaluate.load(evaluate.parse(["--quick", "--policy", f"{file}:{name}", *flags]))[0]
+
+    assert loaded("Mine").keep_rate == 0.7
+    assert loaded("Mine", "--keep-rate", "0.4").keep_rate == 0.4
+    assert 0.5 < loaded("Mine", "--target-share", "0.5").keep_rate < 0.8
+    assert isinstance(loaded("all_of_them"), KeepAll)
+    assert evaluate.parse(["--policy", f"{file}:Mine"]).common.output == Path("runs/evaluation-Mine")
+    for name, flags, said in (
+        ("all_of_them", ("--keep-rate", 0.5), "error: --keep-rate: expected none"),
+        ("nothing", (), "error: --policy: expected a policy, or a class"),
+    ):
+        assert mistake(capsys, "evaluate", "--quick", "--policy", f"{file}:{name}", *flags).startswith(said)
 
 
 def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

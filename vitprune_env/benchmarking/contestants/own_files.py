@@ -9,7 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vitprune_env.baselines import available
 from vitprune_env.errors import SettingsError
+
+
+def is_own(text: str) -> bool:
+    """Whether a text names a policy of the user's own, rather than a baseline, whose parameters follow a colon, too."""
+    return ":" in text and text.partition(":")[0] not in available()
+
+
+def label_of(text: str) -> str:
+    """The name in figures and on pages of what `--policy` names."""
+    return text.rpartition(":")[2] if is_own(text) else text
 
 
 def load_object(text: str) -> Any:
