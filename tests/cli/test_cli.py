@@ -30,7 +30,7 @@ from vitprune_env.agents import (
     save_policy,
 )
 from vitprune_env.cli import COMMANDS, benchmark, evaluate, explained, finetune, main
-from vitprune_env.cli.flags import CommonFlags, in_flags, read_flags
+from vitprune_env.cli.flags import CommonFlags, ImageFlags, in_flags, own_network, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
@@ -281,6 +281,20 @@ def test_a_policy_of_ones_own_is_evaluated_like_a_baseline(tmp_path: Path, capsy
         ("nothing", (), "error: --policy: expected a policy, or a class"),
     ):
         assert mistake(capsys, "evaluate", "--quick", "--policy", f"{file}:{name}", *flags).startswith(said)
+
+
+def test_a_network_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    sizes = "img_size=40, patch_size=8, num_classes=10, embed_dim=32, depth=4, num_heads=2"
+    file.write_text(
+        f"from timm.models.vision_transformer import VisionTransformer as V\ndef own_vit(): return V({sizes})\n"
+    )
+    flags = ImageFlags(data_dir=tmp_path, model=f"{file}:own_vit")
+    backbone = flags.network(0, "cpu")
+    assert (backbone.name, backbone.depth, backbone.image_size) == ("own_vit", 4, (40, 40))
+    assert own_network("hf:own_vit") is None
+    with pytest.raises(SettingsError, match=r"model: expected a name in .*net\.py, got 'other'"):
+        replace(flags, model=f"{file}:other").network(0, "cpu")
 
 
 def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from vitprune_env.cli.flags.common import (
     in_flags,
     lowered,
     named_sites,
+    own_network,
     read_flags,
 )
 from vitprune_env.cli.flags.ranges import check_ranges
@@ -27,5 +28,6 @@ __all__ = [
     "lowered",
     "make_way",
     "named_sites",
+    "own_network",
     "read_flags",
 ]
