@@ -91,8 +91,7 @@ def test_table_ranks_by_accuracy_says_where_and_names_what_is_out_of_reach() -> 
     assert "| 0.00750 | 25.0 | 1.0 | 50 / 25 | 200 / 100 | 2.00x |" in good
     assert "- stuck: reaches 0.02 to 0.03 GMACs" in text
     assert repr(BenchmarkResult(rows)) == text, "a notebook shows tables, not tensors"
-    untimed = BenchmarkResult(tuple(replace(each, speedup=None, images_per_s=None) for each in rows)).table()
-    assert not any(word in untimed for word in ("speed-up", "images/s"))
+    assert "speed-up" not in BenchmarkResult(tuple(replace(each, speedup=None) for each in rows)).table()
     for table, columns in ((asked, 11), (own, 9)):  # one method alone has no rival
         assert all(line.count("|") == columns + 1 for line in table.splitlines() if line.startswith("|"))
 

@@ -240,14 +240,14 @@ def own_policy(args: Args, text: str, backbone: Backbone) -> Policy:
     from vitprune_env.policy import Policy
 
     made, budget = load_object(text), budget_of(args, backbone)
-    is_maker = callable(made) and (isinstance(made, type) or not isinstance(made, Policy))
-    if is_maker and inspect.signature(made).parameters:
+    maker = cast(Any, made if callable(made) and (isinstance(made, type) or not isinstance(made, Policy)) else None)
+    if maker is not None and inspect.signature(maker).parameters:
         if budget is not None:
-            return calibrate(made, budget, backbone, cast(Any, args.tuning(backbone)), sites_of(args))
-        return made(0.7 if args.keep_rate is None else args.keep_rate)
+            return calibrate(maker, budget, backbone, cast(Any, args.tuning(backbone)), sites_of(args))
+        return maker(0.7 if args.keep_rate is None else args.keep_rate)
     if args.keep_rate is not None:
         raise SettingsError(f"keep_rate: expected none, as {text} is not made from one, got {args.keep_rate}")
-    policy = made() if is_maker else made
+    policy = made if maker is None else maker()
     if not isinstance(policy, Policy):
         raise SettingsError(f"policy: expected a policy, or a class or function that makes one, got {text}")
     return policy if budget is None else at_budget(args, policy, backbone, budget)
