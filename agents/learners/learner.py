@@ -305,13 +305,31 @@ class Learner(OnPolicyAlgorithm[TokenwisePolicy]):
         rows = rows.to(games.tokens.device)
         if not len(rows):
             return games.tokens.new_zeros(1 + len(self.metrics))
-        loss, metrics = self.loss(games, self._prepared, rows)
+        loss, metrics = self._checked(self.loss(games, self._prepared, rows))
         share = len(rows) / everyones
         (share * loss).backward()
         report = loss.detach()
         return share * torch.stack(
             [report, *(torch.as_tensor(metrics[name]).detach().to(report) for name in self.metrics)]
         )
+
+    def _checked(self, returned: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What `loss` returned.
+
+        Raises:
+            TypeError: for something else than a loss with a gradient and the numbers that `metrics` names.
+        """
+        pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        loss, metrics = pair
+        if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
+            raise TypeError(f"loss: expected (loss, metrics), a tensor and a dict, got {type(returned).__name__}")
+        if loss.ndim or not loss.requires_grad:
+            kind = "with a gradient" if loss.requires_grad else "without a gradient"
+            raise TypeError(f"loss: expected a scalar with a gradient, got shape {list(loss.shape)} {kind}")
+        if set(metrics) != set(self.metrics):
+            named = "the class attribute `metrics` names the numbers that loss reports"
+            raise TypeError(f"metrics: expected {sorted(self.metrics)}, got {sorted(metrics)}; {named}")
+        return loss, metrics
 
 
 class LinearDecay(LRSchedulerFactory):

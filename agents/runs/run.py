@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -57,12 +57,12 @@ class TrainResult:
     """The result of training."""
 
     policy: Any  # a TokenPolicy, AdaptivePolicy or MergePolicy: greedy, its threshold calibrated to the budget
-    critic: nn.Module
-    history: tuple[dict[str, float], ...]  # one row of metrics per update
+    critic: nn.Module = field(repr=False)
+    history: tuple[dict[str, float], ...] = field(repr=False)  # one row of metrics per update
     target_macs: float  # the budget, or where the weights of the reward should lead, MACs per image
     train_macs: float  # what the policy costs on the calibration images
     train_accuracy: float  # its accuracy there
-    backbone: Backbone  # the one given, or its fine-tuned copy
+    backbone: Backbone = field(repr=False)  # the one given, or its fine-tuned copy
     stopped: str | None = None  # after which update training ended early, and why; None: it did all updates
 
 

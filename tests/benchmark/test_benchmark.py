@@ -90,6 +90,8 @@ def test_table_ranks_by_accuracy_says_where_and_names_what_is_out_of_reach() -> 
     assert f"| 90.0 ({low:.1f} to {high:.1f}) | +40.0 (" in good
     assert "| 0.00750 | 25.0 | 1.0 | 50 / 25 | 200 / 100 | 2.00x |" in good
     assert "- stuck: reaches 0.02 to 0.03 GMACs" in text
+    assert repr(BenchmarkResult(rows)) == text, "a notebook shows tables, not tensors"
+    assert "speed-up" not in BenchmarkResult(tuple(replace(each, speedup=None) for each in rows)).table()
     for table, columns in ((asked, 11), (own, 9)):  # one method alone has no rival
         assert all(line.count("|") == columns + 1 for line in table.splitlines() if line.startswith("|"))
 
@@ -205,6 +207,10 @@ def test_arguments_are_checked_before_time_is_spent(backbone: Any, tmp_path: Pat
         compare([EViT(0.5), EViT(0.7)])
     with pytest.raises(TypeError, match=r"policies: expected names of baselines, .* got 3 as 'int'"):
         compare([3])
+    with pytest.raises(TypeError, match=r"got the module Linear as 'Linear'; .*ModulePolicy"):
+        compare([torch.nn.Linear(48, 1)])
+    with pytest.raises(ValueError, match=r"budgets: expected shares .* got 50"):
+        compare(budgets=50)
     with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
         compare([tmp_path / "nowhere.safetensors"])
     with pytest.raises(ValueError, match="resume: expected an output folder"):

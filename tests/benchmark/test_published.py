@@ -87,6 +87,14 @@ def test_numbers_of_papers_are_labelled_wherever_they_stand(tmp_path: Path) -> N
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([-15.0]), "80 of 95 %"
 
 
+def test_without_a_method_of_a_paper_there_is_no_legend_for_papers() -> None:
+    better = replace(OURS, name="mine", correct=(DENSE.correct[0].replace("0", "1"),))
+    figure = beside_figure(replace(RESULT, rows=(DENSE, better)))
+    assert [legend.get_title().get_text() for legend in figure.legends] == ["measured here"]
+    ticks = {text.get_text() for text in figure.axes[0].get_yticklabels()}
+    assert {"-1", "0", "+1", "+5"} <= ticks
+
+
 def test_networks_that_no_paper_has_are_refused() -> None:
     check_published("deit_small_patch16_224", 4.599)
     with pytest.raises(SettingsError, match=r"of 4.6 GMACs \(RL4EViT, Table I\), got 2.1 GMACs"):

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from places import ROOT
-from vitprune_env import PaperReward, PrunedViT, TeamOutcome
+from vitprune_env import KeepAll, PaperReward, PrunedViT, TeamOutcome
 from vitprune_env.agents import (
     PRESETS,
     BudgetRange,
@@ -29,7 +30,7 @@ from vitprune_env.agents import (
     save_policy,
 )
 from vitprune_env.cli import COMMANDS, benchmark, evaluate, explained, finetune, main
-from vitprune_env.cli.flags import ResumableFlags, in_flags, read_flags
+from vitprune_env.cli.flags import ImageFlags, ResumableFlags, in_flags, own_network, read_flags
 from vitprune_env.cli.train import parse
 from vitprune_env.data import Digits
 from vitprune_env.errors import SettingsError
@@ -258,6 +259,42 @@ def test_a_network_is_fine_tuned_for_a_baseline(tmp_path: Path, capsys: pytest.C
     assert rates[-1] < 1.0
 
 
+def test_a_policy_of_ones_own_is_evaluated_like_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from vitprune_env import KeepAll\nfrom vitprune_env.baselines import TopK\n"
+        "all_of_them = KeepAll()\nclass Mine(TopK): pass\nnothing = 3\n"
+    )
+
+    def loaded(name: str, *flags: str) -> Any:
+        return evaluate.load(evaluate.parse(["--quick", "--policy", f"{file}:{name}", *flags]))[0]
+
+    assert loaded("Mine").keep_rate == 0.7
+    assert loaded("Mine", "--keep-rate", "0.4").keep_rate == 0.4
+    assert 0.5 < loaded("Mine", "--target-share", "0.5").keep_rate < 0.8
+    assert isinstance(loaded("all_of_them"), KeepAll)
+    assert evaluate.parse(["--policy", f"{file}:Mine"]).common.output == Path("runs/evaluation-Mine")
+    for name, flags, said in (
+        ("all_of_them", ("--keep-rate", 0.5), "error: --keep-rate: expected none"),
+        ("nothing", (), "error: --policy: expected a policy, or a class"),
+    ):
+        assert mistake(capsys, "evaluate", "--quick", "--policy", f"{file}:{name}", *flags).startswith(said)
+
+
+def test_a_network_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    sizes = "img_size=40, patch_size=8, num_classes=10, embed_dim=32, depth=4, num_heads=2"
+    file.write_text(
+        f"from timm.models.vision_transformer import VisionTransformer as V\ndef own_vit(): return V({sizes})\n"
+    )
+    flags = ImageFlags(data_dir=tmp_path, model=f"{file}:own_vit")
+    backbone = flags.network(0, "cpu")
+    assert (backbone.name, backbone.depth, backbone.image_size) == ("own_vit", 4, (40, 40))
+    assert own_network("hf:own_vit") is None
+    with pytest.raises(SettingsError, match=r"model: expected a name in .*net\.py, got 'other'"):
+        replace(flags, model=f"{file}:other").network(0, "cpu")
+
+
 def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--quick", "--methods", "topk", "--budgets", 0.4, "--sites", 2, 4, "--output", tmp_path)
     vitprune("benchmark", *flags, "--seeds", 1, "--checkpoints", f"mine={checkpoint}")
@@ -267,6 +304,11 @@ def test_policies_are_compared(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert rows["mine"] == "1, 3, 5"  # trained there
     page = (tmp_path / "table.md").read_text()
     assert page[page.index("###") :] in shown  # below the command and the settings
+
+
+def test_a_quick_benchmark_has_the_budgets_that_are_asked_for() -> None:
+    assert benchmark.parse(["--quick", "--budgets", "0.3", "0.4"]).budgets == (0.3, 0.4)
+    assert benchmark.parse(["--quick"]).budgets == (0.5,)
 
 
 def test_policies_of_a_label_share_a_line() -> None:

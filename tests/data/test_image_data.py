@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data.dataset import ImageDataset as TimmDataset
 
 from vitprune_env import Backbone, load_backbone
-from vitprune_env.cli.digits_folder import write_scenes
+from vitprune_env.cli.digits_folder import with_every_class, write_scenes
 from vitprune_env.data import Digits, ImageFiles, batches_of, data_config, fetch, open_images
 from vitprune_env.errors import SettingsError, UnreadableImageError
 
@@ -266,3 +266,11 @@ def test_masks_and_fractions_are_no_indices(rows: Any, folder: Path) -> None:
 def test_batches_have_images() -> None:
     with pytest.raises(ValueError, match="size: expected at least 1 image per batch, got 0"):
         batches_of(SCENES, 0)
+
+
+def test_a_small_folder_has_every_class() -> None:
+    labels = [3, 3, 1, 3, 1, 0, 2, 2]
+    assert with_every_class(labels, 8) == list(range(8))
+    assert with_every_class(labels, 7) == list(range(7)), "nothing changes where all classes are there"
+    assert with_every_class(labels, 5) == [0, 1, 2, 5, 6]
+    assert with_every_class(labels, 2) == [0, 2]

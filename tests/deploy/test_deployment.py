@@ -59,7 +59,13 @@ def test_the_built_in_model_with_other_weights(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     images = random_images(backbone, 2)
     assert torch.equal(PrunedViT.from_pretrained(str(tmp_path))(images), model(images))
-    assert "vit_digits, pruned by EViT" in (tmp_path / "README.md").read_text()
+    card = tmp_path / "README.md"
+    assert "vit_digits, pruned by EViT" in card.read_text()
+    PrunedViT(backbone, TopK(0.5)).save_pretrained(tmp_path)
+    assert "vit_digits, pruned by TopK" in card.read_text()
+    card.write_text("# notes of mine")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "# notes of mine"
 
 
 @pytest.mark.parametrize("repository", ["somebody/pruned"])

@@ -120,7 +120,8 @@ def test_not_square_images_and_other_channel_counts() -> None:
         (torch.zeros(3, 64, 64), ValueError, r"images: expected shape \[B, 3, 64, 64\], got \[3, 64, 64\]"),
         (torch.zeros(2, 1, 64, 64), ValueError, r"got \[2, 1, 64, 64\]"),
         (torch.zeros(2, 3, 64, 32), ValueError, r"got \[2, 3, 64, 32\]"),
-        (torch.zeros(0, 3, 64, 64), ValueError, r"got \[0, 3, 64, 64\]"),
+        (torch.zeros(0, 3, 64, 64), ValueError, r"expected at least one, got a batch of shape \[0, 3, 64, 64\]"),
+        (torch.zeros(2, 3, 64, 64, device="meta"), ValueError, "expected them on cpu, where the network is, got meta"),
     ],
 )
 def test_wrong_images_are_refused(images: Any, error: type[Exception], message: str) -> None:

@@ -275,7 +275,7 @@ def test_bad_actions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got torch\.float32"):
         venv.step(torch.ones(2, n))
     for wrong in (2, -1):
-        with pytest.raises(ValueError, match=r"actions: expected 0 \(prune\) or 1 \(keep\)"):
+        with pytest.raises(ValueError, match=rf"actions: expected 0 \(prune\) or 1 \(keep\), got {wrong}$"):
             venv.step(torch.full((2, n), wrong))
     assert not venv.game.steps
 
@@ -289,6 +289,10 @@ def test_bad_data_are_refused() -> None:
         TokenVectorEnv(game, empty)
     with pytest.raises(ValueError, match=r"data: .* empty dataset"):
         TokenVectorEnv(game, empty, num_envs=2).reset()
+    with pytest.raises(TypeError, match=r"data: expected a dataset or an iterable of .*, got None"):
+        TokenVectorEnv(game, cast(Any, None))
+    with pytest.raises(TypeError, match=r"game: expected a TokenGame, .* got Backbone"):
+        TokenVectorEnv(cast(Any, toy(NAME)), cast(Any, numbered()))
     with pytest.raises(ValueError, match="num_envs: expected at least 1, got 0"):
         TokenVectorEnv(game, cast(Any, numbered()), num_envs=0)
     venv = TokenVectorEnv(game, cast(Any, numbered()), num_envs=2)

@@ -218,6 +218,7 @@ def test_wrong_labels_are_refused(labels: Any, error: type[Exception], message: 
     [
         ({"sites": (5,)}, SiteError, "expected blocks 1 to 4, got '5'"),
         ({"needs": frozenset({"nonsense"})}, EvidenceError, "unknown evidence 'nonsense'"),
+        ({"needs": "keys"}, TypeError, "needs: expected a set of names of evidence, got 'keys'"),
         ({"attention_bias": "size"}, ValueError, "attention_bias: expected None or 'log_size', got 'size'"),
     ],
 )

@@ -21,6 +21,7 @@ from vitprune_env.game.rewards import (
 )
 from vitprune_env.game.rollout import play
 from vitprune_env.game.token_game import TokenGame
+from vitprune_env.policy import KeepAll
 from vitprune_env.types import Site, Step
 
 # Two images of four tokens, two steps. Image 0 is classified correctly, image 1 is not.
@@ -195,3 +196,23 @@ def test_margin_and_probability_by_hand() -> None:
 def test_no_reward_is_infinite_when_everybody_leaves() -> None:
     step = Step(Site.parse(1), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool), 1.0)
     assert PaperReward().deferred([step], torch.ones(1)).tolist() == [[[0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("score", r"score\(...\) to return a tensor \[2\], got 0\.0"),
+        ("immediate", r"immediate\(...\) to return a tensor \[2, 16\], got 0\.0"),
+        ("deferred", r"deferred\(...\) to return a tensor \[1, 2, 16\], got 0\.0"),
+    ],
+)
+@pytest.mark.parametrize("paid", [0.0, torch.zeros(1)])  # what broadcasting would make something of
+def test_what_a_reward_of_ones_own_returns_is_checked(
+    monkeypatch: pytest.MonkeyPatch, paid: float | Tensor, name: str, said: str
+) -> None:
+    backbone = toy("deit_tiny_patch16_224")
+    monkeypatch.setattr(SharedOutcome, name, lambda *_: paid)
+    game = TokenGame(backbone, (1,), reward=SharedOutcome())
+    got = said if isinstance(paid, float) else said.replace("0\\.0", r"\[1\]")
+    with pytest.raises((TypeError, ValueError), match=f"reward: expected {got}"):
+        play(game, KeepAll(), random_images(backbone, 2), torch.tensor([0, 1]))

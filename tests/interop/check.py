@@ -86,7 +86,7 @@ def torchrl_conforms(on_prune: str) -> None:
 
 FRAMEWORKS = {
     "sb3": Framework(("stable-baselines3", "supersuit", "gymnasium"), "sb3_ppo", 8, sb3_conforms),
-    "rllib": Framework(("ray", "gymnasium"), "rllib_ppo", 4),
+    "rllib": Framework(("ray", "gymnasium"), "rllib_ppo", 12),
     "tianshou": Framework(("tianshou", "gymnasium"), "tianshou_ppo", 8, tianshou_conforms),
     "agilerl": Framework(("agilerl", "gymnasium"), "agilerl_ippo", 16),
     "torchrl": Framework(("torchrl", "tensordict", "gymnasium"), "torchrl_mappo", 20, torchrl_conforms),

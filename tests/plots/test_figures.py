@@ -69,6 +69,14 @@ def test_pareto_figure_names_the_best_and_lists_the_others() -> None:
     assert all(text.get_position()[0] < 0 and text.get_ha() == "right" for text in texts.values()), "beside the lines"
 
 
+def test_at_one_budget_costs_do_not_look_far_apart() -> None:
+    figure = pareto_figure({"a": [Point(0.699, 0.5, 0.4, 0.6)], "b": [Point(0.7, 0.6, 0.5, 0.7)]}, muted={"a"})
+    left, right = figure.axes[0].get_xlim()
+    assert right - left == pytest.approx(0.06)
+    assert left < 0.699 < 0.7 < right
+    assert "front" not in figure.texts[0].get_text(), "a single point has no line"
+
+
 def test_the_front_has_what_nothing_cheaper_beats() -> None:
     accuracies = {0.25: 0.5, 0.35: 0.8, 0.351: 0.7, 0.4: 0.6, 0.5: 0.9, 0.505: 0.95}
     points = [Point(share, accuracy, 0, 1) for share, accuracy in accuracies.items()]
@@ -93,6 +101,9 @@ def test_fates_figure_has_a_row_per_method_and_marks_mistakes() -> None:
     assert [panel.get_title() for panel in table[0]] == ["class 4", "class 5", "class 6"]
     assert [panel.get_xlabel() for panel in table[2]] == ["", "0", "0"], "only mistakes are written"
     assert [panel.spines["left"].get_visible() for panel in table[2]] == [False, True, True]
+    assert [text.get_text() for text in figure.texts] == [
+        "White: pruned. A tint: merged into one token. A frame: read as the class below it."
+    ]
 
 
 def test_classes_are_written_by_name() -> None:

@@ -43,7 +43,7 @@ def benchmark(
     backbone: Backbone,
     data: Images,
     *,
-    budgets: Sequence[float] = (0.25, 0.35, 0.5),
+    budgets: float | Sequence[float] = (0.25, 0.35, 0.5),
     sites: Sites | Places = "backbone",
     tune: Images | None = None,
     fit: Images | None = None,
@@ -75,7 +75,7 @@ def benchmark(
             from a keep rate, paths of saved policies; or a mapping from labels to any of these.
         backbone: the network; everything runs on its device.
         data: labelled images to report on: a dataset of (image, label) pairs, image files, or a list of batches.
-        budgets: mean GMACs per image as shares of the dense model's, the policy's own cost included.
+        budgets: mean GMACs per image as shares of the dense model's, the policy's own cost included; one or several.
         sites: "backbone": the network's own sites for all, and inside every block for methods that are made to act
             there; "published": where each paper has them, at the same share of the depth; "both": the first, and a
             second row for methods that were published elsewhere; or the sites where all are to act. Trained policies
@@ -110,6 +110,7 @@ def benchmark(
         CheckpointError: for a saved policy or stored results that cannot be used.
         StorageError: if `output` cannot be written.
     """
+    budgets = (budgets,) if isinstance(budgets, int | float) else budgets
     _check(budgets, sites, seeds, batch_size, timing)
     lines = contestants_of(policies, controls)
     needs_fit = [line.name for line in lines if line.needs_fit]

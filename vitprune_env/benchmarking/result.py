@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SCENES = "scenes.safetensors"
 MAX_NAMED_SITES = 3
 MAX_METHODS = 8  # in a figure of tokens
+SPEED = ("images/s, dense's", "speed-up")  # columns that are left out where nothing was timed
 SITES_TEXT = {
     "backbone": "the network's own; inside every block for methods that act there",
     "published": "those of each paper, at the same share of the depth",
@@ -87,6 +88,10 @@ class BenchmarkResult:
     settings: dict[str, Any] = field(default_factory=dict)
     scenes: Scenes | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What `print` and notebooks show: the tables, not every token of every image."""
+        return self.table()
 
     @classmethod
     def load(cls, path: PathLike) -> BenchmarkResult:
@@ -196,7 +201,10 @@ class BenchmarkResult:
         methods = [row for row in rows if row.group != "control"]
         rivals += methods[:1] if len(methods) > 1 else []  # the best one, where there is another to compare
         missing = [row for row in self.rows if row.share == share and row.out_of_reach]
-        lines = [markdown([self._cells(row, rivals) for row in (self.dense, *rows)]), ""]
+        cells = [self._cells(row, rivals) for row in (self.dense, *rows)]
+        if not any(row.speedup for row in rows):  # nothing was timed
+            cells = [{name: text for name, text in line.items() if name not in SPEED} for line in cells]
+        lines = [markdown(cells), ""]
         return [*lines, *(f"- {row.name}: {row.out_of_reach}" for row in missing), ""]
 
     def _cells(self, row: Row, rivals: Sequence[Row | None]) -> dict[str, str]:
@@ -211,8 +219,8 @@ class BenchmarkResult:
             "of dense %": f"{100 * row.gmacs / self.dense.gmacs:.1f}",
             "decision %": f"{100 * row.policy_gmacs / self.dense.gmacs:.1f}",
             "kept per site %": " / ".join(f"{100 * rate:.0f}" for rate in row.keep_per_site),
-            "images/s, dense's": speed,
-            "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",
+            SPEED[0]: speed,
+            SPEED[1]: "" if row.speedup is None else f"{row.speedup:.2f}x",
         }
 
     def csv(self, path: PathLike | None = None) -> str:

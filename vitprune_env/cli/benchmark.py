@@ -131,7 +131,9 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
     args = replace(args, **left)
     if not args.common.quick:
         return args
-    return lowered(replace(args, budgets=(max(args.budgets),)), **QUICK)  # a budget that most methods can meet
+    if "budgets" in left:
+        args = replace(args, budgets=(max(args.budgets),))  # one that most methods can meet
+    return lowered(args, **QUICK)
 
 
 def entries(args: Args) -> dict[str, Any]:
@@ -210,5 +212,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         command=shlex.join(["vitprune", "benchmark", *words]),
     )
     if args.published:
-        print(f"\n{save_beside(result, common.output)}")
+        print(f"\n### Beside numbers of papers\n\n{save_beside(result, common.output)}")
     print(f"\n{result.table()}\nresults and figures are in {common.output}/")

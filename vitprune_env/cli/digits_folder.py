@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vitprune_env.data import Digits
 
 
+ENOUGH = 200  # scenes in which every class occurs
+
+
 @dataclass(frozen=True)
 class Args:
     """How much of the task to write."""
@@ -46,8 +49,13 @@ def check_free(folder: Path) -> None:
         raise SettingsError(f"output: expected a folder without images, got one with {folder}; two would mix")
 
 
-def write_scenes(scenes: Digits, folder: Path) -> None:
-    """Write every scene as `<folder>/<label>/<number>.png`, 8 bits per channel.
+def write_scenes(scenes: Digits, folder: Path, count: int | None = None) -> None:
+    """Write scenes as `<folder>/<label>/<number>.png`, 8 bits per channel.
+
+    Args:
+        scenes: the scenes to choose from.
+        folder: the new folder.
+        count: how many to write, the first ones, but every class that fits; None: all of them.
 
     Raises:
         SettingsError: for a folder that exists.
@@ -57,10 +65,17 @@ def write_scenes(scenes: Digits, folder: Path) -> None:
     check_free(folder)
     images, labels = scenes.batch(range(len(scenes)))
     pixels = (scenes.to_rgb(images) * 255).round().byte().movedim(1, -1).numpy()
-    for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-        path = folder / scenes.classes[label] / f"{index:05d}.png"
+    for index in with_every_class(labels.tolist(), len(labels) if count is None else count):
+        path = folder / scenes.classes[int(labels[index])] / f"{index:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        Image.fromarray(pixels[index]).save(path)
+
+
+def with_every_class(labels: Sequence[int], count: int) -> list[int]:
+    """The first `count` rows, the last of which give way to the first row of each class that is not among them."""
+    firsts = sorted({label: row for row, label in reversed(list(enumerate(labels)))}.values())[:count]
+    others = [row for row in range(len(labels)) if row not in set(firsts)]
+    return sorted(firsts + others[: count - len(firsts)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,6 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in (args.common.output / "train", args.common.output / "val"):
         check_free(folder)
     scene, seed, output = TASKS[args.task].resized(args.size), args.common.seed, args.common.output
-    write_scenes(Digits("train", args.train, seed, scene), output / "train")
-    write_scenes(Digits("test", args.val, seed, scene), output / "val")
+    for split, name, count in (("train", "train", args.train), ("test", "val", args.val)):
+        write_scenes(Digits(split, max(count, ENOUGH), seed, scene), output / name, count)
     print(f"{args.train} + {args.val} images are in {output}/")

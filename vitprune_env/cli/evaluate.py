@@ -5,6 +5,7 @@
     vitprune evaluate --data-dir /data/imagenet --preset evit-deit-s-0.7
     vitprune evaluate --data-dir DIR --model deit_small_patch16_224 --pretrained --policy evit --keep-rate 0.7
     vitprune evaluate --data-dir DIR --model deit_small_patch16_224 --pretrained --policy tome --target-share 0.5
+    vitprune evaluate --policy my_policy.py:KeepLoud
 
 Every baseline that `vitprune info` lists can be named. With a budget it is calibrated on training images. What it has
 to train is trained on them first, and kept as policy.safetensors in the output folder, which --checkpoint loads.
@@ -14,6 +15,7 @@ figure of the pruned tokens to the output folder.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +43,7 @@ class Args:
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
     """A baseline (evit, tome, dynamicvit, ...; `vitprune info` lists them), instead of a checkpoint; with parameters
-    if it reads topk:leave=merge."""
+    if it reads topk:leave=merge; or a policy of your own, FILE.py:NAME or package.module:NAME."""
     keep_rate: float | None = None
     """Fraction of the tokens that the named policy keeps at every site, if it has one; None: 0.7, or by the budget."""
     preset: str | None = None
@@ -70,7 +72,7 @@ class Args:
     @property
     def run_name(self) -> str:
         """Of what."""
-        return "evaluation" if self.policy is None else f"evaluation-{self.policy}"
+        return "evaluation" if self.policy is None else f"evaluation-{name_of(self.policy)}"
 
     @property
     def fits(self) -> bool:
@@ -252,14 +254,52 @@ def sites_of(args: Args) -> Any:
     return None if args.policy is None or sites == "backbone" else sites
 
 
+def name_of(policy: str) -> str:
+    """What `--policy` names, without the file that it is in."""
+    from vitprune_env.benchmarking.contestants import label_of
+
+    return label_of(policy)
+
+
+def own_policy(args: Args, text: str, backbone: Backbone) -> Policy:
+    """A policy of the user's own at the keep rate or the budget of the flags: an object, or what makes one.
+
+    Raises:
+        SettingsError: for a keep rate or a budget of a policy that has nothing to turn, or for what is no policy.
+    """
+    from vitprune_env.baselines import calibrate
+    from vitprune_env.benchmarking.contestants import load_object
+    from vitprune_env.errors import SettingsError
+    from vitprune_env.policy import Policy
+
+    made, budget = load_object(text), budget_of(args, backbone)
+    maker = cast(Any, made if callable(made) and (isinstance(made, type) or not isinstance(made, Policy)) else None)
+    if maker is not None and inspect.signature(maker).parameters:
+        if budget is not None:
+            return calibrate(maker, budget, backbone, cast(Any, args.tuning(backbone)), sites_of(args))
+        return maker(0.7 if args.keep_rate is None else args.keep_rate)
+    if args.keep_rate is not None:
+        raise SettingsError(f"keep_rate: expected none, as {text} is not made from one, got {args.keep_rate}")
+    policy = made if maker is None else maker()
+    if not isinstance(policy, Policy):
+        raise SettingsError(f"policy: expected a policy, or a class or function that makes one, got {text}")
+    return policy if budget is None else at_budget(args, policy, backbone, budget)
+
+
 def named_policy(args: Args, name: str, backbone: Backbone) -> Policy:
-    """A baseline at the keep rate or the budget of the flags, trained first if it has something to train."""
+    """A policy of the user's own or a baseline at the keep rate or the budget of the flags.
+
+    A baseline that has something to train is trained first.
+    """
     import torch
 
     from vitprune_env.baselines import calibrate, fit, parsed
+    from vitprune_env.benchmarking.contestants import is_own
     from vitprune_env.deploy.policy_files import save_policy
     from vitprune_env.errors import SettingsError
 
+    if is_own(name):
+        return own_policy(args, name, backbone)
     (method, parameters), budget, common = parsed(name), budget_of(args, backbone), args.common
     sites = sites_of(args)
     if budget is None:
@@ -330,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         timing = Timing(3, 16) if args.common.quick else Timing(9, args.batch_size)
         dense = replace(measure("dense", backbone, KeepAll(), test), speedup=1.0)
         sites = sites_of(args)
-        pruned = measure(args.policy or "policy", backbone, policy, test, sites=sites, timing=timing)
+        pruned = measure(name_of(args.policy or "policy"), backbone, policy, test, sites=sites, timing=timing)
         figure = figure_of_tokens(backbone, policy, test, sites)
     figure.savefig(args.common.output / "tokens.png", dpi=150)
     report(args, [dense, pruned], policy, list(getattr(test, "skipped", [])))

@@ -38,11 +38,13 @@ class Args:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mappo")
     """Output folder of a training run, or a policy file; used unless a policy is named."""
     policy: str | None = None
-    """A baseline without training that has a keep rate (evit, topk, ...), instead of a checkpoint."""
+    """A baseline without training that has a keep rate (evit, topk, ...), or a policy of your own, FILE.py:NAME,
+    instead of a checkpoint."""
     keep_rate: float | None = None
     """Fraction of the tokens that the named policy keeps at every site; None: 0.7."""
     max_batch: int | None = None
-    """Largest batch that a graph must take; None: one image for learnt policies, any number for the others."""
+    """Largest batch that a graph must take; None: one image for learnt policies and your own, any number for
+    the others."""
     int8: bool = False
     """Beside the ONNX file write one with matrices of 8-bit integers, and print accuracy and time of both."""
     images: int = 500
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_flags(Args, argv, __doc__, prog="vitprune export")
     import torch
 
+    from vitprune_env.benchmarking.contestants import is_own
     from vitprune_env.deploy.export import export_onnx, export_program
     from vitprune_env.deploy.pruned_vit import PrunedViT
     from vitprune_env.errors import SettingsError
@@ -63,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = args.common
     if args.int8 and args.to != "onnx":
         raise SettingsError(f"to: expected onnx with --int8, got {args.to}")
-    if args.policy is not None:
+    own = args.policy is not None and is_own(args.policy)
+    if args.policy is not None and not own:
         check_fixed(args.policy)
     common.prepare()
     wanted = EvaluateArgs(
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     policy, backbone = load(wanted)
     model = PrunedViT(backbone, policy).eval()
-    max_batch = 1 if args.max_batch is None and args.policy is None else args.max_batch
+    max_batch = 1 if args.max_batch is None and (args.policy is None or own) else args.max_batch
     path = common.output
     if args.to == "folder":
         model.save_pretrained(path)

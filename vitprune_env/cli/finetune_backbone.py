@@ -29,7 +29,7 @@ from vitprune_env.baselines import RandomDrop, calibrate
 from vitprune_env.benchmarking.images import Batches
 from vitprune_env.benchmarking.measurement import measure
 from vitprune_env.benchmarking.trained import FEW, comparison_table
-from vitprune_env.cli.flags import ImageFlags, ResumableFlags, read_flags
+from vitprune_env.cli.flags import ImageFlags, ResumableFlags, own_network, read_flags
 from vitprune_env.data import ImageFiles, batches_of, names_of, open_source
 from vitprune_env.engine.backbone import Backbone
 from vitprune_env.engine.kernels import Amp
@@ -128,7 +128,8 @@ def new_network(args: Args) -> Backbone:
         raise SettingsError("data_dir: expected a folder of photographs to learn from, got none")
     if source.model is None:
         raise SettingsError("model: expected a ViT of timm, such as vit_small_patch14_dinov2.lvd142m, got none")
-    if not source.pretrained and source.weights is None and folder_of(source.model) is None:
+    own = own_network(source.model)
+    if not source.pretrained and source.weights is None and own is None and folder_of(source.model) is None:
         raise SettingsError("weights: expected pretrained ones (--pretrained, or --weights FILE), got none")
     names = names_of(open_source(source.data_dir, "train", source.dataset, source.class_map, source.download))
     classes = source.num_classes if names is None else len(names)
@@ -136,6 +137,8 @@ def new_network(args: Args) -> Backbone:
         raise SettingsError("num_classes: expected their number for a dataset that does not name them, got none")
     sizes: dict[str, Any] = {} if source.img_size is None else {"img_size": source.img_size}
     torch.manual_seed(args.common.seed)  # of the head's random weights, which the fit replaces
+    if own is not None:  # its function makes the head
+        return load_backbone(own, checkpoint=source.weights, class_names=names, new_head=True)
     return load_backbone(
         source.model,
         source.pretrained and source.weights is None,

@@ -82,7 +82,7 @@ def export_onnx(model: PrunedViT, path: str | os.PathLike[str], max_batch: int |
     try:
         table = {torch.ops.aten.sort.stable: _stable_sort()}
     except ImportError as error:
-        raise ExportError(f"onnx: {error}; install the packages onnx and onnxscript") from error
+        raise ExportError(f"onnx: {error}; pip install vitprune_env[onnx]") from error
     try:
         exported = export_program(model, max_batch)
         with quiet("onnx_ir", "onnxscript", "torch.onnx"):

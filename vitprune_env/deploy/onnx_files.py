@@ -42,7 +42,13 @@ class OnnxModel(nn.Module):
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, in single precision."""
+        """Logits, in single precision.
+
+        Raises:
+            TypeError: for images that are no floating-point tensor, such as pixels from 0 to 255.
+        """
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {images.dtype}")
         parts = images.float().split(self.max_batch or max(1, len(images)))
         return torch.cat([torch.from_numpy(self._session.run(None, {"images": part.numpy()})[0]) for part in parts])
 

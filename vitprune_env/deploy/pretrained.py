@@ -41,7 +41,7 @@ logits = model(images)  # [B, {channels}, {height}, {width}], normalised
 
 
 def write_folder(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Write the files of a model, each of them atomically.
+    """Write the files of a model, each of them atomically; a README.md that is no card of this package stays.
 
     Raises:
         StorageError: if one of them cannot be written.
@@ -50,7 +50,9 @@ def write_folder(folder: Path, description: Mapping[str, Any], tensors: Mapping[
     write_file(folder / WEIGHTS, tensors, {"kind": KIND, **header})
     # Under a key of its own, because the mixin of the hub takes keys at the top for arguments of the model.
     replace_file(folder / CONFIG, (json.dumps({"vitprune_env": header}, indent=2) + "\n").encode())
-    replace_file(folder / CARD, card.encode())
+    head = card.partition("\n#")[0].encode()
+    if not (folder / CARD).is_file() or (folder / CARD).read_bytes().startswith(head):  # no README of somebody's own
+        replace_file(folder / CARD, card.encode())
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -138,6 +138,17 @@ def image_evidence(needs: Collection[str], images: Tensor | None, grid: tuple[in
     return {name: IMAGE_EVIDENCE[name].patches(cast(Tensor, images), grid) for name in sorted(names)}
 
 
+def names_of_evidence(needs: Collection[str]) -> frozenset[str]:
+    """What a caller asks for, as a set.
+
+    Raises:
+        TypeError: for a single string, whose letters are no names.
+    """
+    if isinstance(needs, str):
+        raise TypeError(f"needs: expected a set of names of evidence, got {needs!r}")
+    return frozenset(needs)
+
+
 def check_needs(needs: Collection[str], network: Readable) -> None:
     """Refuse evidence that is not registered or that this network cannot give.
 

@@ -125,18 +125,22 @@ class Network(nn.Module):
         """Refuse images that do not fit the model.
 
         Raises:
-            ValueError: for a wrong number of dimensions, channels, or a wrong size.
+            ValueError: for a wrong number of dimensions, channels, a wrong size, no images, or another device.
             TypeError: for images that are not a floating-point tensor, or of another precision than the network.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {got}")
         wanted = (self.in_chans, *self.image_size)
-        taken = next(p.dtype for p in self.model.patch_embed.parameters() if p.dim() == 4)
+        taken, place = next((p.dtype, p.device) for p in self.model.patch_embed.parameters() if p.dim() == 4)
+        if images.device != place:
+            raise ValueError(f"images: expected them on {place}, where the network is, got {images.device}")
         if images.dtype != taken and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(f"images: expected {taken}, as the network has (or autocast), got {images.dtype}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted or not images.shape[0]:
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images: expected shape [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
+        if not images.shape[0]:
+            raise ValueError(f"images: expected at least one, got a batch of shape {list(images.shape)}")
 
     def check_labels(self, labels: Tensor, batch_size: int) -> None:
         """Refuse labels that do not fit the images or the classes.

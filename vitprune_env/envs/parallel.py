@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitprune_env.data import Digits, ImageDataset, fetch
 from vitprune_env.data.digits import DIGITS
 from vitprune_env.engine.backbone import Backbone
+from vitprune_env.engine.evidence import names_of_evidence
 from vitprune_env.envs.action_game import ActionGame, option, random_stream
 from vitprune_env.envs.actions import ActionKind, action_kind
 from vitprune_env.game.rewards import RewardFn
@@ -342,7 +343,9 @@ def make_game(
     images = _built_in_images(network) if dataset is None else dataset
     network = network if device is None else network.to(device)
     kind = action_kind(action_space)
-    game = TokenGame(network, sites, reward, needs | kind.needs, attention_bias or kind.attention_bias)
+    game = TokenGame(
+        network, sites, reward, names_of_evidence(needs) | kind.needs, attention_bias or kind.attention_bias
+    )
     return game, images, kind
 
 

@@ -69,6 +69,7 @@ class TokenVectorEnv:
         actions: the `ActionKind`.
 
     Raises:
+        TypeError: for what is no `TokenGame`, or no data.
         ValueError: for an empty dataset, `num_envs` below 1, a negative seed or an unknown action space.
     """
 
@@ -83,6 +84,10 @@ class TokenVectorEnv:
         seed: int | None = None,
         action_space: ActionKind | str = "keep",
     ) -> None:
+        if not isinstance(game, TokenGame):
+            raise TypeError(f"game: expected a TokenGame, such as TokenGame(backbone), got {type(game).__name__}")
+        if not hasattr(data, "__getitem__") and not isinstance(data, Iterable):
+            raise TypeError(f"data: expected a dataset or an iterable of (images, labels) batches, got {data!r}")
         if num_envs is not None and whole_numbers("num_envs", [num_envs])[0] < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         self.game = game
@@ -211,8 +216,8 @@ class TokenVectorEnv:
             raise ValueError(f"actions: expected {kind} of shape [B, N] = {shape}, got {got}")
         chosen = actions.long()
         if self.game.check and ((chosen < 0) | (chosen >= count)).any():
-            got = f"{int(chosen.min())} to {int(chosen.max())}"
-            raise ValueError(f"actions: expected {self.actions.meaning(shape[1])}, got {got}")
+            wrong = int(chosen[(chosen < 0) | (chosen >= count)][0])
+            raise ValueError(f"actions: expected {self.actions.meaning(shape[1])}, got {wrong}")
         return chosen
 
 

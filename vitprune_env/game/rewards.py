@@ -113,6 +113,20 @@ def check_reward(reward: Any) -> None:
         _check_field(each.name, getattr(reward, each.name), declared)
 
 
+def check_paid(method: str, paid: Any, shape: Sequence[int]) -> Tensor:
+    """What a method of a reward returned; a shape that broadcasting would hide is refused.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for a tensor of another shape.
+    """
+    if not isinstance(paid, Tensor):
+        raise TypeError(f"reward: expected {method}(...) to return a tensor {list(shape)}, got {paid!r}")
+    if tuple(paid.shape) != tuple(shape):
+        raise ValueError(f"reward: expected {method}(...) to return a tensor {list(shape)}, got {list(paid.shape)}")
+    return paid
+
+
 def _check_field(name: str, value: Any, declared: str) -> None:
     """Refuse numbers of a reward that are NaN or infinite, and what is not of the declared type."""
     kind, *others = declared.split(" | ")

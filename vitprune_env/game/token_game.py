@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from vitprune_env.engine.backbone import Backbone, as_backbone
 from vitprune_env.engine.cost import CostModel
-from vitprune_env.engine.evidence import check_needs, from_attention
+from vitprune_env.engine.evidence import check_needs, from_attention, names_of_evidence
 from vitprune_env.engine.reduction import check_decision, recall
 from vitprune_env.engine.tokens import TokenState
 from vitprune_env.engine.walk import Arrival, Packed, Walk
 from vitprune_env.game.credit import attribution
-from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome, check_reward
+from vitprune_env.game.rewards import CreditRewardFn, RewardFn, SharedOutcome, check_paid, check_reward
 from vitprune_env.policy import Policy, check_members
 from vitprune_env.types import Decision, Observation, Outcome, Site, Step, parse_sites
 
@@ -59,14 +59,13 @@ class TokenGame:
         backbone = as_backbone(backbone)
         if attention_bias not in (None, "log_size"):
             raise ValueError(f"attention_bias: expected None or 'log_size', got {attention_bias!r}")
-        if isinstance(needs, str):
-            raise TypeError(f"needs: expected a set of names of evidence, got {needs!r}")
-        check_needs(frozenset(needs), backbone)
+        needs = names_of_evidence(needs)
+        check_needs(needs, backbone)
         self.backbone = backbone
         self.sites = parse_sites(backbone.default_sites if sites is None else sites, backbone.depth)
         self.reward: RewardFn = SharedOutcome() if reward is None else reward
         check_reward(self.reward)
-        self.needs = frozenset(needs)
+        self.needs = needs
         self.attention_bias = attention_bias
         self.grad = grad
         self.check = check
@@ -161,7 +160,7 @@ class TokenGame:
             RuntimeError: before the first game.
         """
         if self._state is None:
-            raise RuntimeError("observation: no game is being played; call reset(images, labels) first")
+            raise RuntimeError("observation: no game is being played; call reset first")
         return self._observation
 
     def step(self, decision: Decision) -> tuple[Observation | None, Tensor | None, Tensor, Tensor, dict[str, Any]]:
@@ -177,7 +176,7 @@ class TokenGame:
             NumericalError: if the logits are not finite.
         """
         if self._state is None or len(self._steps) == self.num_steps:
-            raise RuntimeError("step: no game is being played; call reset(images, labels) first")
+            raise RuntimeError("step: no game is being played; call reset first")
         if self.check:
             check_decision(decision, self._state.alive, self._state.waiting, self.backbone.embed_dim)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -219,7 +218,7 @@ class TokenGame:
             RuntimeError: before the first game.
         """
         if self._state is None:
-            raise RuntimeError("state: no game is being played; call reset(images, labels) first")
+            raise RuntimeError("state: no game is being played; call reset first")
         return self._state
 
     @property
@@ -252,7 +251,8 @@ class TokenGame:
         step = Step(self.sites[index], before.present, after.present, share, after.waiting)
         if self._labels is not None:
             step = self._with_costs(step, decision, after)
-            self._immediate.append(self.reward.immediate(step))
+            paid = check_paid("immediate", self.reward.immediate(step), step.kept.shape)
+            self._immediate.append(paid)
         self._steps.append(step)
         if len(self._steps) < self.num_steps:
             self._advance(after, self._arrival)
@@ -295,7 +295,9 @@ class TokenGame:
 
     def _deferred(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What depends on the outcome, `[T, B, N]`."""
-        deferred = self.reward.deferred(self._steps, self.reward.score(logits, labels))
+        score = check_paid("score", self.reward.score(logits, labels), labels.shape)
+        shape = (len(self._steps), *self._steps[0].kept.shape)
+        deferred = check_paid("deferred", self.reward.deferred(self._steps, score), shape)
         if isinstance(self.reward, CreditRewardFn):
             assert self._start is not None
             credit = attribution(self.backbone, self._start, self._steps, labels, self.reward.potential)

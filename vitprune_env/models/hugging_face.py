@@ -186,7 +186,8 @@ def read_folder(folder: Path, **options: Any) -> ConvertedViT:
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"model: expected a folder that save_pretrained of transformers wrote, got {folder} ({error!r})"
+            f"model: expected a folder that save_pretrained of transformers wrote, got {folder} ({error!r}); "
+            "nothing is downloaded"
         ) from error
     if architecture not in KINDS:
         raise UnsupportedBackboneError(f"model: expected one of {', '.join(KINDS)}, got {architecture} in {folder}")

@@ -26,6 +26,7 @@ LINE = 20  # characters of a line of text beside or above a panel
 MAX_IMAGES = 8  # more images in a figure would be too small on a page
 DPI = 200  # of figures in PNG files
 PAGE, NAMES, OVER, UNDER = 7.0, 1.0, 0.3, 0.12  # inches: width, names beside panels, classes above and below them
+NOTE = 0.2  # inches for the line below the panels that says what is what
 MAX_PANEL = 1.4  # inches
 NAME_LETTERS, PANEL_LETTERS = 17, 16  # in a line beside or above a panel
 WRONG = "#D55E00"
@@ -199,9 +200,10 @@ def fates_figure(
     rgb = to_rgb(images, mean, std).permute(0, 2, 3, 1).numpy()
     rows, columns = len(sources) + 1, len(images)
     panel = min(MAX_PANEL, (PAGE - NAMES) / columns)
-    width, height = NAMES + columns * panel, rows * (panel * rgb.shape[1] / rgb.shape[2] + UNDER) + OVER
+    width, height = NAMES + columns * panel, rows * (panel * rgb.shape[1] / rgb.shape[2] + UNDER) + OVER + NOTE
     figure = Figure(figsize=(width, height))
-    edges = {"left": NAMES / width, "right": 1 - 0.02 / width, "top": 1 - OVER / height, "bottom": UNDER / height}
+    bottom = (NOTE + UNDER) / height
+    edges = {"left": NAMES / width, "right": 1 - 0.02 / width, "top": 1 - OVER / height, "bottom": bottom}
     table = figure.subplots(
         rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.05, "hspace": UNDER / panel}
     )
@@ -223,6 +225,9 @@ def fates_figure(
                 text = textwrap.shorten(class_name(guess, class_names), PANEL_LETTERS, placeholder="...")
                 axes.set_xlabel(text, fontsize=6, color=WRONG, labelpad=1)
                 axes.spines[:].set(visible=True, color=WRONG, linewidth=1.2)
+    mistakes = "" if predicted is None else " A frame: read as the class below it."
+    note = f"White: pruned. A tint: merged into one token.{mistakes}"
+    figure.text(NAMES / width, 0.03 / height, note, fontsize=6, color="0.35")
     return figure
 
 

@@ -22,6 +22,7 @@ ROUGH = 0.005  # added to every error, so that an error of 0 has a place on the 
 SAME_COST = 0.01  # policies whose costs differ by less, in shares of dense, are not told apart by the front
 TICKS = (1, 0, 0.5, 0.9, 0.8, 0.95, 0.7, 0.99, 0.2, 0.6, 0.85, 0.4, 0.97, 0.98, 0.3, 0.75, 0.1, 0.88, 0.92, 0.86, 0.84)
 ENOUGH = 3  # of these ticks; where fewer fit, others are found
+SPAN = 0.06  # of the axis of costs at least, in shares of dense
 LINE = 0.135  # inches from one name to the next
 LETTERS = 146  # in a line of the list below
 
@@ -94,14 +95,14 @@ def pareto_figure(
 
     controls = [name for name in lines if name in muted]
     named = [*shown, *controls[:NAMED_CONTROLS]]
-    notes = _notes(best_of(methods, count=len(methods)), shown, controls)
+    front = front_of(point for points in methods.values() for point in points)
+    notes = _notes(len(front) > 1, best_of(methods, count=len(methods)), shown, controls)
     below = 0.13 * (notes.count("\n") + 1) + 0.08
     height = max(3.6, LINE * (len(named) + 1) + 1.0)
     figure = Figure(figsize=(7.2, height + below))
     figure.set_layout_engine("constrained", rect=(0, below / (height + below), 1, height / (height + below)))
     figure.text(0.01, 0.05 / (height + below), notes, fontsize=7, color="0.35", va="bottom")
     axes = figure.subplots()
-    front = front_of(point for points in methods.values() for point in points)
     axes.plot(*np.array(front).T[:2], color=FRONT, linewidth=8, solid_capstyle="round", zorder=0, label="front")
     for name, points in lines.items():
         share, accuracy, low, high = np.array(sorted(points)).T
@@ -114,6 +115,7 @@ def pareto_figure(
     if reference is not None:
         axes.axhline(reference[1], color="black", linestyle=":", linewidth=1.2, label=reference[0])
     _scale(axes, lines, named, reference)
+    at_least(axes, SPAN)
     axes.set_xlabel("GMACs, share of dense, policy included", fontsize=9)
     axes.set_ylabel("accuracy, with 95 % intervals", fontsize=9)
     axes.set_title(title, fontsize=10)
@@ -127,16 +129,17 @@ def pareto_figure(
     return figure
 
 
-def _notes(methods: Sequence[str], shown: Sequence[str], controls: Sequence[str]) -> str:
+def _notes(has_front: bool, methods: Sequence[str], shown: Sequence[str], controls: Sequence[str]) -> str:
     """What the lines without names are."""
-    parts = ["Broad line: the front; no policy beats those on it at the same cost or a lower one."]
+    front = "Broad line: the front; no policy beats those on it at the same cost or a lower one."
+    parts = [front] if has_front else []
     others = [name for name in methods if name not in shown]
     if others:
         parts.append(f"Grey, the most accurate first: {', '.join(others)}.")
     if controls:
         further = controls[NAMED_CONTROLS:]
         unnamed = f"; without names and intervals {', '.join(further)}" if further else ""
-        parts.append(f"Dashed: controls{unnamed}.")
+        parts.append(f"Pale: controls{unnamed}.")
     return "\n".join(textwrap.fill(part, LETTERS) for part in parts)
 
 
@@ -149,6 +152,13 @@ def _style(name: str, shown: Sequence[str], muted: Container[str], is_ours: bool
     if name in muted:
         return {"color": PALE, "marker": ".", "markersize": 3, "linewidth": 0.8, "linestyle": "--", "zorder": 1}
     return {"color": GREY, "marker": ".", "markersize": 3, "linewidth": 0.5, "zorder": 2}
+
+
+def at_least(axes: Axes, span: float) -> None:
+    """Widen the axis of costs: policies at one budget are not to look far apart."""
+    low, high = axes.get_xlim()
+    missing = max(span - (high - low), 0.0) / 2
+    axes.set_xlim(low - missing, high + missing)
 
 
 def _scale(axes: Axes, lines: Lines, named: Container[str], reference: tuple[str, float] | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitprune_env.plots.pareto import COLOURS
+from vitprune_env.plots.pareto import COLOURS, SPAN, at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,12 +52,13 @@ def published_figure(ours: Mapping[str, Sequence[tuple[float, float]]], theirs: 
                      edgecolors=colours.get(mark.method, GREY))  # fmt: skip
     axes.axhline(0, color="black", linestyle=":", linewidth=1)
     axes.set_yscale("symlog", linthresh=3)  # most numbers of papers lie within a point, a few far below
-    axes.set_yticks(
-        [0, -1, -2, -3, -5, -10, -20, -40, -80], labels=["0", *(f"-{n}" for n in (1, 2, 3, 5, 10, 20, 40, 80))]
-    )
+    ticks = [sign * size for size in (1, 2, 3, 5, 10, 20, 40, 80) for sign in (1, -1)]
+    axes.set_yticks([0, *ticks], labels=["0", *(f"{tick:+d}" for tick in ticks)])
+    axes.minorticks_off()
     changes = [-1.0, 0.0, *(mark.change for mark in theirs), *(change for each in ours.values() for _, change in each)]
     axes.set(xlabel="GMACs, share of dense", ylabel="top-1 against the own dense network, points")
     axes.set(ylim=(1.3 * min(changes), max(changes) + 0.5))
+    at_least(axes, SPAN)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -65,5 +66,6 @@ def published_figure(ours: Mapping[str, Sequence[tuple[float, float]]], theirs: 
     sources = [Line2D([], [], marker=mark, label=source, **hollow) for source, mark in marks.items()]
     small: dict[str, Any] = {"frameon": False, "fontsize": "small", "ncols": 2}
     figure.legend(handles=lines, title="measured here", loc="outside right upper", **{**small, "ncols": 1})
-    figure.legend(handles=sources, title=OTHERS, loc="outside lower center", **small)
+    if sources:
+        figure.legend(handles=sources, title=OTHERS, loc="outside lower center", **small)
     return figure

@@ -131,6 +131,25 @@ def test_what_is_missing_is_named() -> None:
         run(runs.but(TINY, learner=Lazy(networks=SMALL)))
 
 
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda loss, _: loss, r"expected \(loss, metrics\), a tensor and a dict, got Tensor"),
+        (lambda loss, log: (loss.detach(), log), r"expected a scalar with a gradient, got shape \[\] without"),
+        (lambda loss, log: (loss.expand(3), log), r"expected a scalar with a gradient, got shape \[3\] with"),
+        (lambda loss, _: (loss, {"mine": loss}), r"metrics: expected \['actor_loss', .* got \['mine'\]"),
+    ],
+)
+def test_what_a_loss_returns_is_checked(monkeypatch: pytest.MonkeyPatch, returned: Any, said: str) -> None:
+    algorithm, loss = built(COMAConfig(networks=SMALL)), COMA.loss
+    _, games = explored(toy_game(), algorithm.actor, seed=0)
+    with torch.no_grad():
+        algorithm._games, algorithm._prepared = games, algorithm.prepare(games)
+    monkeypatch.setattr(COMA, "loss", lambda self, *parts: returned(*loss(self, *parts)))
+    with pytest.raises(TypeError, match=said):
+        algorithm._gradient(torch.arange(5), 5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = COMA.loss
     monkeypatch.setattr(

@@ -2,7 +2,7 @@
 
 from vitprune_env.benchmarking.contestants.entries import DENSE, Entries, contestants_of
 from vitprune_env.benchmarking.contestants.methods import of_method
-from vitprune_env.benchmarking.contestants.own_files import load_object
+from vitprune_env.benchmarking.contestants.own_files import is_own, label_of, load_object
 from vitprune_env.benchmarking.contestants.task import Contestant, Fits, Task
 from vitprune_env.benchmarking.contestants.trained import untrained_policies
 
@@ -13,6 +13,8 @@ __all__ = [
     "Fits",
     "Task",
     "contestants_of",
+    "is_own",
+    "label_of",
     "load_object",
     "of_method",
     "untrained_policies",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from vitprune_env.baselines import available
 from vitprune_env.baselines.registry import METHODS
@@ -108,7 +109,12 @@ def _entered(label: str, entry: Any) -> Iterable[Contestant]:
             return [_of_files(label, list(map(Path, entry)))]
         if entry and all(isinstance(each, Trained) for each in entry):
             return [of_trained(label, entry)]
-    elif callable(entry):
+    if isinstance(entry, nn.Module):
+        raise TypeError(
+            f"policies: expected a policy, got the module {type(entry).__name__} as {label!r}; a network from token "
+            "features to logits becomes one by vitprune_env.agents.ModulePolicy(network, embed_dim)"
+        )
+    if callable(entry) and not isinstance(entry, Sequence):
         return [of_factory(label, cast(Any, entry))]
     raise TypeError(
         f"policies: expected names of baselines, policies, functions that make one, or paths of saved ones, "

@@ -50,7 +50,7 @@ class Args(evaluate.Args):
     @property
     def run_name(self) -> str:
         """Of what."""
-        return "analysis" if self.policy is None else f"analysis-{self.policy}"
+        return "analysis" if self.policy is None else f"analysis-{evaluate.name_of(self.policy)}"
 
     @property
     def fits(self) -> bool:
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> Args:
 def name_of(args: Args) -> str:
     """What the policy is called in figures."""
     if args.policy is not None:
-        return args.policy
+        return evaluate.name_of(args.policy)
     return args.checkpoint.name if args.checkpoint.is_dir() else args.checkpoint.stem
 
 

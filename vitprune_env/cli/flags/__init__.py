@@ -13,6 +13,7 @@ from vitprune_env.cli.flags.common import (
     TaskName,
     lowered,
     named_sites,
+    own_network,
 )
 from vitprune_env.cli.flags.ranges import check_ranges
 from vitprune_env.cli.flags.reading import in_flags, read_flags
@@ -34,5 +35,6 @@ __all__ = [
     "lowered",
     "make_way",
     "named_sites",
+    "own_network",
     "read_flags",
 ]

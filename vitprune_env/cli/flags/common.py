@@ -207,8 +207,9 @@ class ImageFlags:
     workers: int = 2
     """Processes (or threads) that decode images."""
     model: str | None = None
-    """Network to prune: vit_digits, lv_vit_s, any plain ViT of timm, or hf:FOLDER for one that transformers saved;
-    None: that of the weight file or of the policy, or vit_digits."""
+    """Network to prune: vit_digits, lv_vit_s, any plain ViT of timm, hf:FOLDER for one that transformers saved, or
+    FILE.py:NAME for a function of your own that builds one; None: that of the weight file or of the policy, or
+    vit_digits."""
     pretrained: bool = False
     """Let timm download the network's weights, unless a file is given."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -237,7 +238,8 @@ class ImageFlags:
         from vitprune_env.models.load import about_weights, folder_of, is_registered, is_timm_name, load_backbone
 
         written = "" if self.weights is None else about_weights(self.weights).get("architecture", "")
-        name = self.model or (written if is_registered(written) or is_timm_name(written) else default)
+        own = own_network(self.model)
+        name = own or self.model or (written if is_registered(written) or is_timm_name(written) else default)
         if self.reads_files and self.task != "digits":
             files = self.data_dir or self.dataset
             raise SettingsError(f"task: expected no built-in task beside image files ({files}), got {self.task!r}")
@@ -246,7 +248,8 @@ class ImageFlags:
         options = {"img_size": self.img_size, "num_classes": self.num_classes}
         given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
         pretrained = self.pretrained and self.weights is None
-        if not pretrained and self.weights is None and name != "vit_digits" and folder_of(name) is None:
+        brings_weights = own is not None or name == "vit_digits" or folder_of(name) is not None
+        if not (pretrained or self.weights is not None or brings_weights):
             print(f"note: {name} has random weights; --pretrained downloads them, --weights reads a file")
         torch.manual_seed(seed)
         return load_backbone(name, pretrained, self.weights, **given).to(device)
@@ -320,6 +323,26 @@ class ImageFlags:
                 files, left[places[split]] = files.split(count, seed)
             found.append(files)
         return found
+
+
+def own_network(model: str | None) -> str | None:
+    """The name of a network of the user's own, which a function builds, given as FILE.py:NAME or package.module:NAME.
+
+    Returns:
+        NAME, which stands for the network from now on and in files; None: the text names no such function.
+
+    Raises:
+        SettingsError: for a function that cannot be imported.
+        ValueError: for a name of timm or of this package.
+    """
+    from vitprune_env.benchmarking.contestants import load_object
+    from vitprune_env.models.load import register_backbone
+
+    place, _, name = (model or "").rpartition(":")
+    if not name.isidentifier() or not (place.endswith(".py") or "." in place):  # hf:FOLDER
+        return None
+    register_backbone(name, load_object(model or "", "model"))
+    return name
 
 
 def _check_alike(parts: Mapping[str, ImageFiles]) -> None:

@@ -9,8 +9,7 @@ from typing import cast
 
 import torch
 
-from vitprune_env.baselines import available
-from vitprune_env.benchmarking.contestants import Task, contestants_of, load_object
+from vitprune_env.benchmarking.contestants import Task, contestants_of, is_own, label_of, load_object
 from vitprune_env.benchmarking.images import as_batches
 from vitprune_env.benchmarking.prepared import PreparedImages
 from vitprune_env.cli.flags import TEST_SEED, TUNE_SEED
@@ -104,13 +103,3 @@ def session_of(args: Args) -> Session:
     images = PreparedImages(backbone, list(as_batches(views, cast(int, args.tune_images), device)))
     task = Task(backbone, images, images, seed=args.seed, seeds=1)
     return Session(task, pictures, contestants, cast(int, args.timed_images), class_names=names)
-
-
-def is_own(text: str) -> bool:
-    """Whether a text names a policy of the user's own, rather than a baseline, whose parameters follow a colon, too."""
-    return ":" in text and text.partition(":")[0] not in available()
-
-
-def label_of(text: str) -> str:
-    """The name on the page of what `--policy` names."""
-    return text.rpartition(":")[2] if is_own(text) else text
