@@ -93,6 +93,7 @@ class ModulePolicy(TokenPolicy):
         info: see `TokenPolicy`.
         actions: see `TokenPolicy`.
         seed: see `TokenPolicy`.
+        schedule: see `TokenPolicy`.
 
     Raises:
         ValueError: for a module that does not turn rows into logits, whose rows depend on each other, or of whose
@@ -113,15 +114,16 @@ class ModulePolicy(TokenPolicy):
         info: Mapping[str, Any] | None = None,
         actions: ActionKind | None = None,
         seed: int | None = None,
+        schedule: Sequence[float] | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module, got {module!r}")
         actor = cast(Any, ModuleActor(module, embed_dim, name, macs_per_token))
-        super().__init__(actor, threshold, sites, info, actions, seed)
+        super().__init__(actor, threshold, sites, info, actions, seed, schedule)
 
-    def _like(self, threshold: float, seed: int | None) -> ModulePolicy:
+    def _like(self, threshold: float, seed: int | None, schedule: Sequence[float] | None = None) -> ModulePolicy:
         made = ModulePolicy.__new__(ModulePolicy)  # the module was tried before
-        TokenPolicy.__init__(made, self.actor, threshold, self.sites, self.info, self.actions, seed)
+        TokenPolicy.__init__(made, self.actor, threshold, self.sites, self.info, self.actions, seed, schedule)
         return made
 
     def starting_actor(self) -> TokenActor:

@@ -67,7 +67,10 @@ def test_it_plays_as_the_same_network_of_this_package(kind: Any) -> None:
     ours = TokenPolicy(actor, 0.2, (1, 3), actions=kind)
     theirs = ModulePolicy(actor, DIM, threshold=0.2, sites=(1, 3), actions=kind)
     game = TokenGame.for_policy(toy(NAME), ours)
-    for first, second in ((ours, theirs), (ours.sampling(3), theirs.sampling(3))):
+    pairs = [(ours, theirs), (ours.sampling(3), theirs.sampling(3))]
+    if ours.num_actions == 2:
+        pairs.append((ours.with_schedule((0.5, 0.25)), theirs.with_schedule((0.5, 0.25))))
+    for first, second in pairs:
         expected, got = play(game, first, DATA.images), play(game, second, DATA.images)
         assert torch.equal(expected.keep, got.keep)
         assert torch.equal(expected.outcome.macs, got.outcome.macs)

@@ -133,7 +133,7 @@ class Network(nn.Module):
             raise TypeError(f"images: expected a floating-point tensor [B, C, H, W], got {got}")
         wanted = (self.in_chans, *self.image_size)
         taken, place = next((p.dtype, p.device) for p in self.model.patch_embed.parameters() if p.dim() == 4)
-        if images.device != place:
+        if images.device != place and place.type != "meta":  # there only MACs are counted
             raise ValueError(f"images: expected them on {place}, where the network is, got {images.device}")
         if images.dtype != taken and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(f"images: expected {taken}, as the network has (or autocast), got {images.dtype}")
