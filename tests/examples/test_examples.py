@@ -148,8 +148,9 @@ def test_variants_are_compared_and_resumed(tmp_path: Path, capsys: pytest.Captur
     flags = ("--quick", "--output", tmp_path, "--variants", "mappo", "random", "distilled_attention")
     example("ablation", *flags)
     first = capsys.readouterr().out
-    shown = [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| 25")]
-    assert shown == ["mappo", "random", "distilled_attention"]  # learnt, as it is, and fitted
+    rows = [line.split("|") for line in first.splitlines() if line.startswith("| 25")]
+    assert [row[2].strip() for row in rows] == ["mappo", "random", "distilled_attention"]  # learnt, as it is, fitted
+    assert all(float(row[5]) == pytest.approx(25, rel=0.15) for row in rows)  # of the dense MACs
     results = (tmp_path / "results.json").read_bytes()
     assert b" at 0x" not in results  # an address would forbid another process to resume
     example("ablation", *flags, "--resume")
