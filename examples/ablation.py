@@ -15,6 +15,7 @@ accuracy.png. Design on the validation split (the default); the test split is fo
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import re
 import sys
@@ -297,6 +298,8 @@ def figure(rows: Sequence[dict[str, Any]], args: Args) -> Figure:
     axes.grid(axis="y", alpha=0.25)
     if single:
         axes.tick_params(axis="x", rotation=20)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")  # a centred long name would run into the next one
     else:
         axes.set_xlabel("GMACs, % of dense, policy included")
         axes.legend(frameon=False)
@@ -312,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: dict[str, Any] = {name: getattr(args, name) for name in ("updates", "split", "images", "quick", "sites")}
     settings["source"] = str(asdict(args.source))
     # A function is written with its address, which is another one in every process.
-    settings["variants"] = {name: re.sub(" at 0x[0-9a-f]+", "", str(config)) for name, config in VARIANTS.items()}
+    variants = re.sub(" at 0x[0-9a-f]+", "", str(VARIANTS))
+    settings["variants"] = hashlib.sha256(variants.encode()).hexdigest()[:12]
     store = Store(args.output, settings, args.resume)
     run_all(jobs, store)
     rows = summarise(jobs, store)
